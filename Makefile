@@ -1,0 +1,31 @@
+# make demo    train a low-rank network and its dense twin on bundled data, and compare them
+# make test    the whole test suite
+# make lint    ruff, as CI runs it
+
+PYTHON ?= python3
+RUN := .venv/bin/python
+
+.PHONY: demo test lint clean
+
+demo: .venv/ready
+	rm -rf demo
+	$(RUN) mnist/lenet5_mnist.py --dataset digits --epochs 30 --tau 0.2 --tau-warmup 15 --batch-size 32 --output-dir demo/results
+	$(RUN) mnist/lenet5_mnist_baseline.py --dataset digits --epochs 30 --batch-size 32 --output-dir demo/results
+	$(RUN) mnist/produce_results.py --results demo/results --output-dir demo
+
+test: .venv/ready
+	$(RUN) -m pytest
+
+lint: .venv/ready
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+.venv/ready: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version)'
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv demo
