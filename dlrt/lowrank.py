@@ -1,0 +1,146 @@
+"""A matrix held as U S Vᵀ, and what every integrator is made of: truncation, and a larger basis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """The m x n matrix U S Vᵀ: bases U (m, k) and V (n, l) with orthonormal columns, coefficients S (k, l).
+
+    Between steps k = l = rank. Within an augmented step k and l may differ, since a basis of an m-dimensional
+    space cannot grow beyond m columns.
+    """
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+
+    def __post_init__(self) -> None:
+        shapes = [tuple(factor.shape) for factor in (self.U, self.S, self.V)]
+        if any(len(shape) != 2 for shape in shapes) or (shapes[0][1], shapes[2][1]) != shapes[1]:
+            raise ValueError(f"U S Vᵀ needs shapes (m, k), (k, l), (n, l), got {', '.join(map(str, shapes))}")
+
+    @property
+    def rank(self) -> int:
+        return min(self.S.shape)
+
+    @property
+    def T(self) -> LowRank:
+        return LowRank(self.V, self.S.mT, self.U)
+
+    def __matmul__(self, X: Tensor) -> Tensor:
+        return self.U @ (self.S @ (self.V.mT @ X))
+
+    def dense(self) -> Tensor:
+        return self.U @ self.S @ self.V.mT
+
+    @classmethod
+    def from_dense(cls, A: Tensor, rank: int | None = None, tau: float | None = None) -> LowRank:
+        """The best approximation of A (m, n) of that rank, or within tau ‖A‖, or the smaller of both.
+
+        Eckart-Young: the truncated singular value decomposition is the best in the Frobenius norm.
+        """
+        check_rank(rank, *A.shape)
+        P, sigma, Q = truncated_svd(A, tau, max_rank=rank)
+        return cls(P, sigma.diag(), Q)
+
+
+def check_rank(rank: int | None, rows: int, columns: int) -> None:
+    """Raise ValueError where no rows x columns matrix has this rank (None stands for the full rank)."""
+    largest = min(rows, columns)
+    if rank is not None and not 1 <= rank <= largest:
+        raise ValueError(f"rank must lie in [1, {largest}] for a {rows} x {columns} weight, got {rank}")
+
+
+def check_tolerance(tau: float | None) -> None:
+    """Raise ValueError unless tau is a relative tolerance (None stands for no truncation by tolerance)."""
+    if tau is not None and not 0 <= tau < 1:
+        raise ValueError(
+            f"tau, the share of the norm that truncation may drop, must lie in [0, 1), got {tau}"
+        )
+
+
+def svd(S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The reduced singular value decomposition S = P diag(sigma) Qh (Qh is transposed already).
+
+    LAPACK's divide and conquer fails to converge on rare matrices; those are decomposed again in float64.
+    """
+    try:
+        return torch.linalg.svd(S, full_matrices=False)
+    except torch.linalg.LinAlgError:
+        return tuple(factor.to(S.dtype) for factor in torch.linalg.svd(S.double(), full_matrices=False))
+
+
+def truncated_svd(
+    S: Tensor, tau: float | None = None, min_rank: int = 1, max_rank: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular triplets of S that truncation keeps: P (k, r), sigma (r,), Q (l, r).
+
+    r is the smallest rank with ‖sigma[r:]‖ ≤ tau ‖sigma‖ (a tail that just meets the bound is dropped), then
+    raised to min_rank and cut to max_rank; tau = None keeps every value. Schotthöfer et al. 2022, section 4.
+    """
+    check_tolerance(tau)
+    if min_rank < 1 or (max_rank is not None and max_rank < min_rank):
+        raise ValueError(f"ranks must satisfy 1 ≤ min_rank ≤ max_rank, got {min_rank} and {max_rank}")
+    P, sigma, Qh = svd(S)
+    rank = len(sigma)
+    if tau is not None:
+        tail = sigma.square().flip(0).cumsum(0).flip(0).sqrt()  # tail[j] = ‖sigma[j:]‖
+        rank = max(min_rank, int((tail > tau * tail[0]).sum()))
+    rank = min(rank, len(sigma), max_rank or len(sigma))
+    return P[:, :rank], sigma[:rank], Qh[:rank].mT
+
+
+def truncate(Y: LowRank, tau: float | None = None, min_rank: int = 1, max_rank: int | None = None) -> LowRank:
+    """Drop the smallest singular values of Y while ‖Y - Y1‖ ≤ tau ‖Y‖ (Frobenius); Y1 has a diagonal S.
+
+    Never fewer than min_rank are kept, never more than max_rank (which may break the bound); see
+    `truncated_svd`.
+    """
+    P, sigma, Q = truncated_svd(Y.S, tau, min_rank, max_rank)
+    return LowRank(rotate(P, Y.U), sigma.diag(), rotate(Q, Y.V))
+
+
+def complement(U: Tensor, A: Tensor) -> Tensor:
+    """U1 (m, p), p = min(r, m - k), such that [U U1] is orthonormal and spans A, for U (m, k), A (m, r).
+
+    U is orthonormal already, so only A is factorised: block Gram-Schmidt against U and a Cholesky QR, both
+    twice, all of it matrix products (Yamamoto et al. 2015). That needs a Gram matrix that rounding leaves
+    definite. Where A adds fewer than p directions, or some hardly, Householder's QR of [U A] does it, which
+    adds arbitrary ones.
+    """
+    if A.shape[1] < U.shape[0] - U.shape[1]:
+        B = A.mT  # vectors as rows: all bases here have contiguous columns, which products like best
+        for _ in range(2):
+            B = torch.addmm(B, B @ U, U.mT, alpha=-1)
+            gram = B @ B.mT
+            L, failed = torch.linalg.cholesky_ex(gram)
+            if failed:
+                break
+            B = torch.linalg.inv(L) @ B
+        else:
+            if (
+                torch.linalg.vector_norm(gram.diagonal() - 1) < 0.5
+            ):  # orthonormal enough for the second pass to finish
+                return B.mT
+    return torch.linalg.qr(torch.cat([U, A], dim=1)).Q[:, U.shape[1] :]
+
+
+def rotate(P: Tensor, *blocks: Tensor) -> Tensor:
+    """[U U1 ...] P, orthonormal, for orthonormal blocks with k columns in all and P (k, r).
+
+    Rounding would add up over thousands of steps; one Newton-Schulz step, U (3 I - Uᵀ U) / 2, squares the
+    error away.
+    """
+    parts = P.split([block.shape[1] for block in blocks])
+    B = parts[0].mT @ blocks[0].mT
+    for part, block in zip(parts[1:], blocks[1:], strict=True):
+        B = torch.addmm(B, part.mT, block.mT)
+    gram = B @ B.mT
+    polish = torch.eye(len(gram), dtype=gram.dtype, device=gram.device).mul_(1.5).sub_(gram, alpha=0.5)
+    return (polish @ B).mT

@@ -1,0 +1,175 @@
+"""What the theory promises of one step, and of many: exactness, robustness, order."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from dlrt import LowRank, integrators, truncate
+from dlrt.integrators import augmented_bug, bug, parallel_bug, projector_splitting
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def ksl(Y, increments, rank):
+    return projector_splitting(Y, sum(increments))
+
+
+def strang(Y, increments, rank):
+    return projector_splitting(projector_splitting(Y, increments[0]), increments[1], adjoint=True)
+
+
+STEPS = {  # each from Y, the increments of the two halves of a step, and the rank to keep
+    "bug": lambda Y, increments, rank: bug(Y, sum(increments)),
+    "augmented": lambda Y, increments, rank: augmented_bug(Y, sum(increments), max_rank=rank),
+    "ksl": ksl,
+    "strang": strang,
+}
+
+
+def follow(A, step, rank, steps, start=None):
+    """Integrate the increments of A over [0, 1] from its best approximation at 0."""
+    Y = LowRank.from_dense(A(0.0), rank=rank) if start is None else start
+    for n in range(steps):
+        t0, t1, t2 = n / steps, (n + 0.5) / steps, (n + 1) / steps
+        Y = step(Y, (A(t1) - A(t0), A(t2) - A(t1)), rank)
+    return Y
+
+
+@cache
+def exponential(seed):
+    """A(t) = exp(t W1) exp(t) D exp(t W2)ᵀ with D = diag(2⁻¹ ... 2⁻¹⁰⁰) and skew-symmetric W."""
+    rng = np.random.default_rng(seed)
+    W1, W2 = ((R - R.T) / 2 for R in (torch.from_numpy(rng.random((100, 100))) for _ in range(2)))
+    D = (2.0 ** -torch.arange(1, 101)).diag()
+
+    @cache
+    def A(t):
+        return torch.matrix_exp(t * W1) @ (np.exp(t) * D) @ torch.matrix_exp(t * W2).mT
+
+    return A
+
+
+def rotating(rank=10, size=40):
+    """A(t) of exact rank, with moving bases and singular values."""
+    generator = torch.Generator().manual_seed(0)
+    U, V, R1, R2 = (torch.randn(size, k, generator=generator) for k in (rank, rank, size, size))
+    U, V = torch.linalg.qr(U).Q, torch.linalg.qr(V).Q
+
+    @cache
+    def A(t):
+        S = (torch.arange(1, rank + 1) * (1 + 0.5 * t)).diag()
+        return torch.matrix_exp(t * (R1 - R1.mT) / 4) @ U @ S @ V.mT @ torch.matrix_exp(-t * (R2 - R2.mT) / 4)
+
+    return A
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("steps", [1, 7])
+def test_a_path_of_rank_ten_is_reproduced_exactly(name, steps):
+    A = rotating()
+    Y = follow(A, STEPS[name], 10, steps)
+    assert (Y.dense() - A(1.0)).norm() <= 1e-12 * A(1.0).norm()
+
+
+def test_parallel_bug_is_the_truncated_projected_euler_step():
+    Y = LowRank.from_dense(torch.randn(12, 9), rank=3)
+    F, h = torch.randn(12, 9), 0.3
+    PU, PV = Y.U @ Y.U.mT, Y.V @ Y.V.mT
+    projected = PU @ F + F @ PV - PU @ F @ PV
+    for rank in (3, 4, 6):
+        expected = LowRank.from_dense(Y.dense() + h * projected, rank=rank)
+        assert torch.allclose(parallel_bug(Y, F, h, max_rank=rank).dense(), expected.dense(), atol=1e-13)
+
+
+def test_augmented_bug_without_truncation_holds_the_euler_step_in_its_bases():
+    """Its Galerkin step is Ûᵀ (Y + h F) V̂: the result is Y + h F projected onto the larger bases."""
+    Y, F, h = LowRank.from_dense(torch.randn(12, 9), rank=2), torch.randn(12, 9), 0.1
+    Y1 = augmented_bug(Y, F, h)
+    assert Y1.rank == 4
+    euler = Y.dense() + h * F
+    projected = Y1.U @ Y1.U.mT @ euler @ Y1.V @ Y1.V.mT
+    assert torch.allclose(Y1.dense(), projected, atol=1e-13)
+    assert torch.allclose(Y1.dense() @ Y.V, euler @ Y.V, atol=1e-13)  # K(h) lies in its range, whole
+    assert torch.allclose(Y1.dense().mT @ Y.U, euler.mT @ Y.U, atol=1e-13)
+
+
+def test_at_full_rank_every_bug_step_is_the_euler_step():
+    A, F = torch.randn(8, 5), torch.randn(8, 5)
+    for integrator in (bug, augmented_bug, parallel_bug):
+        assert torch.allclose(integrator(LowRank.from_dense(A), F, 0.2).dense(), A + 0.2 * F, atol=1e-12)
+
+
+def test_the_bug_family_keeps_symmetry():
+    W = torch.randn(20, 20)
+    B = (2.0 ** -torch.arange(20)).diag()
+    Y = LowRank.from_dense(B, rank=5)
+    for step in range(10):
+        E0, E1 = (torch.matrix_exp(t * (W - W.mT) / 20) for t in (step / 10, (step + 1) / 10))
+        F = E1 @ B @ E1.mT - E0 @ B @ E0.mT
+        Y = bug(Y, F)
+    assert (Y.dense() - Y.dense().mT).norm() < 1e-13
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_the_error_does_not_feel_a_tiny_singular_value(name):
+    """Where the smallest one retained goes to 1e-12 the error stays of the order of what is truncated."""
+    errors = []
+    for smallest in (1e-2, 1e-6, 1e-12):
+        sigma = torch.tensor([1.0, 0.1, smallest, 0.1 * smallest, 0.01 * smallest])
+        generator = torch.Generator().manual_seed(1)
+        R1, R2 = (torch.randn(15, 15, generator=generator) for _ in range(2))
+
+        def A(t, sigma=sigma, R1=R1, R2=R2):
+            E1, E2 = torch.matrix_exp(t * (R1 - R1.mT) / 4), torch.matrix_exp(t * (R2 - R2.mT) / 4)
+            return E1[:, :5] * sigma @ E2[:, :5].mT
+
+        Y = follow(A, STEPS[name], 3, 20)
+        errors.append((Y.dense() - A(1.0)).norm().item())
+        assert errors[-1] <= 3 * sigma[3:].norm() + 1e-13
+    assert errors[0] > errors[1] > errors[2]
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize(("rank", "bound"), [(4, 1.12), (8, 1.17), (16, 1.26), (32, 1.45)])
+def test_error_on_the_exponential_stays_near_the_best(name, rank, bound):
+    for seed in range(4):
+        A = exponential(seed)
+        best = torch.linalg.svdvals(A(1.0))[rank:].norm()
+        assert (follow(A, STEPS[name], rank, 100).dense() - A(1.0)).norm() <= bound * best
+
+
+def test_slopes_against_the_flow_are_one_and_for_strang_two():
+    A = exponential(0)
+    reference = follow(A, strang, 8, 640).dense()
+    counts = (20, 40, 80, 160)
+    for name, step in STEPS.items():
+        errors = [(follow(A, step, 8, n).dense() - reference).norm().item() for n in counts]
+        slope = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
+        assert abs(slope - (2 if name == "strang" else 1)) <= 0.08, (name, slope)
+
+
+def test_the_adjoint_undoes_a_step_backwards():
+    Y, F = LowRank.from_dense(torch.randn(9, 7), rank=3), torch.randn(9, 7)
+    there = projector_splitting(Y, F, 0.3)
+    back = projector_splitting(there, F, -0.3, adjoint=True)
+    assert torch.allclose(back.dense(), Y.dense(), atol=1e-12)
+
+
+def test_an_operator_serves_as_well_as_a_matrix():
+    Y, F = LowRank.from_dense(torch.randn(9, 7), rank=3), LowRank.from_dense(torch.randn(9, 7))
+    for name in ("bug", "augmented_bug", "parallel_bug", "projector_splitting"):
+        integrator = getattr(integrators, name)
+        assert torch.allclose(
+            integrator(Y, F, 0.1).dense(), integrator(Y, F.dense(), 0.1).dense(), atol=1e-12
+        )
+
+
+def test_augmented_bug_finds_the_rank_that_the_tolerance_asks_for():
+    A = rotating(rank=4)
+    Y = LowRank.from_dense(A(0.0), rank=4)
+    for n in range(10):
+        Y = augmented_bug(Y, A((n + 1) / 10) - A(n / 10), tau=1e-9)
+    assert Y.rank == 4
+    assert truncate(Y, 1e-9).rank == 4

@@ -1,0 +1,120 @@
+"""The algebra of U S Vᵀ: truncation keeps its bound, a complement is orthonormal and complete."""
+
+import pytest
+import torch
+
+from dlrt import LowRank, truncate
+from dlrt.lowrank import complement, rotate
+
+
+def orthonormal(rows, columns, seed=0):
+    return torch.linalg.qr(
+        torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).double()
+    ).Q
+
+
+def with_singular_values(*sigma):
+    k = len(sigma)
+    return LowRank(orthonormal(9, k), torch.tensor(sigma, dtype=torch.float64).diag(), orthonormal(7, k, 1))
+
+
+def orthogonality_error(U):
+    return (U.mT @ U - torch.eye(U.shape[1], dtype=U.dtype)).abs().max().item() if U.shape[1] else 0.0
+
+
+@pytest.mark.parametrize("tau", [0.0, 1e-3, 0.1, 0.5, 0.9])
+def test_truncation_keeps_the_fewest_singular_values_within_tau(tau):
+    sigma = 0.7 ** torch.arange(6, dtype=torch.float64)
+    Y = with_singular_values(*sigma)
+    Y1 = truncate(Y, tau)
+    norm = sigma.norm()
+    assert (Y.dense() - Y1.dense()).norm() <= tau * norm + 1e-14
+    assert sigma[Y1.rank - 1 :].norm() > tau * norm  # one fewer would break the bound
+
+
+def test_a_tail_that_just_meets_the_tolerance_is_dropped():
+    Y = with_singular_values(4.0, 3.0)  # ‖tail‖ / ‖sigma‖ = 3 / 5
+    assert truncate(Y, 0.6).rank == 1
+    assert truncate(Y, 0.6 - 1e-12).rank == 2
+
+
+def test_truncation_can_keep_everything_and_drops_exact_zeros():
+    assert truncate(with_singular_values(3.0, 2.0, 1.9), 0.1).rank == 3
+    assert truncate(with_singular_values(3.0, 2.0, 0.0), 0.0).rank == 2
+    assert truncate(with_singular_values(3.0, 2.0, 0.0)).rank == 3
+
+
+def test_min_rank_and_max_rank_win_over_the_tolerance():
+    Y = with_singular_values(8.0, 4.0, 2.0, 1.0)
+    assert truncate(Y, 0.99, min_rank=3).rank == 3
+    assert truncate(Y, 0.0, max_rank=2).rank == 2
+    assert truncate(Y, 0.99, min_rank=99).rank == 4
+
+
+def test_a_dense_matrix_comes_back_and_its_best_approximation_is_the_truncated_svd():
+    A = torch.randn(8, 5, dtype=torch.float64)
+    assert torch.allclose(LowRank.from_dense(A).dense(), A, atol=1e-13)
+    sigma = torch.linalg.svdvals(A)
+    for rank in range(1, 6):
+        error = (LowRank.from_dense(A, rank=rank).dense() - A).norm()
+        assert torch.isclose(error, sigma[rank:].norm(), atol=1e-13)
+
+
+def test_products_and_transpose_are_those_of_the_dense_matrix():
+    Y = LowRank(orthonormal(9, 3), torch.randn(3, 4, dtype=torch.float64), orthonormal(7, 4, 1))
+    X = torch.randn(7, 2, dtype=torch.float64)
+    assert torch.allclose(Y @ X, Y.dense() @ X)
+    assert torch.equal(Y.T.dense(), (Y.V @ Y.S.mT @ Y.U.mT))
+
+
+def test_impossible_arguments_are_refused_with_what_is_allowed():
+    Y = with_singular_values(2.0, 1.0)
+    with pytest.raises(ValueError, match=r"\[0, 1\), got 1.5"):
+        truncate(Y, 1.5)
+    with pytest.raises(ValueError, match="min_rank ≤ max_rank, got 3 and 2"):
+        truncate(Y, 0.1, min_rank=3, max_rank=2)
+    with pytest.raises(ValueError, match=r"\[1, 5\] for a 8 x 5 weight, got 6"):
+        LowRank.from_dense(torch.randn(8, 5), rank=6)
+    with pytest.raises(ValueError, match=r"\(m, k\), \(k, l\), \(n, l\)"):
+        LowRank(Y.U, Y.S[:1], Y.V)
+
+
+@pytest.mark.parametrize(
+    ("name", "A"),
+    [
+        ("anything", torch.randn(30, 6)),
+        ("graded columns", torch.randn(30, 6) * 10.0 ** -torch.arange(6)),
+        ("hardly outside U", torch.zeros(30, 6)),
+        ("deficient", torch.randn(30, 2) @ torch.randn(2, 6)),
+        ("nearly deficient", torch.randn(30, 2) @ torch.randn(2, 6) + 1e-6 * torch.randn(30, 6)),
+        ("zero", torch.zeros(30, 6)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_complement_is_orthonormal_and_spans_what_the_basis_lacked(name, A, dtype):
+    U = orthonormal(30, 4).to(dtype)
+    A = A.to(dtype)
+    if name == "hardly outside U":
+        A = U @ torch.randn(4, 6, dtype=dtype) + 1e-5 * torch.randn(30, 6, dtype=dtype)
+    U1 = complement(U, A)
+    U_hat = torch.cat([U, U1], dim=1)
+    eps = torch.finfo(dtype).eps
+    assert U1.shape == (30, 6)
+    assert orthogonality_error(U_hat) < 50 * eps
+    assert (A - U_hat @ (U_hat.mT @ A)).norm() <= 50 * eps * A.norm()
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(5, 1), (4, 2), (3, 3), (6, 0)])
+def test_complement_never_outgrows_the_space(rank, expected):
+    U = orthonormal(6, rank)
+    U1 = complement(U, torch.randn(6, rank, dtype=torch.float64))
+    assert U1.shape == (6, expected)
+    assert orthogonality_error(torch.cat([U, U1], dim=1)) < 1e-13
+
+
+def test_bases_stay_orthonormal_over_thousands_of_rotations_in_float32():
+    U = orthonormal(40, 5).float()
+    for step in range(3000):
+        P = torch.linalg.svd(torch.randn(10, 10, generator=torch.Generator().manual_seed(step)))[0][:, :5]
+        U = rotate(P, U, complement(U, torch.randn(40, 5)))
+    assert orthogonality_error(U) < 2e-6
