@@ -1,0 +1,192 @@
+"""The gradient of a low-rank layer as an operator, recorded during an ordinary backward pass."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Maps(Protocol):
+    """The maps that a layer y = x V Sᵀ Uᵀ + bias is made of, forwards and backwards.
+
+    x, y and their gradients are matrices in a linear layer, pictures in a convolution; the formulas read them
+    as matrices with a row for every sample and position and a column for every feature. W = U S Vᵀ is (m, n).
+    """
+
+    U: nn.Parameter
+    S: nn.Parameter
+    V: nn.Parameter
+    shape: tuple[int, int]
+    rank: int
+    gradient: Gradient | None
+
+    def project(self, x: Tensor, V: Tensor) -> Tensor:
+        """a = x V."""
+
+    def lift(self, a: Tensor, U: Tensor, S: Tensor, bias: Tensor | None) -> Tensor:
+        """y = a Sᵀ Uᵀ + bias."""
+
+    def lift_adjoint(self, g: Tensor, U: Tensor) -> Tensor:
+        """b = g U, for g the gradient for y."""
+
+    def project_adjoint(self, b: Tensor, S: Tensor, V: Tensor, x: Tensor) -> Tensor:
+        """b S Vᵀ, the gradient for x."""
+
+    def left_product(self, g: Tensor, a: Tensor) -> Tensor:
+        """gᵀ a, which is G V (m, r) for a = x V."""
+
+    def right_product(self, x: Tensor, b: Tensor) -> Tensor:
+        """xᵀ b, which is Gᵀ U (n, r) for b = g U."""
+
+    def total(self, g: Tensor) -> Tensor:
+        """The sum of the rows of g, (m,): the gradient for the bias."""
+
+
+class RecordedMap(torch.autograd.Function):
+    """The map of a layer; its backward pass leaves the layer's `Gradient` the products that it makes."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, S: Tensor, bias: Tensor | None, layer: Maps) -> Tensor:
+        a = layer.project(x, layer.V)
+        ctx.save_for_backward(x, a, S)
+        ctx.layer, ctx.gradient = layer, layer.gradient
+        return layer.lift(a, layer.U, S, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+        layer, (of_x, _, of_bias, _) = ctx.layer, ctx.needs_input_grad
+        # under autocast g may be bfloat16, and the factors never are
+        x, a, S, U, V = (T.to(g.dtype) for T in (*ctx.saved_tensors, layer.U, layer.V))
+        dense = _dense_is_cheaper(layer, g)
+        b = layer.lift_adjoint(g, U) if of_x or not dense else None
+        if dense:
+            G = layer.right_product(x, g).mT
+            ctx.gradient.record_dense(G)
+            S_grad = U.mT @ G @ V
+        else:
+            ctx.gradient.record(x, g, layer.left_product(g, a), layer.right_product(x, b))
+            S_grad = layer.left_product(b, a)
+        x_grad = layer.project_adjoint(b, S, V, x) if of_x else None
+        return x_grad, S_grad, layer.total(g) if of_bias else None, None
+
+
+def _dense_is_cheaper(layer: Maps, g: Tensor) -> bool:
+    """Whether G itself costs less than its products: a convolution of high rank with many positions."""
+    (m, n), r = layer.shape, layer.rank
+    rows = g.numel() // m
+    return rows * m * n + 3 * m * n * r < 2 * rows * r * (m + n)
+
+
+class Gradient:
+    """The gradient G = ∇_W L = Σ gᵀ x (m, n) of one layer, an operator that knows G @ V and G.T @ U.
+
+    x are the layer's inputs and g the gradients for its outputs; the sum is over samples, positions, and all
+    backward passes since the last step. The products with the layer's own bases are formed during the
+    backward pass. Further ones ask for x and g, which are kept until the step where keep_samples is set (the
+    new block of the augmented integrator needs one). Only where it costs less than its products is G formed
+    as a matrix.
+    """
+
+    def __init__(self, layer: Maps, keep_samples: bool) -> None:
+        if layer.gradient is not None:
+            layer.gradient.stop()
+        self.layer, self.keep_samples = layer, keep_samples
+        self._hook = layer.S.register_post_accumulate_grad_hook(self._keep_S_grad)
+        layer.gradient = self
+        self.clear()
+
+    def stop(self) -> None:
+        """Record no more: from now on the layer is an ordinary module with frozen bases."""
+        self._hook.remove()
+        self.layer.gradient = None
+
+    def clear(self) -> None:
+        self.samples: list[tuple[Tensor, Tensor]] = []
+        self.GV: Tensor | None = None  # the products with the layer's own bases
+        self.GtU: Tensor | None = None
+        self.dense: Tensor | None = None  # the part of G that was cheaper to form
+        self._S_grad: Tensor | None = None
+
+    @property
+    def empty(self) -> bool:
+        return self.GV is None and self.dense is None
+
+    def expect(self) -> None:
+        """Before a forward pass: what was recorded belongs to S.grad, and is stale if that was reset."""
+        if self.layer.S.grad is None:
+            self.clear()
+
+    def record(self, x: Tensor, g: Tensor, GV: Tensor, GtU: Tensor) -> None:
+        """Add one backward pass, by its products."""
+        self.GV = _sum(self.GV, GV.to(self.layer.S.dtype))
+        self.GtU = _sum(self.GtU, GtU.to(self.layer.S.dtype))
+        if self.keep_samples:
+            self.samples.append((x, g))
+
+    def record_dense(self, G: Tensor) -> None:
+        """Add one backward pass, by its matrix."""
+        self.dense = _sum(self.dense, G.to(self.layer.S.dtype))
+
+    def _keep_S_grad(self, S: Tensor) -> None:
+        self._S_grad = S.grad.clone()
+
+    @property
+    def scale(self) -> Tensor:
+        """The factor by which S.grad changed since the backward pass, a tensor without dimensions.
+
+        Gradient clipping and the unscaling of a GradScaler reach S.grad, but not what is recorded here.
+        """
+        was, now = self._S_grad.flatten(), self.layer.S.grad.flatten()
+        return torch.where(was.any(), (was @ now) / (was @ was), 1)
+
+    def __matmul__(self, V: Tensor) -> Tensor:
+        layer = self.layer
+        product = None if self.dense is None else self.dense @ V
+        if V is layer.V:
+            return _sum(product, self.GV)
+        for x, g in self.samples:
+            product = _sum(product, layer.left_product(g, layer.project(x, V.to(x.dtype))).to(V.dtype))
+        return product
+
+    @property
+    def T(self) -> Transposed:
+        return Transposed(self)
+
+    @property
+    def columns(self) -> Tensor | None:
+        """gᵀ, whose columns span the range of G, where one batch of a linear layer was recorded."""
+        return self._rows(1)
+
+    def _rows(self, which: int) -> Tensor | None:
+        if len(self.samples) != 1 or self.dense is not None or self.samples[0][which].dim() != 2:
+            return None
+        return self.samples[0][which].mT.to(self.layer.S.dtype)
+
+
+class Transposed:
+    """Gᵀ for a `Gradient` G."""
+
+    def __init__(self, gradient: Gradient) -> None:
+        self.T = gradient
+
+    @property
+    def columns(self) -> Tensor | None:
+        """xᵀ, whose columns span the range of Gᵀ, where one batch of a linear layer was recorded."""
+        return self.T._rows(0)
+
+    def __matmul__(self, U: Tensor) -> Tensor:
+        G, layer = self.T, self.T.layer
+        product = None if G.dense is None else G.dense.mT @ U
+        if U is layer.U:
+            return _sum(product, G.GtU)
+        for x, g in G.samples:
+            product = _sum(product, layer.right_product(x, layer.lift_adjoint(g, U.to(g.dtype))).to(U.dtype))
+        return product
+
+
+def _sum(total: Tensor | None, term: Tensor | None) -> Tensor | None:
+    """total + term, where None is zero."""
+    return term if total is None else total if term is None else total + term

@@ -1,0 +1,138 @@
+"""A low-rank layer is the dense layer of the same weight, and an ordinary module."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from dlrt import LowRankConv2d, LowRankLinear
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+CONVOLUTIONS = [
+    {"kernel_size": 3},
+    {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0), "dilation": (1, 2)},
+    {"kernel_size": 3, "padding": 2, "dilation": 2, "bias": False},
+    {"kernel_size": 2, "padding": "same"},
+    {"kernel_size": 3, "padding": "valid", "stride": 3},
+    {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
+    {"kernel_size": (1, 3), "padding": (0, 1), "padding_mode": "circular", "stride": 2},
+    {"kernel_size": 1, "stride": 2},
+]
+
+
+def pairs():
+    yield "linear", nn.Linear(7, 5), torch.randn(4, 7)
+    yield "linear without bias", nn.Linear(7, 5, bias=False), torch.randn(4, 7)
+    yield "linear, three dimensions", nn.Linear(7, 5), torch.randn(2, 3, 7)
+    yield "linear, one vector", nn.Linear(7, 5), torch.randn(7)
+    for options in CONVOLUTIONS:
+        yield f"conv {options}", nn.Conv2d(3, 5, **options), torch.randn(2, 3, 9, 8)
+    yield "conv, one picture", nn.Conv2d(3, 5, 3), torch.randn(3, 9, 8)
+
+
+def low_rank(dense, rank=None):
+    return (LowRankLinear if isinstance(dense, nn.Linear) else LowRankConv2d).from_dense(dense, rank=rank)
+
+
+def test_at_full_rank_a_layer_is_the_dense_layer():
+    for name, dense, x in pairs():
+        layer = low_rank(dense)
+        assert torch.allclose(layer(x), dense(x), rtol=1e-12, atol=1e-12), name
+        assert torch.allclose(layer.weight, dense.weight, atol=1e-13), name
+
+
+def test_at_any_rank_a_layer_is_the_dense_layer_of_its_weight():
+    for name, dense, x in pairs():
+        for rank in (1, 2, 3):
+            layer = low_rank(dense, rank)
+            assert layer.rank == rank
+            assert torch.allclose(layer(x), layer.to_dense()(x), rtol=1e-12, atol=1e-12), name
+
+
+def test_gradients_are_those_of_the_dense_layer():
+    for name, dense, x in pairs():
+        layer = low_rank(dense)
+        x1, x2 = (x.clone().requires_grad_() for _ in range(2))
+        layer(x1).sin().sum().backward()
+        dense(x2).sin().sum().backward()
+        G = dense.weight.grad.flatten(1)
+        assert torch.allclose(x1.grad, x2.grad, atol=1e-11), name
+        assert torch.allclose(layer.S.grad, layer.U.mT @ G @ layer.V, atol=1e-11), name
+        if dense.bias is not None:
+            assert torch.allclose(layer.bias.grad, dense.bias.grad, atol=1e-11), name
+        assert layer.U.grad is None
+        assert layer.V.grad is None
+
+
+def test_bases_are_orthonormal_from_the_start():
+    for layer in (LowRankLinear(9, 6, 4), LowRankConv2d(2, 6, 3, rank=4)):
+        for basis in (layer.U, layer.V):
+            assert torch.allclose(basis.mT @ basis, torch.eye(4), atol=1e-13)
+
+
+def test_the_initial_weight_has_the_norm_of_a_dense_one():
+    dense, layer = nn.Linear(400, 300).weight, LowRankLinear(400, 300, 20).weight
+    assert abs(layer.norm() / dense.norm() - 1) < 0.05
+
+
+def test_without_bias_there_is_none_to_train():
+    layer = LowRankLinear(4, 3, 2, bias=False)
+    assert layer.bias is None
+    assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["S"]
+
+
+def test_a_state_of_any_rank_loads_into_a_layer_of_any_other_and_keeps_its_layout():
+    for make in (lambda rank: LowRankLinear(9, 6, rank), lambda rank: LowRankConv2d(2, 6, 3, rank=rank)):
+        for saved, built in ((2, 5), (5, 2), (3, 3)):
+            source, target = make(saved), make(built)
+            S = target.S
+            source.factors = source.factors  # lays the bases out as a training step does
+            file = io.BytesIO()
+            torch.save(source.state_dict(), file)
+            file.seek(0)
+            target.load_state_dict(torch.load(file, weights_only=True))
+            assert target.rank == saved
+            assert target.S is S
+            assert torch.equal(target.weight, source.weight)
+            assert target.U.stride() == source.U.stride()
+
+
+def test_a_state_of_another_shape_is_refused():
+    with pytest.raises(RuntimeError, match="size mismatch for U"):
+        LowRankLinear(9, 6, 2).load_state_dict(LowRankLinear(9, 7, 3).state_dict())
+
+
+def test_copies_and_pickles_compute_the_same_and_record_nothing():
+    layer, x = LowRankConv2d(2, 6, 3, rank=4, padding=1), torch.randn(2, 2, 5, 5)
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    for other in (copy.deepcopy(layer), torch.load(file, weights_only=False)):
+        assert torch.equal(other(x), layer(x))
+        assert other.S is not layer.S
+        assert other.gradient is None
+
+
+def test_forward_and_full_backward_hooks_fire():
+    layer, seen = LowRankLinear(4, 3, 2), []
+    layer.register_forward_hook(lambda module, args, y: seen.append(y.shape))
+    layer.register_full_backward_hook(lambda module, gx, gy: seen.append(gx[0].shape))
+    layer(torch.randn(5, 4, requires_grad=True)).sum().backward()
+    assert seen == [(5, 3), (5, 4)]
+
+
+def test_second_derivatives_exist():
+    x = torch.randn(2, 4, requires_grad=True)
+    assert torch.autograd.gradgradcheck(LowRankLinear(4, 3, 2), (x,))
+
+
+def test_impossible_layers_are_refused_with_what_is_allowed():
+    with pytest.raises(ValueError, match=r"rank must lie in \[1, 3\] for a 3 x 4 weight, got 5"):
+        LowRankLinear(4, 3, 5)
+    with pytest.raises(ValueError, match=r"\[1, 6\] for a 6 x 18 weight, got 0"):
+        LowRankConv2d(2, 6, 3, rank=0)
+    with pytest.raises(ValueError, match="groups = 1, got 2"):
+        LowRankConv2d.from_dense(nn.Conv2d(4, 4, 3, groups=2))
