@@ -1,0 +1,21 @@
+"""Dynamical low-rank training: PyTorch networks whose every weight lives as W = U S Vᵀ with adaptive rank."""
+
+from dlrt import integrators
+from dlrt.convert import Compression, compression, to_dense, to_low_rank
+from dlrt.layers import LowRankConv2d, LowRankLayer, LowRankLinear
+from dlrt.lowrank import LowRank, truncate
+from dlrt.optimizer import DLRT
+
+__all__ = [
+    "DLRT",
+    "Compression",
+    "LowRank",
+    "LowRankConv2d",
+    "LowRankLayer",
+    "LowRankLinear",
+    "compression",
+    "integrators",
+    "to_dense",
+    "to_low_rank",
+    "truncate",
+]

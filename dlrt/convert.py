@@ -1,0 +1,119 @@
+"""Dense networks to low-rank ones and back, and what each of them costs in parameters."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from dlrt.layers import LowRankConv2d, LowRankLayer, LowRankLinear
+
+LOW_RANK_TYPES = {nn.Linear: LowRankLinear, nn.Conv2d: LowRankConv2d}
+
+
+def to_low_rank(
+    model: nn.Module, rank: int | float | None = None, tau: float | None = None, skip: Iterable[str] = ()
+) -> nn.Module:
+    """Replace every nn.Linear and nn.Conv2d of a model, in place, by its truncated SVD; give the model back.
+
+    rank is an int (in a layer too small for it, that layer's full rank), a share in (0, 1] of each layer's
+    full rank, or None for the full rank; tau drops singular values up to that share of each weight's norm.
+    skip names the modules that stay dense, with all that they contain. Grouped convolutions stay dense too,
+    with a warning. Make the optimizer afterwards: S is a new parameter. ValueError for an impossible rank or
+    tau, or where skip names no module.
+    """
+    skip = (skip,) if isinstance(skip, str) else tuple(skip)
+    _check(model, rank, skip)
+    if type(model) in LOW_RANK_TYPES:
+        return _convert(model, rank, tau)
+    converted: dict[nn.Module, nn.Module] = {}  # a module that occurs twice stays one module
+    for path, parent in list(model.named_modules()):
+        for name, child in list(parent._modules.items()):  # named_children leaves repetitions out
+            whole = f"{path}.{name}" if path else name
+            if type(child) not in LOW_RANK_TYPES or any(f"{whole}.".startswith(f"{stem}.") for stem in skip):
+                continue
+            if isinstance(child, nn.Conv2d) and child.groups > 1:
+                warnings.warn(f"{whole} stays dense: it is a grouped convolution", stacklevel=2)
+                continue
+            if child not in converted:
+                converted[child] = _convert(child, rank, tau)
+            setattr(parent, name, converted[child])
+    return model
+
+
+def _check(model: nn.Module, rank: int | float | None, skip: tuple[str, ...]) -> None:
+    names = [name for name, _ in model.named_modules() if name]
+    if unknown := sorted(set(skip) - set(names)):
+        raise ValueError(
+            f"skip names no module of the model: {', '.join(unknown)}; it has {', '.join(names)}"
+        )
+    share = isinstance(rank, float)
+    if rank is not None and not (0 < rank <= 1 if share else rank >= 1):
+        raise ValueError(
+            f"rank must be an int of at least 1, a share in (0, 1] as a float, or None, got {rank!r}"
+        )
+
+
+def _convert(dense: nn.Linear | nn.Conv2d, rank: int | float | None, tau: float | None) -> LowRankLayer:
+    largest = min(dense.weight.flatten(1).shape)
+    if isinstance(rank, float):
+        rank = math.ceil(rank * largest)
+    return LOW_RANK_TYPES[type(dense)].from_dense(dense, None if rank is None else min(rank, largest), tau)
+
+
+def to_dense(model: nn.Module) -> nn.Module:
+    """Replace every low-rank layer of a model, in place, by the same map dense; give the model back."""
+    if isinstance(model, LowRankLayer):
+        return model.to_dense()
+    converted: dict[nn.Module, nn.Module] = {}
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):  # named_children leaves repetitions out
+            if isinstance(child, LowRankLayer):
+                if child not in converted:
+                    converted[child] = child.to_dense()
+                setattr(parent, name, converted[child])
+    return model
+
+
+@dataclass(frozen=True)
+class Compression:
+    """Parameters of a network, weights only: biases and norms are left out on both sides.
+
+    A layer of rank r with an m x n weight counts r (m + n) for evaluation; for training, what the rank-
+    adaptive step holds at its peak, k m + k l + l n with k = min(2 r, m), l = min(2 r, n). A dense layer
+    counts m n everywhere. The compressions are 1 - parameters / dense parameters, in %. Schotthöfer et al.
+    2022, section 5.
+    """
+
+    evaluation_parameters: int
+    training_parameters: int
+    dense_parameters: int
+    ranks: dict[str, int]
+
+    @property
+    def evaluation_compression(self) -> float:
+        return 100 * (1 - self.evaluation_parameters / self.dense_parameters)
+
+    @property
+    def training_compression(self) -> float:
+        return 100 * (1 - self.training_parameters / self.dense_parameters)
+
+
+def compression(model: nn.Module) -> Compression:
+    """Count a network's weights and say the rank of each of its low-rank layers, by module name."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLayer)}
+    factors = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
+    rest = sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in factors)
+    evaluation = training = dense = rest
+    for layer in layers.values():
+        (m, n), r = layer.shape, layer.rank
+        k, l = min(2 * r, m), min(2 * r, n)  # noqa: E741
+        evaluation += r * (m + n)
+        training += k * m + k * l + l * n
+        dense += m * n
+    if dense == 0:
+        raise ValueError("the model has no weights to count (no parameter with two or more dimensions)")
+    return Compression(evaluation, training, dense, {name: layer.rank for name, layer in layers.items()})

@@ -1,0 +1,111 @@
+"""A network converts to low rank and back, computing the same, and its parameters are counted."""
+
+import pytest
+import torch
+from torch import nn
+
+import dlrt
+from dlrt.models import MLP, LeNet5
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def test_at_full_rank_conversion_and_back_leave_the_network_as_it_was():
+    for network in (LeNet5(), MLP(width=30)):
+        x = torch.randn(3, 1, 28, 28)
+        expected = network(x)
+        assert dlrt.to_low_rank(network) is network
+        assert torch.allclose(network(x), expected, atol=1e-12)
+        assert torch.allclose(dlrt.to_dense(network)(x), expected, atol=1e-12)
+        assert not any(isinstance(module, dlrt.LowRankLayer) for module in network.modules())
+
+
+@pytest.mark.parametrize(
+    ("rank", "expected"),
+    [(7, [7, 7, 7]), (22, [20, 22, 22]), (0.5, [10, 25, 250]), (0.001, [1, 1, 1]), (1.0, [20, 50, 500])],
+)
+def test_rank_is_a_number_or_a_share_of_each_layers_full_rank(rank, expected):
+    network = dlrt.to_low_rank(LeNet5(), rank=rank, skip=["fc2"])
+    assert list(dlrt.compression(network).ranks.values()) == expected
+    assert type(network.fc2) is nn.Linear
+
+
+def test_tau_bounds_the_change_of_each_weight():
+    network = LeNet5()
+    before = {
+        name: module.weight.clone() for name, module in network.named_children() if hasattr(module, "weight")
+    }
+    dlrt.to_low_rank(network, tau=0.3)
+    for name, W in before.items():
+        change = (network.get_submodule(name).weight - W).norm() / W.norm()
+        assert 0 < change <= 0.3
+
+
+def test_parameters_are_counted_by_hand():
+    network = dlrt.to_low_rank(LeNet5(), rank=4, skip=["fc2"])
+    count = dlrt.compression(network)
+    shapes = [(20, 25), (50, 500), (500, 800)]
+    assert count.dense_parameters == sum(m * n for m, n in shapes) + 5000 == 430_500
+    assert count.evaluation_parameters == sum(4 * (m + n) for m, n in shapes) + 5000
+    assert count.training_parameters == sum(8 * (m + n) + 64 for m, n in shapes) + 5000
+    assert count.evaluation_compression == 100 * (1 - count.evaluation_parameters / 430_500)
+    assert count.training_compression == 100 * (1 - count.training_parameters / 430_500)
+    assert count.ranks == {"conv1": 4, "conv2": 4, "fc1": 4}
+
+
+def test_a_dense_network_is_not_compressed():
+    count = dlrt.compression(LeNet5())
+    assert count.evaluation_compression == count.training_compression == 0
+    assert count.ranks == {}
+
+
+def test_skip_takes_whole_branches_and_refuses_unknown_names():
+    network = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 4))
+    dlrt.to_low_rank(network, skip="0")
+    assert [type(module).__name__ for module in network.modules() if not list(module.children())] == [
+        "Linear",
+        "Linear",
+        "LowRankLinear",
+    ]
+    with pytest.raises(ValueError, match=r"skip names no module of the model: 7; it has 0, 0.0, 0.1, 1"):
+        dlrt.to_low_rank(network, skip=["7"])
+
+
+def test_a_module_that_occurs_twice_stays_one():
+    linear = nn.Linear(4, 4)
+    network = nn.Sequential(linear, nn.ReLU(), linear)
+    dlrt.to_low_rank(network, rank=2)
+    assert network[0] is network[2]
+    assert isinstance(network[0], dlrt.LowRankLinear)
+    dlrt.to_dense(network)
+    assert network[0] is network[2]
+
+
+def test_grouped_convolutions_stay_dense_and_it_says_so():
+    network = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3))
+    with pytest.warns(UserWarning, match="0 stays dense"):
+        dlrt.to_low_rank(network, rank=2)
+    assert [type(module).__name__ for module in network] == ["Conv2d", "LowRankConv2d"]
+
+
+def test_mode_type_and_freezing_are_kept():
+    network = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).float().eval()
+    network[0].weight.requires_grad_(False)
+    bias = network[1].bias
+    dlrt.to_low_rank(network, rank=1)
+    assert network[1].S.dtype == network[1].U.dtype == torch.float32
+    assert not network[0].training
+    assert not network[0].S.requires_grad
+    assert network[1].bias is bias
+
+
+@pytest.mark.parametrize("rank", [0, -3, 0.0, 1.5])
+def test_impossible_ranks_are_refused(rank):
+    with pytest.raises(ValueError, match=r"at least 1, a share in \(0, 1\]"):
+        dlrt.to_low_rank(MLP(width=8), rank=rank)
+
+
+def test_lenet5_says_what_it_needs():
+    with pytest.raises(ValueError, match="at least 16 x 16 pixels, got 8 x 8"):
+        LeNet5((1, 8, 8))
+    assert LeNet5((3, 32, 32), classes=7)(torch.randn(2, 3, 32, 32)).shape == (2, 7)
