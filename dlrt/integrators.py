@@ -25,7 +25,7 @@ class Operator(Protocol):
 
 
 def bug(Y: LowRank, F: Operator, h: float = 1.0) -> LowRank:
-    """The basis-update & Galerkin (unconventional) integrator, of fixed rank. Ceruti & Lubich 2022, section 3.
+    """The basis-update & Galerkin (unconventional) integrator at fixed rank. Ceruti & Lubich 2022.
 
     Unlike in projector splitting no step goes back in time, and K- and L-step are independent of each other.
     """

@@ -236,7 +236,9 @@ class LowRankConv2d(LowRankLayer):
     def lift(self, a: Tensor, U: Tensor, S: Tensor, bias: Tensor | None) -> Tensor:
         K, positions = (U @ S).expand(len(a), -1, -1), a.flatten(2)
         y = torch.bmm(K, positions) if bias is None else torch.baddbmm(bias[:, None], K, positions)
-        return torch.ops.aten._unsafe_view(y, (*y.shape[:2], *a.shape[2:]))  # no view: in-place ReLUs may follow
+        return torch.ops.aten._unsafe_view(
+            y, (*y.shape[:2], *a.shape[2:])
+        )  # no view: in-place ReLUs may follow
 
     def lift_adjoint(self, g: Tensor, U: Tensor) -> Tensor:
         return (U.mT @ g.flatten(2)).unflatten(2, g.shape[2:])

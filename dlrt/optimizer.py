@@ -119,7 +119,7 @@ class DLRT(torch.optim.Optimizer):
         for layer in layers:
             if layer.gradient.empty:
                 raise RuntimeError(
-                    f"{self.names[layer]} has a gradient but recorded nothing, its forward pass ran in eval mode: "
+                    f"{self.names[layer]} has a gradient but recorded nothing: its forward pass was in eval mode; "
                     "call model.train() before it, or freeze_bases() to train S only"
                 )
             if not layer.S.grad.isfinite().all():
@@ -176,7 +176,7 @@ class DLRT(torch.optim.Optimizer):
         ranks = [list(layer.S.shape) for layer in self.names]
         if own["ranks"] != ranks:
             raise ValueError(
-                f"the state belongs to ranks {own['ranks']}, the model has {ranks}: load the model's state first"
+                f"the state has ranks {own['ranks']}, the model has {ranks}: load the model's state first"
             )
         self.inner.load_state_dict(state_dict)
         self.tau = own["tau"]
@@ -213,6 +213,6 @@ def _check_state_names(optimizer_class: type[torch.optim.Optimizer], inner: dict
     }
     if unknown := matrices - LINEAR_STATE - SQUARED_STATE:
         raise ValueError(
-            f"{optimizer_class.__name__} keeps {', '.join(sorted(unknown))} for S, and how that follows a change "
-            "of basis is not known; use one such as SGD, Adam, AdamW, RMSprop, Adagrad"
+            f"{optimizer_class.__name__} keeps {', '.join(sorted(unknown))} for S, and how that follows a "
+            "change of basis is not known; use one such as SGD, Adam, AdamW, RMSprop, Adagrad"
         )

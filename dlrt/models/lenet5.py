@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 
 class LeNet5(nn.Module):
-    """5 x 5 convolutions with 20 and 50 channels and max pooling, linear layers with 500 and `classes` outputs.
+    """5 x 5 convolutions with 20 and 50 channels and max pooling, then 500 units, then the classes.
 
     shape is (channels, height, width) of the input, at least 16 pixels a side.
     """

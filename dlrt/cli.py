@@ -1,0 +1,234 @@
+"""The flags that every training script shares, and the way from them to a finished run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from dlrt.convert import to_low_rank
+from dlrt.data import DATASETS, DataError, load
+from dlrt.optimizer import DLRT, INTEGRATORS
+from dlrt.runs import Run, RunError, chosen_epoch
+from dlrt.training import Recipe, evaluate, fit
+
+ROOT = Path(__file__).resolve().parents[1]
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+SCHEDULES = ("constant", "cosine", "plateau")
+NOT_PART_OF_THE_EXPERIMENT = ("data_dir", "output_dir", "resume", "quiet", "device", "workers")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake costs one line and not the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help lists all options)\n")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The description as it stands, and every default."""
+
+
+def number(kind: type, interval: str) -> Callable[[str], float]:
+    """An argparse type: an int or float in an interval such as "[0, 1)"."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not (
+            low < value < high or (value == low and "[" in interval) or (value == high and "]" in interval)
+        ):
+            raise argparse.ArgumentTypeError(f"must lie in {interval}, got {text}")
+        return value
+
+    parse.__name__ = {int: "whole number", float: "number"}[kind]  # for argparse's "invalid ... value"
+    return parse
+
+
+NATURAL, COUNT = number(int, "[1, inf)"), number(int, "[0, inf)")
+
+
+def rank(text: str) -> int | float:
+    """An argparse type: a whole number is a rank, a number with a point a share of the full rank."""
+    return NATURAL(text) if text.isdigit() else number(float, "(0, 1]")(text)
+
+
+def device(text: str) -> str:
+    """An argparse type: a device that torch has here."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{text} cannot be used here ({reason}); cpu always can") from error
+    return text
+
+
+def training_parser(description: str, low_rank: bool, **defaults: Any) -> Parser:
+    """A parser with the flags that training scripts share; a dense script has no low-rank ones."""
+    parser = Parser(description=description, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--epochs", type=NATURAL, default=20, help="passes over the training split")
+    add("--batch-size", type=NATURAL, default=128, help="samples per step")
+    add("--lr", type=number(float, "(0, inf)"), default=0.05, help="step size h")
+    add("--momentum", type=number(float, "[0, 1)"), default=0.9, help="of SGD; first beta of Adam")
+    add("--weight-decay", type=number(float, "[0, inf)"), default=0.0, help="of S, biases and dense layers")
+    add("--optimizer", choices=OPTIMIZERS, default="sgd", help="the inner one, of a low-rank network")
+    add("--schedule", choices=SCHEDULES, default="cosine", help="of lr over all epochs")
+    if low_rank:
+        _add_low_rank_flags(parser)
+    data_dir = Path(os.environ.get("DLRT_DATA", ROOT / "data"))
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--dataset", choices=DATASETS, default="mnist", help="digits needs no download")
+    add("--data-dir", type=Path, default=data_dir, help="or set DLRT_DATA")
+    add(
+        "--workers",
+        type=NATURAL,
+        help="CPU threads of torch; the data lie in memory, none are needed to load them",
+    )
+    add("--device", type=device, default=here, help="where to train")
+    add("--amp", action="store_true", help="bfloat16 autocast; factors and their algebra stay in float32")
+    add("--seed", type=COUNT, default=0, help="of initial weights, validation split and order")
+    add("--name", help="of the run's folder; by default made of the settings and the seed")
+    add("--output-dir", type=Path, help="where the run's folder goes; by default results/ beside the script")
+    add("--resume", action="store_true", help="continue a run that broke off, after its last complete epoch")
+    add("--quiet", action="store_true", help="print the result only")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def _add_low_rank_flags(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--tau", "--theta", type=number(float, "[0, 1)"), default=0.1, help="relative truncation tolerance")
+    warmup = "over which the tolerance rises from 0 to tau"
+    add("--tau-warmup", type=number(float, "[0, inf)"), default=0.0, metavar="EPOCHS", help=warmup)
+    add("--integrator", choices=INTEGRATORS, default="augmented", help="bug keeps the rank")
+    add("--rank", type=rank, default=0.5, help="to begin with: 20 is a rank, 0.5 a share of the full rank")
+    add("--min-rank", type=NATURAL, default=2, help="of every layer")
+    add("--max-rank", type=NATURAL, help="of every layer; by default only its size limits it")
+    add("--finetune-epochs", type=COUNT, default=0, help="afterwards, of S and the rest, bases frozen")
+
+
+def results_parser(description: str, folder: Path) -> Parser:
+    """A parser for the produce_results.py of a folder."""
+    parser = Parser(description=description, formatter_class=HelpFormatter)
+    parser.add_argument("--results", type=Path, default=folder / "results", help="where the run folders are")
+    parser.add_argument("--output-dir", type=Path, default=folder, help="of tables and figures")
+    return parser
+
+
+def parse(parser: Parser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse and check what one flag alone does not show."""
+    args = parser.parse_args(arguments)
+    low_rank = hasattr(args, "tau")
+    if low_rank and args.max_rank is not None and args.max_rank < args.min_rank:
+        parser.error(f"--max-rank must be at least --min-rank, got {args.max_rank} < {args.min_rank}")
+    if low_rank and args.tau_warmup > args.epochs:
+        parser.error(f"--tau-warmup must be at most --epochs, got {args.tau_warmup:g} > {args.epochs}")
+    return args
+
+
+def run_script(
+    args: argparse.Namespace,
+    network: type[nn.Module],
+    results: Path,
+    settings: dict[str, Any] | None = None,
+    skip: Sequence[str] = (),
+) -> None:
+    """Train a network as the flags say, print the result and leave a run's folder.
+
+    network is called with the data's shape, its number of classes and `settings`. skip names the layers that
+    stay dense in a low-rank run. Ctrl-C exits with 130.
+    """
+    try:
+        _run(args, network, results, settings or {}, skip)
+    except (DataError, RunError, OSError, FloatingPointError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except KeyboardInterrupt:
+        print(
+            "\ninterrupted; the epochs that were completed are kept: continue with --resume", file=sys.stderr
+        )
+        sys.exit(130)
+
+
+def _run(
+    args: argparse.Namespace,
+    network: type[nn.Module],
+    results: Path,
+    settings: dict[str, Any],
+    skip: Sequence[str],
+) -> None:
+    if args.workers:
+        torch.set_num_threads(args.workers)
+    low_rank = hasattr(args, "tau")
+    options = {key: value for key, value in vars(args).items() if key not in NOT_PART_OF_THE_EXPERIMENT}
+    options["network"] = network.__name__
+    prefix = "".join(f"{key}{value}_" for key, value in settings.items())
+    args.name = options["name"] = (
+        args.name or f"{prefix}{f'tau{args.tau}' if low_rank else 'dense'}_seed{args.seed}"
+    )
+    run = Run((args.output_dir or results) / args.name)
+    run.start(options, args.resume)
+    dataset = load(args.dataset, args.data_dir, args.seed).to(args.device)
+    torch.manual_seed(args.seed)
+    model = network(dataset.shape, dataset.classes, **settings)
+    if low_rank:
+        model = to_low_rank(model, rank=args.rank, skip=skip)
+    model.to(args.device)
+    optimizer = make_optimizer(model, args)
+    recipe = Recipe(
+        args.epochs,
+        args.batch_size,
+        args.seed,
+        tau=args.tau if low_rank else 0.0,
+        tau_warmup=args.tau_warmup if low_rank else 0.0,
+        finetune_epochs=args.finetune_epochs if low_rank else 0,
+        amp=args.amp,
+    )
+    scheduler = make_scheduler(optimizer, args.schedule, recipe.epochs + recipe.finetune_epochs)
+    about = {
+        "network": network.__name__,
+        "settings": settings,
+        "shape": list(dataset.shape),
+        "classes": dataset.classes,
+        "dataset": dataset.name,
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
+    }
+    metrics = fit(model, optimizer, scheduler, dataset, recipe, run, about, args.quiet)
+    row = metrics.loc[chosen_epoch(metrics)]
+    accuracy = evaluate(model, dataset.test, args.amp)[1]
+    ranks = f", ranks {row['ranks']}" if low_rank else ""
+    print(
+        f"test accuracy {accuracy:.2f} % (epoch {row['epoch']}, chosen on the validation split){ranks}, "
+        f"evaluation parameters {row['evaluation_parameters']:,}, "
+        f"compression {row['evaluation_compression']:.2f} %; {run.folder}"
+    )
+
+
+def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+    """The optimizer that the flags describe: DLRT around it for a low-rank run."""
+    inner = {"lr": args.lr, "weight_decay": args.weight_decay}
+    if args.optimizer == "sgd":
+        inner["momentum"] = args.momentum
+    else:
+        inner["betas"] = (args.momentum, 0.999)
+    kind = OPTIMIZERS[args.optimizer]
+    if not hasattr(args, "tau"):
+        return kind(model.parameters(), **inner)
+    ranks = {"min_rank": args.min_rank, "max_rank": args.max_rank}
+    return DLRT(model, kind, tau=args.tau, integrator=args.integrator, **ranks, **inner)
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, schedule: str, epochs: int):
+    """The learning rate over the epochs; plateau divides it by ten where the validation loss rests."""
+    if schedule == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
+    if schedule == "plateau":
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=3)
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)

@@ -1,0 +1,55 @@
+"""Figures of runs: one look for all of them, colours that everybody can tell apart, PDF and PNG."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")  # files, no windows
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+# Okabe & Ito's palette, which colour-blind readers can tell apart; line styles do it in grey print
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+STYLES = ["-", "--", "-.", ":"]
+LOOK = {
+    "figure.constrained_layout.use": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "savefig.dpi": 160,
+}
+
+
+def save(figure: Figure, folder: Path, name: str) -> Path:
+    """Write name.pdf and name.png into a folder and close the figure; give the PNG's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for suffix in (".pdf", ".png"):
+        figure.savefig(folder / f"{name}{suffix}")
+    plt.close(figure)
+    return folder / f"{name}.png"
+
+
+def learning_curves(metrics: dict[str, pd.DataFrame]) -> Figure:
+    """Validation accuracy and evaluation compression over the epochs, a curve per run, by its label."""
+    with mpl.rc_context(LOOK):
+        figure, (accuracy, compression) = plt.subplots(1, 2, figsize=(9, 3.6))
+        for number, (label, rows) in enumerate(metrics.items()):
+            line = {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number % len(STYLES)]}
+            accuracy.plot(rows["epoch"], rows["validation_accuracy"], label=label, **line)
+            compression.plot(rows["epoch"], rows["evaluation_compression"], **line)
+        accuracy.set(xlabel="epoch", ylabel="validation accuracy [%]")
+        # the first epochs may start at chance; what is to be compared lies above
+        accuracy.set_ylim(
+            bottom=min(90, *(rows["validation_accuracy"].iloc[-1] - 5 for rows in metrics.values()))
+        )
+        compression.set(xlabel="epoch", ylabel="evaluation compression [%]")
+        figure.legend(
+            *accuracy.get_legend_handles_labels(), loc="outside upper center", ncols=min(3, len(metrics))
+        )
+    return figure

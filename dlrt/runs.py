@@ -1,0 +1,147 @@
+"""A run's folder: config.json (all options), metrics.csv (a row per epoch), checkpoint.pt; many runs read."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+import dlrt
+
+
+class RunError(RuntimeError):
+    """A run's folder cannot be used as asked; the message says why and what to do."""
+
+
+class Run:
+    """One run and its folder. Files appear whole or not at all: they are written beside and then renamed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.checkpoint = folder / "checkpoint.pt"
+
+    def start(self, config: dict[str, Any], resume: bool) -> None:
+        """Make the folder, or check that it holds a run of the same options to resume; else RunError."""
+        path = self.folder / "config.json"
+        if path.exists() and not resume:
+            raise RunError(f"{self.folder} holds a run: continue it with --resume, or choose another --name")
+        if path.exists():
+            was = json.loads(path.read_text())["options"]
+            other = [
+                f"{key} {was.get(key)!r} -> {value!r}"
+                for key, value in config.items()
+                if was.get(key) != value
+            ]
+            if other:
+                raise RunError(
+                    f"{self.folder} was begun with other options ({', '.join(other)}): repeat those"
+                )
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"options": config, **_surroundings()}, indent=2) + "\n"
+        _write(path, lambda file: file.write(text.encode()))
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write the checkpoint and, from its list state["metrics"] of rows, metrics.csv."""
+        _write(self.checkpoint, lambda file: torch.save(state, file))
+        table = pd.DataFrame(state["metrics"])
+        _write(self.folder / "metrics.csv", lambda file: table.to_csv(file, index=False, float_format="%.6g"))
+
+    def load(self) -> dict[str, Any] | None:
+        """The last checkpoint, or None where no epoch was completed; RunError for a damaged one."""
+        return load_checkpoint(self.checkpoint) if self.checkpoint.exists() else None
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint: tensors, numbers and names, no code. RunError where the file is not one."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types on damaged bytes; whichever it was, it is told
+        reason = str(error).splitlines()[0]
+        raise RunError(
+            f"{path} is not a checkpoint, or a damaged one ({reason}): delete it to begin anew"
+        ) from error
+
+
+def chosen_epoch(metrics: pd.DataFrame) -> int:
+    """The row to report: of the epochs at the final tolerance, the one most accurate on the validation split.
+
+    Among equals the one with the smallest validation loss. The same for every method; the test split has no
+    say.
+    """
+    final = metrics[metrics["tau"] == metrics["tau"].iloc[-1]]
+    order = final.sort_values(
+        ["validation_accuracy", "validation_loss"], ascending=[False, True], kind="stable"
+    )
+    return int(order.index[0])
+
+
+def read_runs(results: Path) -> pd.DataFrame:
+    """A row per run below a folder: its options, the metrics of its chosen epoch, and the folder's name.
+
+    The column last_test_accuracy is that of the last epoch, seconds_per_epoch the median. FileNotFoundError
+    where there are no runs.
+    """
+    rows = []
+    for path in sorted(results.glob("**/config.json")):
+        metrics = read_metrics(path.parent)
+        if metrics is None:
+            continue
+        options = json.loads(path.read_text())["options"]
+        chosen = metrics.loc[chosen_epoch(metrics)].to_dict()
+        rows.append({
+            **options,
+            **chosen,
+            "run": str(path.parent.relative_to(results)),
+            "epochs_done": len(metrics),
+            "last_test_accuracy": metrics["test_accuracy"].iloc[-1],
+            "seconds_per_epoch": metrics["seconds"].median(),
+        })  # fmt: skip
+    if not rows:
+        raise FileNotFoundError(f"no runs in {results}; make them with the training scripts beside it")
+    return pd.DataFrame(rows)
+
+
+def read_metrics(folder: Path) -> pd.DataFrame | None:
+    """metrics.csv of one run, or None where no epoch was completed."""
+    path = folder / "metrics.csv"
+    return pd.read_csv(path, dtype={"ranks": str}, keep_default_na=False) if path.exists() else None
+
+
+def _surroundings() -> dict[str, Any]:
+    """Versions, device and commit: what else a result may depend on."""
+    root = Path(dlrt.__file__).parents[1]
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "gpu": gpu},
+        "commit": git.stdout.strip() or None,
+    }
+
+
+def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)

@@ -1,0 +1,198 @@
+"""The training loop: ordinary PyTorch, with a tolerance that may rise, validation and checkpoints."""
+
+from __future__ import annotations
+
+import math
+import time
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from tqdm import tqdm
+
+from dlrt.convert import compression
+from dlrt.data import Dataset, Split
+from dlrt.optimizer import DLRT
+from dlrt.runs import Run, chosen_epoch
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how to train. tau rises linearly from 0 over the first tau_warmup epochs and then stays.
+
+    After `epochs` the bases are frozen, and S and the rest are trained for finetune_epochs more.
+    """
+
+    epochs: int
+    batch_size: int
+    seed: int = 0
+    tau: float = 0.0
+    tau_warmup: float = 0.0
+    finetune_epochs: int = 0
+    amp: bool = False
+
+
+def fit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler | ReduceLROnPlateau,
+    dataset: Dataset,
+    recipe: Recipe,
+    run: Run,
+    about: dict[str, Any],
+    quiet: bool = False,
+) -> pd.DataFrame:
+    """Train from the run's last checkpoint, or from the start, to the end; give the metrics, a row per epoch.
+
+    The optimizer is a DLRT for a low-rank network, any other for a dense one. After every epoch the
+    checkpoint holds all that a continuation needs, the weights of the chosen epoch so far ("chosen") and
+    `about`, which says what the network is. Each epoch draws from a generator of its own, so that a resumed
+    run ends as an uninterrupted one. FloatingPointError where the loss is not finite.
+    """
+    rows: list[dict[str, Any]] = []
+    chosen: dict[str, Tensor] = {}
+    if (state := run.load()) is not None:
+        rows, chosen = state["metrics"], state["chosen"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+    total = recipe.epochs + recipe.finetune_epochs
+    for epoch in range(len(rows) + 1, total + 1):
+        if epoch > recipe.epochs and isinstance(optimizer, DLRT):
+            optimizer.freeze_bases()
+        rows.append(_epoch(model, optimizer, dataset, recipe, epoch, run, quiet))
+        if isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step(rows[-1]["validation_loss"])
+        else:
+            scheduler.step()
+        if chosen_epoch(pd.DataFrame(rows)) == len(rows) - 1:
+            chosen = deepcopy(model.state_dict())
+        states = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+        states = {name: part.state_dict() for name, part in states.items()}
+        run.save({**states, "chosen": chosen, "metrics": rows, "about": about})
+        if not quiet:
+            print(describe(rows[-1], total), flush=True)
+    model.load_state_dict(chosen)
+    return pd.DataFrame(rows)
+
+
+def _epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    dataset: Dataset,
+    recipe: Recipe,
+    epoch: int,
+    run: Run,
+    quiet: bool,
+) -> dict[str, Any]:
+    """Train for one epoch and measure: a row of metrics.csv."""
+    lr = optimizer.param_groups[0]["lr"]
+    start = time.perf_counter()
+    train_loss, train_accuracy = train_epoch(model, optimizer, dataset.train, recipe, epoch, run, quiet)
+    seconds = time.perf_counter() - start
+    validation_loss, validation_accuracy = evaluate(model, dataset.validation, recipe.amp)
+    test_loss, test_accuracy = evaluate(model, dataset.test, recipe.amp)
+    cost = compression(model)
+    return {
+        "epoch": epoch,
+        "frozen_bases": epoch > recipe.epochs,
+        "lr": lr,
+        "tau": recipe.tau * warmth(recipe, epoch),
+        "train_loss": train_loss,
+        "train_accuracy": train_accuracy,
+        "validation_loss": validation_loss,
+        "validation_accuracy": validation_accuracy,
+        "test_loss": test_loss,
+        "test_accuracy": test_accuracy,
+        "ranks": "/".join(map(str, cost.ranks.values())),
+        "evaluation_parameters": cost.evaluation_parameters,
+        "evaluation_compression": cost.evaluation_compression,
+        "training_parameters": cost.training_parameters,
+        "training_compression": cost.training_compression,
+        "seconds": seconds,
+    }
+
+
+def warmth(recipe: Recipe, epochs: float) -> float:
+    """The share of tau that is in force after that many epochs."""
+    return min(1.0, epochs / recipe.tau_warmup) if recipe.tau_warmup else 1.0
+
+
+def train_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    split: Split,
+    recipe: Recipe,
+    epoch: int,
+    run: Run,
+    quiet: bool = False,
+) -> tuple[float, float]:
+    """One pass over the training split; mean loss and accuracy (%) over its samples, while training."""
+    torch.manual_seed(1_000_003 * recipe.seed + epoch)  # dropout
+    shuffle = torch.Generator().manual_seed(1_000_003 * recipe.seed + epoch)
+    steps = math.ceil(len(split) / recipe.batch_size)
+    model.train()
+    loss_sum = correct = seen = 0.0
+    bar = tqdm(total=steps, desc=f"epoch {epoch}", unit="step", leave=False, disable=True if quiet else None)
+    for step, (x, y) in enumerate(split.batches(recipe.batch_size, shuffle), start=1):
+        if isinstance(optimizer, DLRT):
+            optimizer.tau = recipe.tau * warmth(recipe, epoch - 1 + step / steps)
+        logits: list[Tensor] = []
+
+        def closure(x: Tensor = x, y: Tensor = y, logits: list[Tensor] = logits) -> Tensor:
+            optimizer.zero_grad()
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.amp):
+                logits.append(model(x))
+            loss = cross_entropy(logits[-1].float(), y)
+            loss.backward()
+            return loss
+
+        loss = optimizer.step(
+            closure
+        ).item()  # every torch optimizer takes a closure; integrator="bug" needs it
+        if not math.isfinite(loss):
+            last = run.checkpoint if run.checkpoint.exists() else "none was written yet"
+            raise FloatingPointError(
+                f"the loss is {loss} in epoch {epoch}, step {step}; last good checkpoint: {last}; "
+                "a smaller --lr may help"
+            )
+        loss_sum += loss * len(y)
+        correct += (logits[0].argmax(1) == y).sum().item()
+        seen += len(y)
+        bar.update()
+        bar.set_postfix(
+            loss=f"{loss_sum / seen:.4f}", accuracy=f"{100 * correct / seen:.2f} %", refresh=False
+        )
+    bar.close()
+    return loss_sum / seen, 100 * correct / seen
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, split: Split, amp: bool = False, batch_size: int = 500) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy (%) over all samples of a split, in eval mode."""
+    model.eval()
+    loss = correct = 0.0
+    for x, y in split.batches(batch_size):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+            logits = model(x)
+        loss += cross_entropy(logits.float(), y, reduction="sum").item()
+        correct += (logits.argmax(1) == y).sum().item()
+    return loss / len(split), 100 * correct / len(split)
+
+
+def describe(row: dict[str, Any], epochs: int) -> str:
+    """One line about an epoch."""
+    ranks = (
+        f"  ranks {row['ranks']}  compression {row['evaluation_compression']:.1f} %" if row["ranks"] else ""
+    )
+    return (
+        f"epoch {row['epoch']:3d}/{epochs}  lr {row['lr']:.4g}  tau {row['tau']:.3g}"
+        f"  train {row['train_loss']:.4f} {row['train_accuracy']:.2f} %"
+        f"  validation {row['validation_loss']:.4f} {row['validation_accuracy']:.2f} %"
+        f"{ranks}  {row['seconds']:.1f} s"
+    )

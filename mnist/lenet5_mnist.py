@@ -1,0 +1,18 @@
+"""LeNet5 with dynamical low-rank training, on MNIST.
+
+python mnist/lenet5_mnist.py --tau 0.15 --epochs 20
+"""
+
+from pathlib import Path
+
+from dlrt import cli
+from dlrt.models import LeNet5
+
+
+def main() -> None:
+    parser = cli.training_parser(__doc__, low_rank=True, tau=0.15)
+    cli.run_script(cli.parse(parser), LeNet5, Path(__file__).parent / "results" / "lenet5", skip=["fc2"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+"""LeNet5 with ordinary dense layers, on MNIST: the twin of lenet5_mnist.py.
+
+python mnist/lenet5_mnist_baseline.py --epochs 20
+"""
+
+from pathlib import Path
+
+from dlrt import cli
+from dlrt.models import LeNet5
+
+
+def main() -> None:
+    parser = cli.training_parser(__doc__, low_rank=False)
+    cli.run_script(cli.parse(parser), LeNet5, Path(__file__).parent / "results" / "lenet5")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""The paper's five-layer net 784-w-w-w-w-10 with dynamical low-rank training, on MNIST.
+
+python mnist/mlp_mnist.py --width 500 --tau 0.09 --epochs 20
+"""
+
+from pathlib import Path
+
+from dlrt import cli
+from dlrt.models import MLP
+
+
+def main() -> None:
+    parser = cli.training_parser(__doc__, low_rank=True, tau=0.09)
+    parser.add_argument("--width", type=cli.number(int, 1), default=500, help="(default %(default)s)")
+    args = cli.parse(parser)
+    results = Path(__file__).parent / "results" / "mlp"
+    cli.run_script(args, MLP, results, settings={"width": args.width}, skip=["fc5"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Inside dlrt/ imports run one way only, and it imports nothing from the folders of scripts."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+ORDER = [
+    ["lowrank"],
+    ["integrators", "gradient"],
+    ["layers"],
+    ["convert"],
+    ["optimizer"],
+    ["models", "models.lenet5", "models.mlp", "data", "runs", "tables", "plots"],
+    ["training"],
+    ["cli"],
+]
+
+
+def modules():
+    for path in sorted((ROOT / "dlrt").rglob("*.py")):
+        yield ".".join(path.relative_to(ROOT / "dlrt").with_suffix("").parts).removesuffix(".__init__"), path
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+
+
+def test_imports_inside_the_library_run_one_way():
+    level = {name: number for number, names in enumerate(ORDER) for name in names}
+    for name, path in modules():
+        if name == "__init__":
+            continue
+        assert name in level, f"{name} has no place in ORDER yet"
+        for target in imported(path):
+            target = target.removeprefix("dlrt.")
+            if target in level and target != name and not target.startswith(f"{name}."):
+                assert level[target] < level[name], f"{name} imports {target}"
+
+
+def test_models_know_nothing_of_low_rank():
+    for name, path in modules():
+        if name.startswith("models."):
+            assert not [target for target in imported(path) if target.startswith("dlrt")], name
+
+
+def test_the_library_imports_no_script():
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir()} - {"dlrt"}
+    for _, path in modules():
+        assert not [target for target in imported(path) if target.split(".")[0] in folders]
