@@ -9,8 +9,8 @@ RUN := .venv/bin/python
 
 demo: .venv/ready
 	rm -rf demo
-	$(RUN) mnist/lenet5_mnist.py --dataset digits --epochs 30 --tau 0.2 --tau-warmup 15 --batch-size 32 --output-dir demo/results
-	$(RUN) mnist/lenet5_mnist_baseline.py --dataset digits --epochs 30 --batch-size 32 --output-dir demo/results
+	$(RUN) mnist/lenet5_mnist.py --dataset digits --epochs 20 --tau 0.2 --batch-size 32 --output-dir demo/results
+	$(RUN) mnist/lenet5_mnist_baseline.py --dataset digits --epochs 20 --batch-size 32 --output-dir demo/results
 	$(RUN) mnist/produce_results.py --results demo/results --output-dir demo
 
 test: .venv/ready

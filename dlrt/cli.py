@@ -32,7 +32,11 @@ class Parser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The description as it stands, and every default."""
+    """The description as it stands, and every default that says something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.default is None or action.default is False
+        return action.help if silent else super()._get_help_string(action)
 
 
 def number(kind: type, interval: str) -> Callable[[str], float]:
@@ -105,8 +109,8 @@ def training_parser(description: str, low_rank: bool, **defaults: Any) -> Parser
 def _add_low_rank_flags(parser: Parser) -> None:
     add = parser.add_argument
     add("--tau", "--theta", type=number(float, "[0, 1)"), default=0.1, help="relative truncation tolerance")
-    warmup = "over which the tolerance rises from 0 to tau"
-    add("--tau-warmup", type=number(float, "[0, inf)"), default=0.0, metavar="EPOCHS", help=warmup)
+    warmup = "over which the tolerance rises from 0 to tau; by default half of all"
+    add("--tau-warmup", type=number(float, "[0, inf)"), metavar="EPOCHS", help=warmup)
     add("--integrator", choices=INTEGRATORS, default="augmented", help="bug keeps the rank")
     add("--rank", type=rank, default=0.5, help="to begin with: 20 is a rank, 0.5 a share of the full rank")
     add("--min-rank", type=NATURAL, default=2, help="of every layer")
@@ -128,6 +132,8 @@ def parse(parser: Parser, arguments: Sequence[str] | None = None) -> argparse.Na
     low_rank = hasattr(args, "tau")
     if low_rank and args.max_rank is not None and args.max_rank < args.min_rank:
         parser.error(f"--max-rank must be at least --min-rank, got {args.max_rank} < {args.min_rank}")
+    if low_rank and args.tau_warmup is None:
+        args.tau_warmup = args.epochs / 2
     if low_rank and args.tau_warmup > args.epochs:
         parser.error(f"--tau-warmup must be at most --epochs, got {args.tau_warmup:g} > {args.epochs}")
     return args

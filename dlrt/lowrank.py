@@ -110,11 +110,11 @@ def complement(U: Tensor, A: Tensor) -> Tensor:
     """U1 (m, p), p = min(r, m - k), such that [U U1] is orthonormal and spans A, for U (m, k), A (m, r).
 
     U is orthonormal already, so only A is factorised: block Gram-Schmidt against U and a Cholesky QR, both
-    twice, all of it matrix products (Yamamoto et al. 2015). That needs a Gram matrix that rounding leaves
-    definite. Where A adds fewer than p directions, or some hardly, Householder's QR of [U A] does it, which
-    adds arbitrary ones.
+    twice, all of it matrix products (Yamamoto et al. 2015), which pays where the columns are long. It needs a Gram
+    matrix that rounding leaves definite. Where A adds fewer than p directions, or some hardly, Householder's QR of
+    [U A] does it, which adds arbitrary ones.
     """
-    if A.shape[1] < U.shape[0] - U.shape[1]:
+    if 4 * A.shape[1] < len(A):
         B = A.mT  # vectors as rows: all bases here have contiguous columns, which products like best
         for _ in range(2):
             B = torch.addmm(B, B @ U, U.mT, alpha=-1)
@@ -124,9 +124,7 @@ def complement(U: Tensor, A: Tensor) -> Tensor:
                 break
             B = torch.linalg.inv(L) @ B
         else:
-            if (
-                torch.linalg.vector_norm(gram.diagonal() - 1) < 0.5
-            ):  # orthonormal enough for the second pass to finish
+            if torch.linalg.vector_norm(gram.diagonal() - 1) < 0.5:  # then the second pass has finished it
                 return B.mT
     return torch.linalg.qr(torch.cat([U, A], dim=1)).Q[:, U.shape[1] :]
 

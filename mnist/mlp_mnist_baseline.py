@@ -11,7 +11,7 @@ from dlrt.models import MLP
 
 def main() -> None:
     parser = cli.training_parser(__doc__, low_rank=False)
-    parser.add_argument("--width", type=cli.number(int, 1), default=500, help="(default %(default)s)")
+    parser.add_argument("--width", type=cli.NATURAL, default=500, help="of the hidden layers")
     args = cli.parse(parser)
     results = Path(__file__).parent / "results" / "mlp"
     cli.run_script(args, MLP, results, settings={"width": args.width})

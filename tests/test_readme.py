@@ -1,0 +1,80 @@
+"""The README's commands are the ones tested: every one runs, on the bundled digits, from another folder."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = [
+    line.split("#")[0].strip() for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()
+]
+SCRIPTS = sorted({command for command in COMMANDS if command.startswith("python ")})
+QUICK = ["--dataset", "digits", "--epochs", "1"]
+
+
+def run(arguments, folder):
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("command", SCRIPTS)
+def test_a_command_of_the_readme_runs(command, tmp_path):
+    script, *flags = shlex.split(command)[1:]
+    if script.startswith("mnist/") and not script.endswith("produce_results.py"):
+        warmup = [] if "baseline" in script else ["--tau-warmup", "0"]
+        flags += [*QUICK, *warmup, "--output-dir", str(tmp_path)]
+    elif script == "timings/step.py":
+        flags += ["--repeats", "1", "--width", "64", "--ranks", "2", "7"]
+    elif script == "mnist/produce_results.py":
+        run(
+            [str(ROOT / "mnist/lenet5_mnist.py"), *QUICK, "--output-dir", str(tmp_path / "results")], tmp_path
+        )
+        flags += ["--results", str(tmp_path / "results"), "--output-dir", str(tmp_path)]
+    result = run([str(ROOT / script), *flags], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout
+    if script.startswith("mnist/") and "produce" not in script:
+        assert "test accuracy" in result.stdout
+        assert len(list(tmp_path.glob("*/checkpoint.pt"))) == 1
+
+
+def test_make_has_the_commands_of_the_readme():
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert {command.split()[1] for command in COMMANDS if command.startswith("make ")} <= targets
+
+
+def test_every_training_script_is_in_the_readme():
+    scripts = {f"mnist/{path.name}" for path in (ROOT / "mnist").glob("*.py")}
+    assert scripts <= {command.split()[1] for command in SCRIPTS}
+
+
+def test_the_six_lines_of_the_readme_train_a_network(tmp_path):
+    """As they stand, on a small network and random data."""
+    lines = next(block for kind, block in BLOCKS if kind == "python")
+    setup = (
+        "import torch; from torch import nn\n"
+        "torch.manual_seed(0)\n"
+        "model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8 * 36, 4))\n"
+        "loader = [(torch.randn(32, 1, 8, 8), torch.arange(32) % 4)] * 40\n"
+        "criterion = nn.CrossEntropyLoss()\n"
+        "before = criterion(model(loader[0][0]), loader[0][1]).item()\n"
+    )
+    check = "assert criterion(model(loader[0][0]), loader[0][1]).item() < before / 2; print(dlrt.compression(model))"
+    result = run(["-c", setup + lines + check], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "Compression(" in result.stdout
+
+
+def test_the_tree_of_the_readme_is_the_tree():
+    tree = next(block for kind, block in BLOCKS if kind == "text")
+    for name in re.findall(r"[\w./-]+\.(?:py|ipynb|sh|txt)", tree):
+        assert list(ROOT.rglob(name)), f"{name} is in the README's tree only"
+    for path in (ROOT / "dlrt").glob("*.py"):
+        assert path.name in tree, f"{path.name} is missing in the README's tree"

@@ -1,0 +1,82 @@
+"""What a script leaves behind, and that the two halves of the demo can be compared."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["--dataset", "digits", "--epochs", "1"]
+
+
+def run(script, *flags, cwd):
+    command = [sys.executable, str(ROOT / script), *map(str, flags)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    "script", ["lenet5_mnist", "lenet5_mnist_baseline", "mlp_mnist", "mlp_mnist_baseline"]
+)
+def test_a_training_script_leaves_a_run_folder(script, tmp_path):
+    result = run(
+        f"mnist/{script}.py", *QUICK, "--output-dir", tmp_path / "runs", "--name", "one", cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("epoch   1/1") == 1
+    folder = tmp_path / "runs" / "one"
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.pt", "config.json", "metrics.csv"]
+    options = json.loads((folder / "config.json").read_text())["options"]
+    assert options["dataset"] == "digits"
+    assert options["seed"] == 0
+    assert str(tmp_path) not in (folder / "config.json").read_text()  # records can be published
+    metrics = pd.read_csv(folder / "metrics.csv")
+    assert len(metrics) == 1
+    accuracies = metrics[["train_accuracy", "validation_accuracy", "test_accuracy"]]
+    assert ((accuracies >= 0) & (accuracies <= 100)).all(axis=None)
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert checkpoint["about"]["shape"] == [1, 28, 28]
+    low_rank = any(name.endswith(".S") for name in checkpoint["model"])
+    assert low_rank == ("baseline" not in script)
+
+
+@pytest.mark.parametrize("flags", [("parallel",), ("bug", "--rank", "5"), ("augmented", "--amp")])
+def test_every_integrator_and_autocast_train(flags, tmp_path):
+    quick = [*QUICK, "--width", 40, "--output-dir", tmp_path]
+    result = run("mnist/mlp_mnist.py", *quick, "--integrator", *flags, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    if "bug" in flags:
+        assert "ranks 5/5/5/5" in result.stdout
+
+
+def test_runs_are_compared_in_a_table_and_a_figure(tmp_path):
+    for script in ("lenet5_mnist", "lenet5_mnist_baseline"):
+        run(f"mnist/{script}.py", *QUICK, "--output-dir", tmp_path / "results", "--quiet", cwd=tmp_path)
+    for _ in range(2):  # it can be run twice
+        result = run("mnist/produce_results.py", "--results", "results", "--output-dir", "out", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    table = pd.read_csv(tmp_path / "out" / "table.csv")
+    assert list(table["run"]) == ["dense_seed0", "tau0.15_seed0"]
+    assert table["compression [%]"][0] == 0 < table["compression [%]"][1]
+    for name in ("table.md", "learning_curves.png", "learning_curves.pdf"):
+        assert (tmp_path / "out" / name).stat().st_size > 100
+    assert str(Path("out") / "learning_curves.png") in result.stdout
+
+
+def test_without_runs_it_says_where_they_come_from(tmp_path):
+    result = run("mnist/produce_results.py", "--results", tmp_path, cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert "no runs in" in result.stderr
+
+
+def test_quiet_prints_the_result_only(tmp_path):
+    result = run(
+        "mnist/mlp_mnist.py", *QUICK, "--width", 20, "--quiet", "--output-dir", tmp_path, cwd=tmp_path
+    )
+    assert result.stderr == ""
+    assert result.stdout.count("\n") == 1
+    assert result.stdout.startswith("test accuracy ")
