@@ -179,8 +179,8 @@ def _run(
         args.name or f"{prefix}{f'tau{args.tau}' if low_rank else 'dense'}_seed{args.seed}"
     )
     run = Run((args.output_dir or results) / args.name)
-    run.start(options, args.resume)
     dataset = load(args.dataset, args.data_dir, args.seed).to(args.device)
+    run.start(options, args.resume)
     torch.manual_seed(args.seed)
     model = network(dataset.shape, dataset.classes, **settings)
     if low_rank:

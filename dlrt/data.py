@@ -89,9 +89,10 @@ def mnist(folder: Path, seed: int) -> Dataset:
     fails.
     """
     raw, npz = folder / "MNIST" / "raw", folder / "mnist.npz"
-    if not raw.is_dir() and npz.is_file():
+    idx_files_are_there = all((raw / name).is_file() for names in MNIST_FILES.values() for name in names)
+    if not idx_files_are_there and npz.is_file():  # a failed download leaves an empty folder behind
         return _split("mnist", _read_npz(npz), seed, validation=10_000)
-    if not all((raw / name).is_file() for names in MNIST_FILES.values() for name in names):
+    if not idx_files_are_there:
         files = ", ".join(name for names in MNIST_FILES.values() for name in names)
         _download(lambda: tv.MNIST(folder, download=True), f"{files} in {raw}, or {npz}")
     arrays = []
@@ -126,7 +127,7 @@ def cifar10(folder: Path, seed: int) -> Dataset:
 def digits(folder: Path | None, seed: int) -> Dataset:
     """The 1,797 handwritten digits bundled with scikit-learn, 8 x 8 pixels made 28 x 28; needs no folder.
 
-    1,077 / 360 / 360; the last 360 are the test, written by people who wrote none of the others.
+    1,077 / 360 / 360; the last 360 in scikit-learn's order are the test.
     """
     from sklearn.datasets import load_digits
 
@@ -198,6 +199,6 @@ def _download(fetch: Callable, needed: str) -> None:
         fetch()
     except Exception as error:  # no network, no mirror, no space: whichever it was, it is told
         raise DataError(
-            f"needed: {needed}; downloading them failed ({error}). Put them there (--data-dir or DLRT_DATA "
-            "name another data folder), or take the bundled --dataset digits"
+            f"needed: {needed}; downloading them failed ({' '.join(str(error).split())}). Put them there "
+            "(--data-dir or DLRT_DATA name another data folder), or take the bundled --dataset digits"
         ) from error

@@ -109,10 +109,10 @@ def truncate(Y: LowRank, tau: float | None = None, min_rank: int = 1, max_rank: 
 def complement(U: Tensor, A: Tensor) -> Tensor:
     """U1 (m, p), p = min(r, m - k), such that [U U1] is orthonormal and spans A, for U (m, k), A (m, r).
 
-    U is orthonormal already, so only A is factorised: block Gram-Schmidt against U and a Cholesky QR, both
-    twice, all of it matrix products (Yamamoto et al. 2015), which pays where the columns are long. It needs a Gram
-    matrix that rounding leaves definite. Where A adds fewer than p directions, or some hardly, Householder's QR of
-    [U A] does it, which adds arbitrary ones.
+    U is orthonormal already, so only A is factorised: block Gram-Schmidt against U and a Cholesky QR, both twice,
+    all of it matrix products (Yamamoto et al. 2015), which pays where columns are long. It needs a Gram matrix
+    that rounding leaves definite. Where A adds fewer than p directions, or some hardly, Householder's QR of [U A]
+    does it, which adds arbitrary ones.
     """
     if 4 * A.shape[1] < len(A):
         B = A.mT  # vectors as rows: all bases here have contiguous columns, which products like best

@@ -119,7 +119,7 @@ class DLRT(torch.optim.Optimizer):
         for layer in layers:
             if layer.gradient.empty:
                 raise RuntimeError(
-                    f"{self.names[layer]} has a gradient but recorded nothing: the forward pass was in eval mode; "
+                    f"{self.names[layer]} has a gradient but recorded nothing (in eval mode no layer does): "
                     "call model.train() before it, or freeze_bases() to train S only"
                 )
             if not layer.S.grad.isfinite().all():

@@ -50,10 +50,13 @@ class Run:
         _write(path, lambda file: file.write(text.encode()))
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write the checkpoint and, from its list state["metrics"] of rows, metrics.csv."""
-        _write(self.checkpoint, lambda file: torch.save(state, file))
+        """Write the checkpoint and, from its list state["metrics"] of rows, metrics.csv.
+
+        The checkpoint comes last: a continuation writes the metrics again, but not those before it.
+        """
         table = pd.DataFrame(state["metrics"])
         _write(self.folder / "metrics.csv", lambda file: table.to_csv(file, index=False, float_format="%.6g"))
+        _write(self.checkpoint, lambda file: torch.save(state, file))
 
     def load(self) -> dict[str, Any] | None:
         """The last checkpoint, or None where no epoch was completed; RunError for a damaged one."""
@@ -63,12 +66,15 @@ class Run:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint: tensors, numbers and names, no code. RunError where the file is not one."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types on damaged bytes; whichever it was, it is told
-        reason = str(error).splitlines()[0]
+        reason = " ".join(f"{type(error).__name__} {error}".splitlines()[0].split())
         raise RunError(
             f"{path} is not a checkpoint, or a damaged one ({reason}): delete it to begin anew"
         ) from error
+    if not isinstance(state, dict) or not {"model", "metrics"} <= state.keys():
+        raise RunError(f"{path} is not a checkpoint of a run: it has no model and metrics")
+    return state
 
 
 def chosen_epoch(metrics: pd.DataFrame) -> int:
@@ -98,8 +104,8 @@ def read_runs(results: Path) -> pd.DataFrame:
         options = json.loads(path.read_text())["options"]
         chosen = metrics.loc[chosen_epoch(metrics)].to_dict()
         rows.append({
-            **options,
             **chosen,
+            **options,  # lr is the one that was asked for, not that of the epoch
             "run": str(path.parent.relative_to(results)),
             "epochs_done": len(metrics),
             "last_test_accuracy": metrics["test_accuracy"].iloc[-1],
@@ -113,19 +119,17 @@ def read_runs(results: Path) -> pd.DataFrame:
 def read_metrics(folder: Path) -> pd.DataFrame | None:
     """metrics.csv of one run, or None where no epoch was completed."""
     path = folder / "metrics.csv"
-    return pd.read_csv(path, dtype={"ranks": str}, keep_default_na=False) if path.exists() else None
+    return pd.read_csv(path, dtype={"ranks": str}).fillna({"ranks": ""}) if path.exists() else None
 
 
 def _surroundings() -> dict[str, Any]:
     """Versions, device and commit: what else a result may depend on."""
     root = Path(dlrt.__file__).parents[1]
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        commit = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:  # no git here
+        commit = ""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "versions": {
@@ -134,7 +138,7 @@ def _surroundings() -> dict[str, Any]:
             "numpy": np.__version__,
         },
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "gpu": gpu},
-        "commit": git.stdout.strip() or None,
+        "commit": commit or None,
     }
 
 

@@ -66,6 +66,8 @@ def fit(
         if epoch > recipe.epochs and isinstance(optimizer, DLRT):
             optimizer.freeze_bases()
         rows.append(_epoch(model, optimizer, dataset, recipe, epoch, run, quiet))
+        if not math.isfinite(loss := rows[-1]["validation_loss"]):
+            raise _diverged(f"the validation loss is {loss} after epoch {epoch}", run)
         if isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step(rows[-1]["validation_loss"])
         else:
@@ -149,18 +151,15 @@ def train_epoch(
             with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.amp):
                 logits.append(model(x))
             loss = cross_entropy(logits[-1].float(), y)
+            if not loss.isfinite():
+                raise FloatingPointError(f"the loss is {loss.item()}")
             loss.backward()
             return loss
 
-        loss = optimizer.step(
-            closure
-        ).item()  # every torch optimizer takes a closure; integrator="bug" needs it
-        if not math.isfinite(loss):
-            last = run.checkpoint if run.checkpoint.exists() else "none was written yet"
-            raise FloatingPointError(
-                f"the loss is {loss} in epoch {epoch}, step {step}; last good checkpoint: {last}; "
-                "a smaller --lr may help"
-            )
+        try:
+            loss = optimizer.step(closure).item()  # all optimizers take a closure; integrator="bug" needs it
+        except (FloatingPointError, torch.linalg.LinAlgError) as error:
+            raise _diverged(f"{error} in epoch {epoch}, step {step}", run) from error
         loss_sum += loss * len(y)
         correct += (logits[0].argmax(1) == y).sum().item()
         seen += len(y)
@@ -170,6 +169,11 @@ def train_epoch(
         )
     bar.close()
     return loss_sum / seen, 100 * correct / seen
+
+
+def _diverged(what: str, run: Run) -> FloatingPointError:
+    last = run.checkpoint if run.checkpoint.exists() else "none was written yet"
+    return FloatingPointError(f"{what}; last good checkpoint: {last}; a smaller --lr may help")
 
 
 @torch.no_grad()
