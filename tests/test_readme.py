@@ -58,16 +58,21 @@ def test_every_training_script_is_in_the_readme():
 def test_the_six_lines_of_the_readme_train_a_network(tmp_path):
     """As they stand, on a small network and random data."""
     lines = next(block for kind, block in BLOCKS if kind == "python")
-    setup = (
-        "import torch; from torch import nn\n"
-        "torch.manual_seed(0)\n"
-        "model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8 * 36, 4))\n"
-        "loader = [(torch.randn(32, 1, 8, 8), torch.arange(32) % 4)] * 40\n"
-        "criterion = nn.CrossEntropyLoss()\n"
-        "before = criterion(model(loader[0][0]), loader[0][1]).item()\n"
-    )
-    check = "assert criterion(model(loader[0][0]), loader[0][1]).item() < before / 2; print(dlrt.compression(model))"
-    result = run(["-c", setup + lines + check], tmp_path)
+    before = """
+import torch
+from torch import nn
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8 * 36, 4))
+loader = [(torch.randn(32, 1, 8, 8), torch.arange(32) % 4)] * 40
+criterion = nn.CrossEntropyLoss()
+loss = criterion(model(loader[0][0]), loader[0][1]).item()
+"""
+    after = """
+assert criterion(model(loader[0][0]), loader[0][1]).item() < loss / 2
+print(dlrt.compression(model))
+"""
+    result = run(["-c", before + lines + after], tmp_path)
     assert result.returncode == 0, result.stderr
     assert "Compression(" in result.stdout
 

@@ -1,0 +1,230 @@
+"""The flags and the scripts: a mistake costs one line, no run is overwritten, a killed one can go on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from dlrt import cli
+from dlrt.data import DATASETS
+from dlrt.runs import load_checkpoint, read_metrics
+
+SCRIPT = cli.ROOT / "mnist" / "lenet5_mnist.py"
+OFFLINE = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")  # nobody listens there
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", **OFFLINE}
+TRAINING = ["--dataset", "digits", "--epochs", "3", "--batch-size", "32", "--seed", "1", "--device", "cpu"]
+TRAINING += ["--tau-warmup", "2"]
+
+
+def command(*arguments):
+    return [sys.executable, str(SCRIPT), *map(str, arguments)]
+
+
+def call(folder, *arguments):
+    """Run the script to its end, from a folder that is not the repository's."""
+    return subprocess.run(
+        command(*arguments), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
+
+
+def call_and_signal(folder, signal_number, run, *arguments):
+    """Run the script and send it a signal once its first epoch is on disk; its exit code and stderr."""
+    with subprocess.Popen(
+        command(*arguments),
+        cwd=folder,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # some shells' jobs ignore it
+    ) as process:
+        try:
+            end = time.monotonic() + 60
+            while not (run / "checkpoint.pt").exists() and process.poll() is None and time.monotonic() < end:
+                time.sleep(0.01)
+            time.sleep(0.1)  # into the second epoch
+            process.send_signal(signal_number)
+            _, stderr = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    return process.returncode, stderr
+
+
+def parse(*arguments, low_rank=True):
+    return cli.parse(cli.training_parser("", low_rank=low_rank), [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An uninterrupted run: where it was called, and how it ended."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, call(folder, *TRAINING, "--output-dir", folder / "results", "--name", "a")
+
+
+IMPOSSIBLE = [
+    (["--tau", "1.5"], ["--tau", "[0, 1)", "got 1.5"]),
+    (["--tau", "-0.1"], ["--tau", "[0, 1)", "got -0.1"]),
+    (["--theta", "1"], ["--theta", "[0, 1)", "got 1"]),
+    (["--tau", "nan"], ["--tau", "[0, 1)", "got nan"]),
+    (["--epochs", "0"], ["--epochs", "[1, inf)", "got 0"]),
+    (["--epochs", "2.5"], ["--epochs", "whole number", "2.5"]),
+    (["--batch-size", "0"], ["--batch-size", "[1, inf)", "got 0"]),
+    (["--lr", "0"], ["--lr", "(0, inf)", "got 0"]),
+    (["--lr", "inf"], ["--lr", "(0, inf)", "got inf"]),
+    (["--lr", "high"], ["--lr", "number", "high"]),
+    (["--momentum", "1"], ["--momentum", "[0, 1)", "got 1"]),
+    (["--weight-decay", "-1"], ["--weight-decay", "[0, inf)", "got -1"]),
+    (["--weight-decay", "inf"], ["--weight-decay", "[0, inf)", "got inf"]),
+    (["--rank", "0"], ["--rank", "[1, inf)", "got 0"]),
+    (["--rank", "1.5"], ["--rank", "(0, 1]", "got 1.5"]),
+    (["--rank", "-3"], ["--rank", "(0, 1]", "got -3"]),
+    (["--min-rank", "0"], ["--min-rank", "[1, inf)", "got 0"]),
+    (["--min-rank", "5", "--max-rank", "3"], ["--max-rank must be at least --min-rank", "3 < 5"]),
+    (["--tau-warmup", "50", "--epochs", "3"], ["--tau-warmup must be at most --epochs", "50 > 3"]),
+    (["--finetune-epochs", "-1"], ["--finetune-epochs", "[0, inf)", "got -1"]),
+    (["--seed", "-1"], ["--seed", "[0, inf)", "got -1"]),
+    (["--device", "nonsense"], ["--device", "nonsense cannot be used here", "cpu always can"]),
+    (["--optimizer", "foo"], ["--optimizer", "foo", *cli.OPTIMIZERS]),
+    (["--integrator", "foo"], ["--integrator", "foo", *cli.INTEGRATORS]),
+    (["--schedule", "foo"], ["--schedule", "foo", "constant", "cosine", "plateau"]),
+    (["--dataset", "foo"], ["--dataset", "foo", *DATASETS]),
+    (["--unknown", "1"], ["--unknown"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "told"), IMPOSSIBLE, ids=[" ".join(flags) for flags, _ in IMPOSSIBLE])
+def test_an_impossible_value_costs_one_line_that_says_what_is_allowed(capsys, arguments, told):
+    with pytest.raises(SystemExit) as error:
+        parse(*arguments)
+    out, err = capsys.readouterr()
+    assert error.value.code == 2
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    for part in (*told, "--help"):
+        assert part in err
+
+
+def test_an_impossible_value_is_told_before_any_data_are_read(tmp_path):
+    data, results = tmp_path / "data", tmp_path / "results"
+    data.mkdir()
+    done = call(
+        tmp_path, "--dataset", "mnist", "--data-dir", data, "--output-dir", results, "--momentum", "1.5"
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "must lie in [0, 1), got 1.5" in done.stderr
+    assert list(data.iterdir()) == []
+    assert not results.exists()
+
+
+def test_possible_values_at_the_edge_are_taken():
+    args = parse("--tau", "0", "--momentum", "0", "--rank", "1", "--min-rank", "3", "--max-rank", "3")
+    assert (args.tau, args.momentum, args.min_rank, args.max_rank) == (0.0, 0.0, 3, 3)
+    assert parse("--tau-warmup", "3", "--epochs", "3").tau_warmup == 3
+    assert parse("--momentum", "0.5", low_rank=False).momentum == 0.5
+
+
+def test_a_whole_rank_is_a_rank_and_a_rank_with_a_point_a_share():
+    for text, value in (("20", 20), ("1", 1), ("1.0", 1.0), ("0.5", 0.5)):
+        assert parse("--rank", text).rank == value
+        assert type(parse("--rank", text).rank) is type(value)
+
+
+def test_theta_is_tau():
+    assert parse("--theta", "0.2") == parse("--tau", "0.2")
+    assert parse("--theta", "0.2").tau == 0.2
+
+
+def test_a_dense_script_has_no_low_rank_flags(capsys):
+    with pytest.raises(SystemExit):
+        parse("--tau", "0.1", low_rank=False)
+    assert "--tau" in capsys.readouterr().err
+
+
+def test_help_lists_every_flag(capsys):
+    with pytest.raises(SystemExit) as error:
+        parse("--help")
+    assert error.value.code == 0
+    text = capsys.readouterr().out
+    for flag in vars(parse()):
+        assert f"--{flag.replace('_', '-')}" in text
+
+
+def test_a_run_from_any_folder_leaves_its_folder_and_prints_the_result(finished):
+    folder, done = finished
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert [path.name for path in folder.iterdir()] == ["results"]
+    run = folder / "results" / "a"
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoint.pt", "config.json", "metrics.csv"]
+    metrics = read_metrics(run)
+    assert metrics["epoch"].tolist() == [1, 2, 3]
+    assert metrics["validation_accuracy"].max() > 50
+    last = done.stdout.splitlines()[-1]
+    test_accuracies = [f"test accuracy {accuracy:.2f} %" for accuracy in metrics["test_accuracy"]]
+    assert any(text in last for text in test_accuracies)
+    assert str(run) in last
+
+
+def test_a_second_run_into_the_same_folder_is_refused(finished):
+    folder, _ = finished
+    run = folder / "results" / "a"
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    done = call(folder, *TRAINING, "--output-dir", folder / "results", "--name", "a")
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert str(run) in done.stderr
+    assert "--resume" in done.stderr
+    assert {path: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(finished, tmp_path):
+    run = tmp_path / "results" / "a"
+    arguments = [*TRAINING, "--output-dir", tmp_path / "results", "--name", "a"]
+    code, _ = call_and_signal(tmp_path, signal.SIGKILL, run, *arguments)
+    assert code == -signal.SIGKILL
+    assert len(load_checkpoint(run / "checkpoint.pt")["metrics"]) < 3
+    done = call(tmp_path, *arguments, "--resume")
+    assert done.returncode == 0, done.stderr
+    straight = load_checkpoint(finished[0] / "results" / "a" / "checkpoint.pt")
+    resumed = load_checkpoint(run / "checkpoint.pt")
+    for weights in ("model", "chosen"):
+        assert straight[weights].keys() == resumed[weights].keys()
+        for name, weight in straight[weights].items():
+            assert torch.equal(weight, resumed[weights][name]), name
+    assert len(read_metrics(run)) == 3
+
+
+def test_ctrl_c_ends_with_130_and_says_how_to_continue(tmp_path):
+    arguments = [*TRAINING, "--epochs", "100", "--output-dir", tmp_path, "--name", "a"]
+    code, err = call_and_signal(tmp_path, signal.SIGINT, tmp_path / "a", *arguments)
+    assert code == 130
+    assert "--resume" in err
+    assert "Traceback" not in err
+    load_checkpoint(tmp_path / "a" / "checkpoint.pt")
+
+
+@pytest.fixture(scope="module")
+def without_data(tmp_path_factory):
+    """A run whose data set is missing and cannot be downloaded: where it was called, and how it ended."""
+    folder = tmp_path_factory.mktemp("without_data")
+    (folder / "data").mkdir()
+    return folder, call(folder, "--data-dir", folder / "data", "--output-dir", folder / "results")
+
+
+def test_a_missing_data_set_costs_one_line(without_data):
+    folder, done = without_data
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    for part in ("train-images-idx3-ubyte", str(folder / "data"), "--dataset digits"):
+        assert part in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_missing_data_set_leaves_no_run_that_would_be_in_the_way_later(without_data):
+    folder, _ = without_data
+    assert list(folder.glob("results/**/config.json")) == []

@@ -1,0 +1,215 @@
+"""A run's folder: never overwritten, never half written, read back as it was; one rule chooses the epoch."""
+
+import json
+import os
+import pickle
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+import dlrt
+from dlrt.runs import Run, RunError, chosen_epoch, load_checkpoint, read_metrics, read_runs
+
+OPTIONS = {"lr": 0.05, "tau": 0.1, "max_rank": None, "amp": False, "name": "a"}
+
+
+def row(epoch, accuracy, loss=1.0, tau=0.1, test=50.0):
+    return {
+        "epoch": epoch,
+        "tau": tau,
+        "validation_loss": loss,
+        "validation_accuracy": accuracy,
+        "test_accuracy": test,
+        "ranks": "7",
+        "seconds": float(epoch),
+    }
+
+
+def state(*rows):
+    return {"model": {"S": torch.arange(1_000.0) * len(rows)}, "metrics": list(rows)}
+
+
+def started(folder, *rows, **options):
+    run = Run(folder)
+    run.start(OPTIONS | options, resume=False)
+    if rows:
+        run.save(state(*rows))
+    return run
+
+
+def test_config_holds_options_versions_machine_and_commit(tmp_path):
+    started(tmp_path / "a" / "b")
+    config = json.loads((tmp_path / "a" / "b" / "config.json").read_text())
+    assert config["options"] == OPTIONS
+    assert config["versions"]["torch"] == torch.__version__
+    assert {"python", "numpy"} <= config["versions"].keys()
+    assert config["machine"]["threads"] == torch.get_num_threads()
+    root = Path(dlrt.__file__).parents[1]
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, check=False)
+    assert (config["commit"] is not None) == (git.returncode == 0)
+
+
+def test_a_run_starts_on_a_machine_without_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    started(tmp_path / "a")
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["commit"] is None
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_stays_as_it_was(tmp_path):
+    started(tmp_path, row(1, 80.0))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(RunError, match="--resume") as error:
+        Run(tmp_path).start(OPTIONS, resume=False)
+    assert str(tmp_path) in str(error.value)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_run_resumes_with_equal_options_only_and_the_difference_is_told(tmp_path):
+    started(tmp_path)
+    Run(tmp_path).start(dict(OPTIONS), resume=True)
+    for key, value in (("lr", 0.1), ("max_rank", 20), ("amp", True), ("new", 1)):
+        with pytest.raises(RunError, match=f"{key} .* -> {value!r}"):
+            Run(tmp_path).start(OPTIONS | {key: value}, resume=True)
+    assert json.loads((tmp_path / "config.json").read_text())["options"] == OPTIONS
+
+
+def test_resuming_where_nothing_was_begun_begins(tmp_path):
+    run = Run(tmp_path / "new")
+    run.start(OPTIONS, resume=True)
+    assert (tmp_path / "new" / "config.json").exists()
+    assert run.load() is None
+
+
+def test_a_saved_state_comes_back_and_metrics_have_a_row_per_epoch(tmp_path):
+    run = started(tmp_path, row(1, 80.0), row(2, 81.5))
+    loaded = run.load()
+    assert torch.equal(loaded["model"]["S"], state(0, 0)["model"]["S"])
+    assert loaded["metrics"] == [row(1, 80.0), row(2, 81.5)]
+    table = read_metrics(tmp_path)
+    assert table["epoch"].tolist() == [1, 2]
+    assert table["validation_accuracy"].tolist() == [80.0, 81.5]
+    assert table["ranks"].tolist() == ["7", "7"]  # a name, not a number
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "config.json", "metrics.csv"]
+
+
+def test_a_checkpoint_that_fails_half_way_leaves_the_old_one(tmp_path):
+    run = started(tmp_path, row(1, 80.0))
+    before = run.checkpoint.read_bytes()
+    with pytest.raises((pickle.PicklingError, AttributeError)):
+        run.save(state(row(1, 80.0), row(2, 81.0)) | {"cannot be pickled": lambda: None})
+    assert run.checkpoint.read_bytes() == before
+    assert len(Run(tmp_path).load()["metrics"]) == 1
+    run.save(state(row(1, 80.0), row(2, 81.0)))
+    assert len(run.load()["metrics"]) == 2
+
+
+def test_the_checkpoint_is_never_ahead_of_the_metrics(tmp_path):
+    """Else a run broken off between the two files would lack a row for ever: no epoch is left to write it."""
+    run = started(tmp_path, row(1, 80.0))
+    (tmp_path / "metrics.csv.part").mkdir()  # metrics.csv cannot be written
+    with pytest.raises(OSError, match=r"metrics\.csv"):
+        run.save(state(row(1, 80.0), row(2, 81.0)))
+    assert len(run.load()["metrics"]) <= len(read_metrics(tmp_path))
+
+
+@pytest.mark.parametrize("keep", [0, 1, 4, 100, 0.5, 0.9, -1])
+def test_truncated_checkpoint_is_named(tmp_path, keep):
+    run = started(tmp_path, row(1, 80.0))
+    data = run.checkpoint.read_bytes()
+    run.checkpoint.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    with pytest.raises(RunError, match="damaged") as error:
+        run.load()
+    assert str(run.checkpoint) in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+class Trap:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def dump_plainly(state, path):
+    path.write_bytes(pickle.dumps(state, protocol=2))
+
+
+@pytest.mark.parametrize("dump", [torch.save, dump_plainly])
+def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path, dump):
+    path, trace = tmp_path / "checkpoint.pt", tmp_path / "trace"
+    dump({"model": Trap(trace), "metrics": []}, path)
+    with pytest.raises(RunError, match="not a checkpoint") as error:
+        load_checkpoint(path)
+    assert str(path) in str(error.value)
+    assert not trace.exists()
+
+
+def test_a_file_of_torch_that_is_no_checkpoint_is_refused(tmp_path):
+    torch.save(torch.zeros(2), tmp_path / "weights.pt")
+    with pytest.raises(RunError, match="not a checkpoint"):
+        load_checkpoint(tmp_path / "weights.pt")
+
+
+def test_the_most_accurate_epoch_on_the_validation_split_is_chosen():
+    assert chosen_epoch(pd.DataFrame([row(1, 90.0), row(2, 92.0), row(3, 91.0)])) == 1
+    assert chosen_epoch(pd.DataFrame([row(1, 93.0), row(2, 92.0), row(3, 91.0)])) == 0
+    assert chosen_epoch(pd.DataFrame([row(1, 90.0)])) == 0
+
+
+def test_only_epochs_at_the_final_tolerance_count():
+    rows = [row(1, 99.0, tau=0.05), row(2, 90.0), row(3, 92.0), row(4, 91.0)]
+    assert chosen_epoch(pd.DataFrame(rows)) == 2
+    assert chosen_epoch(pd.DataFrame(rows[:2])) == 1
+
+
+def test_ties_go_to_the_smaller_validation_loss():
+    rows = [row(1, 92.0, 0.5), row(2, 92.0, 0.3), row(3, 92.0, 0.4), row(4, 91.0, 0.1)]
+    assert chosen_epoch(pd.DataFrame(rows)) == 1
+
+
+def test_the_test_split_has_no_say():
+    rows = [row(1, 90.0, test=99.0), row(2, 92.0, test=10.0), row(3, 91.0, test=50.0)]
+    metrics = pd.DataFrame(rows)
+    assert chosen_epoch(metrics) == 1
+    assert chosen_epoch(metrics[["tau", "validation_accuracy", "validation_loss"]]) == 1
+
+
+def test_no_runs_are_an_error_that_names_the_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no runs") as error:
+        read_runs(tmp_path)
+    assert str(tmp_path) in str(error.value)
+    started(tmp_path / "begun")  # no epoch was completed
+    with pytest.raises(FileNotFoundError, match="no runs"):
+        read_runs(tmp_path)
+
+
+def test_many_runs_are_one_table_with_a_row_each(tmp_path):
+    started(tmp_path / "lenet5" / "a", row(1, 92.0, test=40.0), row(2, 90.0, test=60.0), seed=0)
+    rows = [row(1, 99.0, tau=0.0), row(2, 90.0), row(6, 91.0, test=70.0)]
+    started(tmp_path / "lenet5" / "b", *rows, name="b", seed=1)
+    table = read_runs(tmp_path)
+    assert table["run"].tolist() == ["lenet5/a", "lenet5/b"]
+    assert table["seed"].tolist() == [0, 1]
+    assert table["epoch"].tolist() == [1, 6]  # the chosen ones
+    assert table["test_accuracy"].tolist() == [40.0, 70.0]
+    assert table["last_test_accuracy"].tolist() == [60.0, 70.0]
+    assert table["epochs_done"].tolist() == [2, 3]
+    assert table["seconds_per_epoch"].tolist() == [1.5, 2.0]
+
+
+def test_metrics_stay_numbers_where_one_is_not_finite(tmp_path):
+    started(tmp_path, row(1, 92.0, 0.5), row(2, 10.0, float("nan")))
+    table = read_metrics(tmp_path)
+    assert pd.api.types.is_numeric_dtype(table["validation_loss"])
+    assert chosen_epoch(table) == 0
+
+
+def test_a_dense_run_has_no_ranks(tmp_path):
+    started(tmp_path, row(1, 92.0) | {"ranks": ""})
+    assert read_metrics(tmp_path)["ranks"].tolist() == [""]
