@@ -97,7 +97,12 @@ def training_parser(description: str, low_rank: bool, **defaults: Any) -> Parser
     )
     add("--device", type=device, default=here, help="where to train")
     add("--amp", action="store_true", help="bfloat16 autocast; factors and their algebra stay in float32")
-    add("--seed", type=COUNT, default=0, help="of initial weights, validation split and order")
+    add(
+        "--seed",
+        type=number(int, "[0, 4294967295]"),
+        default=0,
+        help="of initial weights, validation split and order",
+    )
     add("--name", help="of the run's folder; by default made of the settings and the seed")
     add("--output-dir", type=Path, help="where the run's folder goes; by default results/ beside the script")
     add("--resume", action="store_true", help="continue a run that broke off, after its last complete epoch")

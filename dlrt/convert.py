@@ -60,7 +60,7 @@ def _check(model: nn.Module, rank: int | float | None, skip: tuple[str, ...]) ->
 def _convert(dense: nn.Linear | nn.Conv2d, rank: int | float | None, tau: float | None) -> LowRankLayer:
     largest = min(dense.weight.flatten(1).shape)
     if isinstance(rank, float):
-        rank = math.ceil(rank * largest)
+        rank = math.ceil(rank * largest - 1e-9)  # 0.07 * 100 is a little more than 7
     return LOW_RANK_TYPES[type(dense)].from_dense(dense, None if rank is None else min(rank, largest), tau)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -64,20 +65,31 @@ class RecordedMap(torch.autograd.Function):
         b = layer.lift_adjoint(g, U) if of_x or not dense else None
         if dense:
             G = layer.right_product(x, g).mT
-            ctx.gradient.record_dense(G)
+            ctx.gradient.record(Contribution(dense=G))
             S_grad = U.mT @ G @ V
         else:
-            ctx.gradient.record(x, g, layer.left_product(g, a), layer.right_product(x, b))
+            GV, GtU = layer.left_product(g, a), layer.right_product(x, b)
+            ctx.gradient.record(Contribution(GV=GV, GtU=GtU, sample=(x, g)))
             S_grad = layer.left_product(b, a)
         x_grad = layer.project_adjoint(b, S, V, x) if of_x else None
         return x_grad, S_grad, layer.total(g) if of_bias else None, None
 
 
 def _dense_is_cheaper(layer: Maps, g: Tensor) -> bool:
-    """Whether G itself costs less than its products: a convolution of high rank with many positions."""
+    """Whether G itself costs less than its products: at high rank, with many more rows than columns."""
     (m, n), r = layer.shape, layer.rank
     rows = g.numel() // m
     return rows * m * n + 3 * m * n * r < 2 * rows * r * (m + n)
+
+
+@dataclass
+class Contribution:
+    """What one use of a layer in one backward pass adds: products and a sample (x, g), or a matrix."""
+
+    GV: Tensor | None = None
+    GtU: Tensor | None = None
+    dense: Tensor | None = None
+    sample: tuple[Tensor, Tensor] | None = None
 
 
 class Gradient:
@@ -88,13 +100,16 @@ class Gradient:
     backward pass. Further ones ask for x and g, which are kept until the step where keep_samples is set (the
     new block of the augmented integrator needs one). Only where it costs less than its products is G formed
     as a matrix.
+
+    It goes with S.grad: what a backward pass contributes counts once it has reached S.grad, so a gradient
+    for inputs alone (torch.autograd.grad) adds nothing; and it is forgotten when S.grad is reset to None.
     """
 
     def __init__(self, layer: Maps, keep_samples: bool) -> None:
         if layer.gradient is not None:
             layer.gradient.stop()
         self.layer, self.keep_samples = layer, keep_samples
-        self._hook = layer.S.register_post_accumulate_grad_hook(self._keep_S_grad)
+        self._hook = layer.S.register_post_accumulate_grad_hook(self._add_pending)
         layer.gradient = self
         self.clear()
 
@@ -104,6 +119,7 @@ class Gradient:
         self.layer.gradient = None
 
     def clear(self) -> None:
+        self._pending: list[tuple[int, Contribution]] = []
         self.samples: list[tuple[Tensor, Tensor]] = []
         self.GV: Tensor | None = None  # the products with the layer's own bases
         self.GtU: Tensor | None = None
@@ -115,22 +131,27 @@ class Gradient:
         return self.GV is None and self.dense is None
 
     def expect(self) -> None:
-        """Before a forward pass: what was recorded belongs to S.grad, and is stale if that was reset."""
-        if self.layer.S.grad is None:
+        """Before a forward pass: what was recorded is stale if S.grad was reset."""
+        recomputing = _backward_pass() != NO_BACKWARD_PASS  # activation checkpointing, in the midst of one
+        if self.layer.S.grad is None and not recomputing:
             self.clear()
 
-    def record(self, x: Tensor, g: Tensor, GV: Tensor, GtU: Tensor) -> None:
-        """Add one backward pass, by its products."""
-        self.GV = _sum(self.GV, GV.to(self.layer.S.dtype))
-        self.GtU = _sum(self.GtU, GtU.to(self.layer.S.dtype))
-        if self.keep_samples:
-            self.samples.append((x, g))
+    def record(self, contribution: Contribution) -> None:
+        """Keep a contribution until the backward pass that made it has reached S.grad."""
+        self._pending.append((_backward_pass(), contribution))
 
-    def record_dense(self, G: Tensor) -> None:
-        """Add one backward pass, by its matrix."""
-        self.dense = _sum(self.dense, G.to(self.layer.S.dtype))
-
-    def _keep_S_grad(self, S: Tensor) -> None:
+    def _add_pending(self, S: Tensor) -> None:
+        dtype = S.dtype
+        for made_by, new in self._pending:
+            if made_by != _backward_pass():
+                continue
+            if new.dense is not None:
+                self.dense = _sum(self.dense, new.dense.to(dtype))
+                continue
+            self.GV, self.GtU = _sum(self.GV, new.GV.to(dtype)), _sum(self.GtU, new.GtU.to(dtype))
+            if self.keep_samples:
+                self.samples.append(new.sample)
+        self._pending.clear()
         self._S_grad = S.grad.clone()
 
     @property
@@ -140,16 +161,25 @@ class Gradient:
         Gradient clipping and the unscaling of a GradScaler reach S.grad, but not what is recorded here.
         """
         was, now = self._S_grad.flatten(), self.layer.S.grad.flatten()
-        return torch.where(was.any(), (was @ now) / (was @ was), 1)
+        largest = was.abs().amax()  # the squares of a small gradient would underflow
+        was, now = was / largest, now / largest
+        return torch.where(largest > 0, (was @ now) / (was @ was), 1)
 
     def __matmul__(self, V: Tensor) -> Tensor:
         layer = self.layer
         product = None if self.dense is None else self.dense @ V
         if V is layer.V:
             return _sum(product, self.GV)
+        self._require_samples()
         for x, g in self.samples:
             product = _sum(product, layer.left_product(g, layer.project(x, V.to(x.dtype))).to(V.dtype))
         return product
+
+    def _require_samples(self) -> None:
+        if self.GV is not None and not self.samples:
+            raise RuntimeError(
+                "products with other bases need the samples: make it Gradient(layer, keep_samples=True)"
+            )
 
     @property
     def T(self) -> Transposed:
@@ -182,9 +212,18 @@ class Transposed:
         product = None if G.dense is None else G.dense.mT @ U
         if U is layer.U:
             return _sum(product, G.GtU)
+        G._require_samples()
         for x, g in G.samples:
             product = _sum(product, layer.right_product(x, layer.lift_adjoint(g, U.to(g.dtype))).to(U.dtype))
         return product
+
+
+NO_BACKWARD_PASS = -1
+
+
+def _backward_pass() -> int:
+    """A number for the backward pass in which this is called, asked for as torch's checkpointing does."""
+    return torch._C._current_graph_task_id()
 
 
 def _sum(total: Tensor | None, term: Tensor | None) -> Tensor | None:

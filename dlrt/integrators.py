@@ -1,7 +1,7 @@
 """One step of a low-rank integrator for Y' = F on the manifold of rank-r matrices, Y = U S Vᵀ.
 
 F (m, n) is used only through the products F @ V and F.T @ U, so it may be a matrix (for data, h = 1 and the
-increment A(t + h) - A(t)) or an operator (for a layer, the negative gradient, see `layers.Gradient`). Every
+increment A(t + h) - A(t)) or an operator (for a layer, the negative gradient, see `gradient.Gradient`). Every
 function takes Y at t and gives Y1 at t + h; Koch & Lubich 2007 is the flow that all of them approximate.
 """
 
@@ -47,7 +47,8 @@ def augmented_bug(
     only.
     """
     U1, V1, D = augment(Y, F)
-    return recompress(Y, U1, V1, pad_like(Y.S, D) + h * D, tau, min_rank, max_rank)[0]
+    S_hat = pad_like(Y.S, D) + h * D
+    return recompress((Y.U, U1), S_hat, (Y.V, V1), tau, min_rank, max_rank)[0]
 
 
 def parallel_bug(
@@ -63,7 +64,8 @@ def parallel_bug(
     It is the truncated projected Euler step T(Y + h P_Y F), P_Y F = U Uᵀ F + F V Vᵀ - U Uᵀ F V Vᵀ.
     """
     U1, V1, D = augment(Y, F, new_block=False)
-    return recompress(Y, U1, V1, pad_like(Y.S, D) + h * D, tau, min_rank, max_rank)[0]
+    S_hat = pad_like(Y.S, D) + h * D
+    return recompress((Y.U, U1), S_hat, (Y.V, V1), tau, min_rank, max_rank)[0]
 
 
 def projector_splitting(Y: LowRank, F: Operator, h: float = 1.0, adjoint: bool = False) -> LowRank:
@@ -111,11 +113,16 @@ def augment(
 
 
 def recompress(
-    Y: LowRank, U1: Tensor, V1: Tensor, S_hat: Tensor, tau: float | None, min_rank: int, max_rank: int | None
+    U_hat: tuple[Tensor, ...],
+    S_hat: Tensor,
+    V_hat: tuple[Tensor, ...],
+    tau: float | None,
+    min_rank: int,
+    max_rank: int | None,
 ) -> tuple[LowRank, Tensor, Tensor]:
-    """[U U1] Ŝ [V V1]ᵀ truncated, and the P, Q of its bases Û P, V̂ Q."""
+    """Û Ŝ V̂ᵀ truncated, for bases given in blocks of columns, and the P, Q of its new bases Û P, V̂ Q."""
     P, sigma, Q = truncated_svd(S_hat, tau, min_rank, max_rank)
-    return LowRank(rotate(P, Y.U, U1), sigma.diag(), rotate(Q, Y.V, V1)), P, Q
+    return LowRank(rotate(P, *U_hat), sigma.diag(), rotate(Q, *V_hat)), P, Q
 
 
 def pad_like(S: Tensor, D: Tensor) -> Tensor:

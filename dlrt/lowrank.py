@@ -76,6 +76,12 @@ def svd(S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return tuple(factor.to(S.dtype) for factor in torch.linalg.svd(S.double(), full_matrices=False))
 
 
+def check_rank_bounds(min_rank: int, max_rank: int | None) -> None:
+    """Raise ValueError unless some rank satisfies both bounds (max_rank = None is no bound)."""
+    if min_rank < 1 or (max_rank is not None and max_rank < min_rank):
+        raise ValueError(f"ranks must satisfy 1 ≤ min_rank ≤ max_rank, got {min_rank} and {max_rank}")
+
+
 def truncated_svd(
     S: Tensor, tau: float | None = None, min_rank: int = 1, max_rank: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,8 +91,7 @@ def truncated_svd(
     raised to min_rank and cut to max_rank; tau = None keeps every value. Schotthöfer et al. 2022, section 4.
     """
     check_tolerance(tau)
-    if min_rank < 1 or (max_rank is not None and max_rank < min_rank):
-        raise ValueError(f"ranks must satisfy 1 ≤ min_rank ≤ max_rank, got {min_rank} and {max_rank}")
+    check_rank_bounds(min_rank, max_rank)
     P, sigma, Qh = svd(S)
     rank = len(sigma)
     if tau is not None:
@@ -109,20 +114,21 @@ def truncate(Y: LowRank, tau: float | None = None, min_rank: int = 1, max_rank: 
 def complement(U: Tensor, A: Tensor) -> Tensor:
     """U1 (m, p), p = min(r, m - k), such that [U U1] is orthonormal and spans A, for U (m, k), A (m, r).
 
-    U is orthonormal already, so only A is factorised: block Gram-Schmidt against U and a Cholesky QR, both twice,
-    all of it matrix products (Yamamoto et al. 2015), which pays where columns are long. It needs a Gram matrix
-    that rounding leaves definite. Where A adds fewer than p directions, or some hardly, Householder's QR of [U A]
-    does it, which adds arbitrary ones.
+    U is orthonormal already, so only A is factorised: block Gram-Schmidt against U and a Cholesky QR, both
+    twice, all of it matrix products (Yamamoto et al. 2015), which pays where columns are long. It needs a
+    Gram matrix that rounding leaves definite. Where A adds fewer than p directions, or some hardly,
+    Householder's QR of [U A] does it, which adds arbitrary ones.
     """
     if 4 * A.shape[1] < len(A):
         B = A.mT  # vectors as rows: all bases here have contiguous columns, which products like best
+        identity = torch.eye(len(B), dtype=B.dtype, device=B.device)
         for _ in range(2):
             B = torch.addmm(B, B @ U, U.mT, alpha=-1)
             gram = B @ B.mT
             L, failed = torch.linalg.cholesky_ex(gram)
             if failed:
                 break
-            B = torch.linalg.inv(L) @ B
+            B = torch.linalg.solve_triangular(L, identity, upper=False) @ B
         else:
             if torch.linalg.vector_norm(gram.diagonal() - 1) < 0.5:  # then the second pass has finished it
                 return B.mT

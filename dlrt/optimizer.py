@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dlrt.gradient import Gradient
 from dlrt.integrators import augment, move_bases, pad_like, recompress
 from dlrt.layers import LowRankLayer, replace_data
-from dlrt.lowrank import LowRank, check_tolerance
+from dlrt.lowrank import check_rank_bounds, check_tolerance
 
 INTEGRATORS = ("augmented", "parallel", "bug")
 LINEAR_STATE = {"momentum_buffer", "exp_avg", "grad_avg", "ax"}  # averages of gradients or of S
@@ -49,19 +49,18 @@ class DLRT(torch.optim.Optimizer):
         if integrator not in INTEGRATORS:
             raise ValueError(f"integrator must be one of {', '.join(INTEGRATORS)}, got {integrator!r}")
         check_tolerance(tau)
-        if min_rank < 1 or (max_rank is not None and max_rank < min_rank):
-            raise ValueError(f"ranks must satisfy 1 ≤ min_rank ≤ max_rank, got {min_rank} and {max_rank}")
+        check_rank_bounds(min_rank, max_rank)
         _check_state_names(optimizer_class, inner)
         self.tau, self.integrator, self.min_rank, self.max_rank = tau, integrator, min_rank, max_rank
         self.names = {
             module: name for name, module in model.named_modules() if isinstance(module, LowRankLayer)
         }
-        for layer in self.names:
-            if layer.S.requires_grad:
-                Gradient(layer, keep_samples=integrator == "augmented")
         self.inner = optimizer_class([p for p in model.parameters() if p.requires_grad], **inner)
         super().__init__(self.inner.param_groups, self.inner.defaults)
         self._share_state()
+        for layer in self.names:
+            if layer.S.requires_grad:
+                Gradient(layer, keep_samples=integrator == "augmented")
 
     def _share_state(self) -> None:
         self.param_groups, self.state = self.inner.param_groups, self.inner.state
@@ -70,8 +69,8 @@ class DLRT(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """One step of the integrator; gives the closure's loss, if there is a closure.
 
-        RuntimeError where a layer has a gradient but nothing recorded, FloatingPointError where one is not
-        finite; in both cases nothing has moved.
+        RuntimeError where a layer has a gradient but recorded nothing, FloatingPointError where one is not
+        finite. Nothing has moved then, unless it is the second evaluation of "bug", for which the bases have.
         """
         if self.integrator == "bug" and closure is None and self._recording:
             raise RuntimeError(
@@ -85,8 +84,10 @@ class DLRT(torch.optim.Optimizer):
         if self.integrator == "bug" and layers:
             for layer in layers:
                 self._move_bases(layer)
+            self.zero_grad()  # those gradients belong to other weights
             with torch.enable_grad():
                 closure()
+            self._check_finite(layers)
             self.inner.step()
         else:
             directions = [self._augment(layer) for layer in layers]
@@ -105,6 +106,11 @@ class DLRT(torch.optim.Optimizer):
             layer.S.grad = None
             layer.gradient.clear()
 
+    def __getstate__(self) -> None:
+        raise TypeError(
+            "a DLRT belongs to its model: copy the model, make a new DLRT and load its state_dict"
+        )
+
     def freeze_bases(self) -> None:
         """From now on train S and the rest only: U and V stay, and the layers record nothing."""
         for layer in self._recording:
@@ -122,20 +128,30 @@ class DLRT(torch.optim.Optimizer):
                     f"{self.names[layer]} has a gradient but recorded nothing (in eval mode no layer does): "
                     "call model.train() before it, or freeze_bases() to train S only"
                 )
-            if not layer.S.grad.isfinite().all():
-                raise FloatingPointError(f"the gradient of {self.names[layer]} is not finite")
+        self._check_finite(layers)
         return layers
 
+    def _check_finite(self, layers: list[LowRankLayer]) -> None:
+        for layer in layers:
+            if not layer.S.grad.isfinite().all():
+                raise FloatingPointError(f"the gradient of {self.names[layer]} is not finite")
+
     def _augment(self, layer: LowRankLayer) -> tuple[Tensor, Tensor]:
-        """K- and L-step: directions to add to the bases; S and its gradient as they read in larger bases."""
-        S, G = layer.S, layer.gradient
+        """K- and L-step: directions to add to the bases; S and its gradient as they read in larger bases.
+
+        The integrators add h F; here F = -G, and the minus sign is the inner optimizer's.
+        """
+        S, G, state = layer.S, layer.gradient, self.state.get(layer.S, {})
+        matrices = [value for value in state.values() if isinstance(value, Tensor) and value.dim() == 2]
+        if any(value.shape != S.shape for value in matrices):
+            raise RuntimeError(
+                f"{self.names[layer]} has a new rank: load the optimizer's state with the model's"
+            )
         U1, V1, D = augment(layer.factors, G, self.integrator == "augmented", old_block=S.grad)
         D = G.scale * D
-        D[: len(S), : len(S)] = (
-            S.grad
-        )  # scaled already, and with the gradient of a penalty on S, if there is one
+        D[: len(S), : len(S)] = S.grad  # scaled already, and with the gradient of a penalty on S, if any
         identity = torch.eye(max(D.shape), device=D.device, dtype=D.dtype)[: len(S)]
-        change_basis(self.state.get(S, {}), identity[:, : D.shape[0]], identity[:, : D.shape[1]])
+        change_basis(state, identity[:, : D.shape[0]], identity[:, : D.shape[1]])
         replace_data(S, pad_like(S, D))
         S.grad = D
         return U1, V1
@@ -143,26 +159,22 @@ class DLRT(torch.optim.Optimizer):
     def _truncate(self, layer: LowRankLayer, U1: Tensor, V1: Tensor) -> None:
         min_rank = min(self.min_rank, *layer.shape)
         max_rank = None if self.max_rank is None else max(min_rank, self.max_rank)
-        Y = LowRank(layer.U, layer.S[: layer.U.shape[1], : layer.V.shape[1]], layer.V)
-        layer.factors, P, Q = recompress(Y, U1, V1, layer.S, self.tau, min_rank, max_rank)
+        bases = (layer.U, U1), layer.S, (layer.V, V1)
+        layer.factors, P, Q = recompress(*bases, self.tau, min_rank, max_rank)
         change_basis(self.state.get(layer.S, {}), P, Q)
 
     def _move_bases(self, layer: LowRankLayer) -> None:
         """K- and L-step of the unconventional integrator, with plain gradient steps of size lr."""
         Y, G = layer.factors, layer.gradient
-        h = -self._learning_rate(layer.S) * G.scale
-        Y1 = move_bases(Y, G @ Y.V, G.T @ Y.U, h)
+        Y1 = move_bases(Y, G @ Y.V, G.T @ Y.U, -self._learning_rate(layer.S) * G.scale)
+        P, Q = Y.U.mT @ Y1.U, Y.V.mT @ Y1.V  # before the layer's parameters, which Y holds, move
         layer.factors = Y1
-        change_basis(self.state.get(layer.S, {}), Y.U.mT @ Y1.U, Y.V.mT @ Y1.V)
+        change_basis(self.state.get(layer.S, {}), P, Q)
 
     def _learning_rate(self, parameter: Tensor) -> float | Tensor:
         return next(
             group["lr"] for group in self.param_groups if any(p is parameter for p in group["params"])
         )
-
-    def add_param_group(self, param_group: dict) -> None:
-        """As in torch; the group is the inner optimizer's."""
-        super().add_param_group(param_group)
 
     def state_dict(self) -> dict:
         """The inner optimizer's state, tau and the ranks in which the state of S is written."""
@@ -186,15 +198,22 @@ class DLRT(torch.optim.Optimizer):
 def change_basis(state: dict, P: Tensor, Q: Tensor) -> None:
     """Write an inner optimizer's state for S in the bases U P and V Q, for P (k, k1) and Q (l, l1).
 
-    An average M of gradients becomes Pᵀ M Q, as S itself; one of squares (P∘P)ᵀ M (Q∘Q), exact for entries
-    without correlation. Either way augmentation pads with zeros, and exchanging or mirroring basis vectors is
-    exact.
+    An average M of gradients becomes Pᵀ M Q, as S itself. An average of squares becomes (P∘P)ᵀ M (Q∘Q),
+    which is exact for entries without mean and correlation; where the mean is known (centred RMSprop), its
+    square is set aside before. Either way augmentation pads with zeros, and exchanging or mirroring basis
+    vectors is exact. In Adam a direction without a past moves by up to (1 - beta1) / sqrt(1 - beta2) lr at
+    once, 3.2 lr by default.
     """
+    mean = state.get("grad_avg")
+    for name, value in state.items():
+        if name in SQUARED_STATE:
+            variance = value if mean is None else value - mean.square()
+            state[name] = P.square().mT @ variance @ Q.square()
     for name, value in state.items():
         if name in LINEAR_STATE and value is not None:
             state[name] = P.mT @ value @ Q
-        elif name in SQUARED_STATE:
-            state[name] = P.square().mT @ value @ Q.square()
+    if mean is not None:
+        state["square_avg"] += state["grad_avg"].square()
 
 
 def _check_state_names(optimizer_class: type[torch.optim.Optimizer], inner: dict) -> None:
@@ -204,7 +223,7 @@ def _check_state_names(optimizer_class: type[torch.optim.Optimizer], inner: dict
     optimizer = optimizer_class([probe], **inner)
     try:
         optimizer.step()
-    except TypeError as error:  # LBFGS: step() needs a closure
+    except (TypeError, RuntimeError) as error:  # LBFGS needs a closure, SparseAdam sparse gradients
         raise ValueError(f"{optimizer_class.__name__} cannot be the inner optimizer: {error}") from error
     matrices = {
         name

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from test_layers import low_rank, pairs
 from torch import nn
 
@@ -131,3 +132,49 @@ def test_scale_is_what_happened_to_the_gradient_after_the_backward_pass():
     layer.S.grad = None
     layer(torch.zeros(5, 6)).sum().backward()
     assert G.scale == 1
+
+
+def test_a_tiny_gradient_has_a_scale_too():
+    layer = LowRankLinear(6, 4, 2).float()
+    G = Gradient(layer, keep_samples=True)
+    (1e-25 * layer(torch.randn(5, 6).float()).sum()).backward()
+    assert torch.isclose(G.scale, torch.tensor(1.0, dtype=torch.float32))
+
+
+def test_gradients_for_inputs_alone_add_nothing():
+    """An adversarial example or a saliency map between backward and step."""
+    layer = LowRankLinear(6, 4, 2)
+    G = Gradient(layer, keep_samples=True)
+    layer(torch.randn(5, 6)).sin().sum().backward()
+    before = G @ layer.V
+    z = torch.randn(3, 6, requires_grad=True)
+    torch.autograd.grad(layer(z).sin().sum(), z)
+    assert torch.equal(G @ layer.V, before)
+    assert len(G.samples) == 1
+
+
+def test_activation_checkpointing_changes_nothing():
+    x = torch.randn(3, 5)
+    products = []
+    for checkpointed in (False, True):
+        torch.manual_seed(1)
+        layer = LowRankLinear(5, 5, 2)
+        G = Gradient(layer, keep_samples=True)
+
+        def twice(x, layer=layer):
+            return layer(layer(x).tanh()).sin().sum()
+
+        loss = torch.utils.checkpoint.checkpoint(twice, x, use_reentrant=False) if checkpointed else twice(x)
+        loss.backward()
+        products.append(G @ layer.V)
+    assert close(*products)
+
+
+def test_products_that_were_not_kept_are_refused():
+    layer = LowRankLinear(6, 4, 2)
+    G = Gradient(layer, keep_samples=False)
+    layer(torch.randn(5, 6)).sum().backward()
+    with pytest.raises(RuntimeError, match="keep_samples=True"):
+        G @ torch.randn(6, 2)
+    with pytest.raises(RuntimeError, match="keep_samples=True"):
+        G.T @ torch.randn(4, 2)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dlrt import LowRankConv2d, LowRankLinear
+from dlrt.gradient import Gradient
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -107,6 +108,8 @@ def test_a_state_of_another_shape_is_refused():
 
 def test_copies_and_pickles_compute_the_same_and_record_nothing():
     layer, x = LowRankConv2d(2, 6, 3, rank=4, padding=1), torch.randn(2, 2, 5, 5)
+    Gradient(layer, keep_samples=True)
+    layer(x).sum().backward()
     file = io.BytesIO()
     torch.save(layer, file)
     file.seek(0)

@@ -31,11 +31,24 @@ def low_rank_layers(model):
 
 def train(model, optimizer, batches):
     for x, y in batches:
+        if getattr(optimizer, "integrator", None) == "bug":
+            loss = optimizer.step(closure_of(model, optimizer, x, y))
+            continue
         optimizer.zero_grad()
         loss = cross_entropy(model(x), y)  # stays alive into the next forward pass, as in everybody's loop
         loss.backward()
         optimizer.step()
     return loss
+
+
+def closure_of(model, optimizer, x, y):
+    def closure():
+        optimizer.zero_grad()
+        loss = cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    return closure
 
 
 def dense_gradients(model, x, y):
@@ -71,60 +84,40 @@ def test_full_rank_momentum_is_the_dense_momentum_of_a_square_layer():
     assert (model[1].weight - dense[1].weight).norm() <= 1e-10 * dense[1].weight.norm()
 
 
-def test_full_rank_bug_step_is_the_sgd_step_at_the_new_bases():
-    """At full rank the bases span everything, so BUG's second gradient is taken at the same weights."""
-    dense = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
-    model = dlrt.to_low_rank(copy.deepcopy(dense))
-    x, y = batch()
-    optimizer = DLRT(model, torch.optim.SGD, lr=0.2, integrator="bug")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = cross_entropy(model(x), y)
-        loss.backward()
-        return loss
-
-    with torch.no_grad():
-        before = model[1].U @ model[1].U.mT
-    optimizer.step(closure)
-    train(dense, torch.optim.SGD(dense.parameters(), lr=0.2), [(x, y)])
-    assert torch.allclose(before, torch.eye(4), atol=1e-13)
-    P = model[1].V @ model[1].V.mT  # V spans L1 = Wᵀ - h Gᵀ, the row space of the SGD step
-    assert torch.allclose(dense[1].weight @ P, dense[1].weight, atol=1e-12)
+def factors_of(model):
+    return [LowRank(*(T.detach().clone() for T in (L.U, L.S, L.V))) for L in low_rank_layers(model)]
 
 
-@pytest.mark.parametrize("integrator", ["augmented", "parallel", "bug"])
+@pytest.mark.parametrize("integrator", ["augmented", "parallel"])
 def test_one_step_with_sgd_is_one_step_of_the_integrator(integrator):
     model = dlrt.to_low_rank(network(), rank=3, skip=["5"])
     x, y = batch()
     h, tau = 0.3, 0.05
-    optimizer = DLRT(model, torch.optim.SGD, lr=h, tau=tau, min_rank=1, integrator=integrator)
-    before = [LowRank(*(T.detach().clone() for T in (L.U, L.S, L.V))) for L in low_rank_layers(model)]
-    gradients = dense_gradients(model, x, y)
-
-    def closure():
-        optimizer.zero_grad()
-        loss = cross_entropy(model(x), y)
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    if (
-        integrator == "bug"
-    ):  # K- and L-step as the integrator's; S-step with the gradient at the projected weights
-        moved = [
-            integrators.move_bases(Y, -G @ Y.V, -G.mT @ Y.U, h)
-            for Y, G in zip(before, gradients, strict=False)
-        ]
-        for layer, Y1 in zip(low_rank_layers(model), moved, strict=True):
-            assert torch.allclose(layer.U @ layer.U.mT, Y1.U @ Y1.U.mT, atol=1e-12)
-            assert torch.allclose(layer.V @ layer.V.mT, Y1.V @ Y1.V.mT, atol=1e-12)
-        return
+    before, gradients = factors_of(model), dense_gradients(model, x, y)
+    train(model, DLRT(model, torch.optim.SGD, lr=h, tau=tau, min_rank=1, integrator=integrator), [(x, y)])
     step = getattr(integrators, f"{integrator}_bug")
     for layer, Y, G in zip(low_rank_layers(model), before, gradients, strict=False):
         expected = step(Y, -G, h, tau)
         assert layer.rank == expected.rank
         assert (layer.weight.flatten(1) - expected.dense()).norm() <= 1e-10 * expected.dense().norm()
+
+
+def test_one_step_of_bug_takes_its_s_step_at_the_projected_weights():
+    model = dlrt.to_low_rank(network(), rank=3, skip=["5"])
+    projected = copy.deepcopy(model)
+    x, y = batch()
+    h = 0.3
+    moved = [
+        integrators.move_bases(Y, -G @ Y.V, -G.mT @ Y.U, h)
+        for Y, G in zip(factors_of(model), dense_gradients(model, x, y), strict=False)
+    ]
+    for layer, Y1 in zip(low_rank_layers(projected), moved, strict=True):
+        layer.factors = Y1
+    train(model, DLRT(model, torch.optim.SGD, lr=h, integrator="bug"), [(x, y)])
+    gradients = dense_gradients(projected, x, y)
+    for layer, Y1, G in zip(low_rank_layers(model), moved, gradients, strict=False):
+        expected = Y1.dense() - h * Y1.U @ (Y1.U.mT @ G @ Y1.V) @ Y1.V.mT
+        assert (layer.weight.flatten(1) - expected).norm() <= 1e-10 * expected.norm()
 
 
 def test_gradient_accumulation_is_the_step_of_the_joined_batch():
@@ -212,10 +205,12 @@ def trajectories(inner, options, rotations_of, steps=4, integrator="augmented"):
         yield zip(*map(low_rank_layers, models), strict=True)
 
 
-def test_with_momentum_the_trajectory_does_not_depend_on_the_bases():
+@pytest.mark.parametrize("integrator", ["augmented", "parallel", "bug"])
+def test_with_momentum_the_trajectory_does_not_depend_on_the_bases(integrator):
     generator = torch.Generator().manual_seed(0)
     options = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-3}
-    for layers in trajectories(torch.optim.SGD, options, lambda model: random_rotations(model, generator)):
+    exchanges = (torch.optim.SGD, options, lambda model: random_rotations(model, generator))
+    for layers in trajectories(*exchanges, integrator=integrator):
         for one, other in layers:
             assert one.rank == other.rank
             assert torch.allclose(one.weight, other.weight, atol=1e-10)
@@ -433,3 +428,68 @@ def test_convolutions_move_as_linear_layers_on_patches_do():
         optimizer.step()
     assert conv.rank == linear.rank
     assert torch.allclose(conv.weight.flatten(1), linear.weight, atol=1e-12)
+
+
+def test_momentum_of_bug_is_projected_onto_the_new_bases():
+    layer = LowRankLinear(7, 6, 2, bias=False)
+    optimizer = DLRT(layer, torch.optim.SGD, lr=0.05, momentum=0.9, integrator="bug")
+    x, target = torch.randn(8, 7), torch.randn(8, 6)
+    gradients = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (layer(x) - target).square().sum()
+        loss.backward()
+        gradients.append(layer.S.grad.clone())
+        return loss
+
+    optimizer.step(closure)
+    M, U, V = (T.detach().clone() for T in (optimizer.state[layer.S]["momentum_buffer"], layer.U, layer.V))
+    optimizer.step(closure)
+    projected = layer.U.mT @ U @ M @ V.mT @ layer.V
+    assert not torch.allclose(projected, M, rtol=1e-2)  # the bases did turn
+    expected = 0.9 * projected + gradients[-1]
+    assert torch.allclose(optimizer.state[layer.S]["momentum_buffer"], expected, atol=1e-11)
+
+
+def test_centred_rmsprop_stays_finite_while_the_bases_turn():
+    torch.manual_seed(0)
+    model = nn.Sequential(LowRankLinear(20, 15, 7), nn.Tanh(), LowRankLinear(15, 4, 2))
+    optimizer = DLRT(model, torch.optim.RMSprop, lr=1e-3, centered=True, tau=0.05)
+    losses = [
+        train(model, optimizer, [(torch.randn(64, 20), torch.arange(64) % 4)]).item() for _ in range(100)
+    ]
+    assert all(loss == loss for loss in losses)
+
+
+def test_a_compiled_network_trains_while_its_ranks_move():
+    model = dlrt.to_low_rank(network(), rank=4, skip=["5"])
+    other = copy.deepcopy(model)
+    data = [batch() for _ in range(5)]
+    for net, forward in ((model, model), (other, torch.compile(other, backend="eager"))):
+        train(forward, DLRT(net, torch.optim.SGD, lr=0.2, tau=0.2), data)
+    for one, two in zip(*map(low_rank_layers, (model, other)), strict=True):
+        assert one.rank == two.rank
+        assert torch.allclose(one.weight, two.weight, atol=1e-12)
+
+
+def test_weights_of_another_rank_without_their_optimizer_state_are_refused():
+    model = dlrt.to_low_rank(network(), rank=4, skip=["5"])
+    optimizer = DLRT(model, torch.optim.SGD, lr=0.1, momentum=0.9, tau=0.0, min_rank=1)
+    best = copy.deepcopy(model.state_dict())
+    train(model, optimizer, [batch()])
+    model.load_state_dict(best)
+    with pytest.raises(RuntimeError, match="0 has a new rank: load the optimizer's state"):
+        train(model, optimizer, [batch()])
+
+
+def test_a_copy_of_the_optimizer_alone_is_refused():
+    with pytest.raises(TypeError, match="belongs to its model"):
+        copy.deepcopy(DLRT(dlrt.to_low_rank(network()), torch.optim.SGD, lr=0.1))
+
+
+def test_a_refused_optimizer_leaves_the_layers_alone():
+    model = dlrt.to_low_rank(network(), rank=4)
+    with pytest.raises(ValueError, match="learning rate"):
+        DLRT(model, torch.optim.SGD, lr=-1.0)
+    assert all(layer.gradient is None for layer in low_rank_layers(model))
