@@ -119,6 +119,7 @@ def complement(U: Tensor, A: Tensor) -> Tensor:
     Gram matrix that rounding leaves definite. Where A adds fewer than p directions, or some hardly,
     Householder's QR of [U A] does it, which adds arbitrary ones.
     """
+    A = A[:, : len(U) - U.shape[1]]  # as many directions as there are outside U complete it, whatever A is
     if 4 * A.shape[1] < len(A):
         B = A.mT  # vectors as rows: all bases here have contiguous columns, which products like best
         identity = torch.eye(len(B), dtype=B.dtype, device=B.device)

@@ -247,6 +247,9 @@ INNER = [
     (torch.optim.RMSprop, {"momentum": 0.9, "centered": True}),
     (torch.optim.Adagrad, {}),
     (torch.optim.Adadelta, {}),
+    (torch.optim.NAdam, {}),
+    (torch.optim.RAdam, {}),
+    (torch.optim.ASGD, {}),
 ]
 
 
