@@ -16,7 +16,7 @@ from dlrt.runs import load_checkpoint, read_metrics
 SCRIPT = cli.ROOT / "mnist" / "lenet5_mnist.py"
 OFFLINE = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")  # nobody listens there
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", **OFFLINE}
-TRAINING = ["--dataset", "digits", "--epochs", "3", "--batch-size", "32", "--seed", "1", "--device", "cpu"]
+TRAINING = ["--dataset", "digits", "--epochs", "3", "--batch-size", "16", "--seed", "1", "--device", "cpu"]
 TRAINING += ["--tau-warmup", "2"]
 
 
@@ -31,8 +31,8 @@ def call(folder, *arguments):
     )
 
 
-def call_and_signal(folder, signal_number, run, *arguments):
-    """Run the script and send it a signal once its first epoch is on disk; its exit code and stderr."""
+def call_and_signal(folder, signal_number, awaited, *arguments):
+    """Run the script and send it a signal once a file is on disk; its exit code and stderr."""
     with subprocess.Popen(
         command(*arguments),
         cwd=folder,
@@ -44,9 +44,9 @@ def call_and_signal(folder, signal_number, run, *arguments):
     ) as process:
         try:
             end = time.monotonic() + 60
-            while not (run / "checkpoint.pt").exists() and process.poll() is None and time.monotonic() < end:
+            while not awaited.exists() and process.poll() is None and time.monotonic() < end:
                 time.sleep(0.01)
-            time.sleep(0.1)  # into the second epoch
+            time.sleep(0.1)  # into the epoch that follows
             process.send_signal(signal_number)
             _, stderr = process.communicate(timeout=60)
         finally:
@@ -86,7 +86,8 @@ IMPOSSIBLE = [
     (["--min-rank", "5", "--max-rank", "3"], ["--max-rank must be at least --min-rank", "3 < 5"]),
     (["--tau-warmup", "50", "--epochs", "3"], ["--tau-warmup must be at most --epochs", "50 > 3"]),
     (["--finetune-epochs", "-1"], ["--finetune-epochs", "[0, inf)", "got -1"]),
-    (["--seed", "-1"], ["--seed", "[0, inf)", "got -1"]),
+    (["--seed", "-1"], ["--seed", "[0, 4294967295]", "got -1"]),
+    (["--seed", "9999999999"], ["--seed", "[0, 4294967295]", "got 9999999999"]),
     (["--device", "nonsense"], ["--device", "nonsense cannot be used here", "cpu always can"]),
     (["--optimizer", "foo"], ["--optimizer", "foo", *cli.OPTIMIZERS]),
     (["--integrator", "foo"], ["--integrator", "foo", *cli.INTEGRATORS]),
@@ -182,12 +183,14 @@ def test_a_second_run_into_the_same_folder_is_refused(finished):
     assert {path: path.read_bytes() for path in run.iterdir()} == before
 
 
-def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(finished, tmp_path):
+@pytest.mark.parametrize(("after", "epochs_done"), [("config.json", 0), ("checkpoint.pt", 1)])
+def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(after, epochs_done, finished, tmp_path):
     run = tmp_path / "results" / "a"
     arguments = [*TRAINING, "--output-dir", tmp_path / "results", "--name", "a"]
-    code, _ = call_and_signal(tmp_path, signal.SIGKILL, run, *arguments)
+    code, _ = call_and_signal(tmp_path, signal.SIGKILL, run / after, *arguments)
     assert code == -signal.SIGKILL
-    assert len(load_checkpoint(run / "checkpoint.pt")["metrics"]) < 3
+    checkpoint = run / "checkpoint.pt"
+    assert (len(load_checkpoint(checkpoint)["metrics"]) if checkpoint.exists() else 0) == epochs_done
     done = call(tmp_path, *arguments, "--resume")
     assert done.returncode == 0, done.stderr
     straight = load_checkpoint(finished[0] / "results" / "a" / "checkpoint.pt")
@@ -201,7 +204,7 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(finished, t
 
 def test_ctrl_c_ends_with_130_and_says_how_to_continue(tmp_path):
     arguments = [*TRAINING, "--epochs", "100", "--output-dir", tmp_path, "--name", "a"]
-    code, err = call_and_signal(tmp_path, signal.SIGINT, tmp_path / "a", *arguments)
+    code, err = call_and_signal(tmp_path, signal.SIGINT, tmp_path / "a" / "checkpoint.pt", *arguments)
     assert code == 130
     assert "--resume" in err
     assert "Traceback" not in err
@@ -228,3 +231,8 @@ def test_a_missing_data_set_costs_one_line(without_data):
 def test_a_missing_data_set_leaves_no_run_that_would_be_in_the_way_later(without_data):
     folder, _ = without_data
     assert list(folder.glob("results/**/config.json")) == []
+
+
+def test_the_tolerance_rises_over_half_of_the_epochs_unless_told_otherwise():
+    assert parse("--epochs", "7").tau_warmup == 3.5
+    assert parse("--tau-warmup", "0").tau_warmup == 0
