@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from dlrt import DLRT, LowRankConv2d, LowRankLinear
+from dlrt import DLRT, LowRankConv2d, LowRankLinear, compression
 from dlrt.models import MLP, LeNet5
 
 
@@ -72,24 +72,26 @@ def flops(function: Callable) -> int:
 
 
 def compare(
-    title: str, dense: nn.Module, others: dict[str, nn.Module], x: torch.Tensor, args: argparse.Namespace
+    title: str, dense: nn.Module, others: list[nn.Module], x: torch.Tensor, args: argparse.Namespace
 ) -> None:
+    """Time and count all networks on the same input, and print a line for each low-rank one."""
     y = torch.randint(0, 10, (len(x),))
     optimizers = [torch.optim.SGD(dense.parameters(), lr=1e-4, momentum=0.9)]
-    for model in others.values():
+    for model in others:
         # equal singular values, a small lr and tau: the rank stays what it is
         optimizers.append(
             DLRT(model, torch.optim.SGD, lr=1e-4, momentum=0.9, tau=1e-3, integrator=args.integrator)
         )
-    models = [dense, *others.values()]
+    models = [dense, *others]
     for what, functions in (
         ("training step", [training_step(m, o, x, y) for m, o in zip(models, optimizers, strict=True)]),
         ("inference", [inference(model, x) for model in models]),
     ):
         times, counts = medians(functions, args.repeats), [flops(function) for function in functions]
-        for name, ms, count in zip(others, times[1:], counts[1:], strict=True):
+        for model, ms, count in zip(others, times[1:], counts[1:], strict=True):
+            ranks = "/".join(dict.fromkeys(map(str, compression(model).ranks.values())))
             print(
-                f"{title:12} {what:14} ranks {name:9} dense {times[0]:8.2f} ms  low-rank {ms:8.2f} ms  "
+                f"{title:12} {what:14} ranks {ranks:9} dense {times[0]:8.2f} ms  low-rank {ms:8.2f} ms  "
                 f"{times[0] / ms:6.2f} x faster  (FLOPs {counts[0] / count:6.2f} x fewer)",
                 flush=True,
             )
@@ -110,10 +112,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, integrator {args.integrator}")
-    lenet = {"10/23/62": low_rank(LeNet5(), {"conv1": 10, "conv2": 23, "fc1": 62})}
+    lenet = [low_rank(LeNet5(), {"conv1": 10, "conv2": 23, "fc1": 62})]
     compare("LeNet5", LeNet5(), lenet, torch.randn(128, 1, 28, 28), args)
     names = ("fc1", "fc2", "fc3", "fc4")
-    mlps = {str(rank): low_rank(MLP(width=args.width), dict.fromkeys(names, rank)) for rank in args.ranks}
+    mlps = [low_rank(MLP(width=args.width), dict.fromkeys(names, rank)) for rank in args.ranks]
     compare(f"MLP {args.width}", MLP(width=args.width), mlps, torch.randn(256, 1, 28, 28), args)
 
 
