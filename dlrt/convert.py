@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -19,29 +20,40 @@ def to_low_rank(
 ) -> nn.Module:
     """Replace every nn.Linear and nn.Conv2d of a model, in place, by its truncated SVD; give the model back.
 
-    rank is an int (in a layer too small for it, that layer's full rank), a share in (0, 1] of each layer's
-    full rank, or None for the full rank; tau drops singular values up to that share of each weight's norm.
-    skip names the modules that stay dense, with all that they contain. Grouped convolutions stay dense too,
-    with a warning. Make the optimizer afterwards: S is a new parameter. ValueError for an impossible rank or
-    tau, or where skip names no module.
+    rank is an int (in a layer too small for it, that layer's full rank), a share in (0, 1] of each layer's full
+    rank, or None for the full rank; tau drops singular values up to that share of each weight's norm. skip names
+    the modules that stay dense, with all that they contain. Grouped convolutions and layers that share their
+    weight with another module stay dense with a warning, other kinds of modules (recurrent, embedding, packed
+    attention) without. Make the optimizer afterwards: S is a new parameter. ValueError for an impossible rank
+    or tau, or where skip names no module.
     """
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     _check(model, rank, skip)
     if type(model) in LOW_RANK_TYPES:
         return _convert(model, rank, tau)
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     converted: dict[nn.Module, nn.Module] = {}  # a module that occurs twice stays one module
     for path, parent in list(model.named_modules()):
         for name, child in list(parent._modules.items()):  # named_children leaves repetitions out
             whole = f"{path}.{name}" if path else name
             if type(child) not in LOW_RANK_TYPES or any(f"{whole}.".startswith(f"{stem}.") for stem in skip):
                 continue
-            if isinstance(child, nn.Conv2d) and child.groups > 1:
-                warnings.warn(f"{whole} stays dense: it is a grouped convolution", stacklevel=2)
+            if reason := _stays_dense(child, owners):
+                warnings.warn(f"{whole} stays dense: {reason}", stacklevel=2)
                 continue
             if child not in converted:
                 converted[child] = _convert(child, rank, tau)
             setattr(parent, name, converted[child])
     return model
+
+
+def _stays_dense(layer: nn.Linear | nn.Conv2d, owners: Counter[int]) -> str | None:
+    """Why a layer cannot become low-rank, if so; owners counts the modules that each parameter belongs to."""
+    if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+        return "it is a grouped convolution"
+    if owners[id(layer.weight)] > 1:
+        return "another module shares its weight"
+    return None
 
 
 def _check(model: nn.Module, rank: int | float | None, skip: tuple[str, ...]) -> None:

@@ -48,6 +48,8 @@ class DLRT(torch.optim.Optimizer):
     ) -> None:
         if integrator not in INTEGRATORS:
             raise ValueError(f"integrator must be one of {', '.join(INTEGRATORS)}, got {integrator!r}")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"the first argument must be the model itself, not {type(model).__name__}")
         check_tolerance(tau)
         check_rank_bounds(min_rank, max_rank)
         _check_state_names(optimizer_class, inner)
@@ -55,6 +57,8 @@ class DLRT(torch.optim.Optimizer):
         self.names = {
             module: name for name, module in model.named_modules() if isinstance(module, LowRankLayer)
         }
+        if not self.names:
+            raise ValueError("the model has no low-rank layer: call dlrt.to_low_rank(model) first")
         self.inner = optimizer_class([p for p in model.parameters() if p.requires_grad], **inner)
         super().__init__(self.inner.param_groups, self.inner.defaults)
         self._share_state()
@@ -208,10 +212,10 @@ def change_basis(state: dict, P: Tensor, Q: Tensor) -> None:
     for name, value in state.items():
         if name in SQUARED_STATE:
             variance = value if mean is None else value - mean.square()
-            state[name] = P.square().mT @ variance @ Q.square()
+            state[name] = P.square().mT @ variance.to(P.dtype) @ Q.square()
     for name, value in state.items():
         if name in LINEAR_STATE and value is not None:
-            state[name] = P.mT @ value @ Q
+            state[name] = P.mT @ value.to(P.dtype) @ Q
     if mean is not None:
         state["square_avg"] += state["grad_avg"].square()
 

@@ -11,6 +11,7 @@ mpl.use("Agg")  # files, no windows
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # Okabe & Ito's palette, which colour-blind readers can tell apart; line styles do it in grey print
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -49,6 +50,8 @@ def learning_curves(metrics: dict[str, pd.DataFrame]) -> Figure:
             bottom=min(90, *(rows["validation_accuracy"].iloc[-1] - 5 for rows in metrics.values()))
         )
         compression.set(xlabel="epoch", ylabel="evaluation compression [%]")
+        for axes in (accuracy, compression):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(
             *accuracy.get_legend_handles_labels(), loc="outside upper center", ncols=min(3, len(metrics))
         )

@@ -35,11 +35,10 @@ class Run:
             raise RunError(f"{self.folder} holds a run: continue it with --resume, or choose another --name")
         if path.exists():
             was = json.loads(path.read_text())["options"]
-            other = [
-                f"{key} {was.get(key)!r} -> {value!r}"
-                for key, value in config.items()
-                if was.get(key) != value
-            ]
+            changed = [
+                key for key in config if was.get(key) != config[key] and key != "name"
+            ]  # a folder may move
+            other = [f"{key} {was.get(key)!r} -> {config[key]!r}" for key in changed]
             if other:
                 raise RunError(
                     f"{self.folder} was begun with other options ({', '.join(other)}): repeat those"

@@ -88,6 +88,15 @@ def test_grouped_convolutions_stay_dense_and_it_says_so():
     assert [type(module).__name__ for module in network] == ["Conv2d", "LowRankConv2d"]
 
 
+def test_layers_that_share_a_weight_stay_dense_and_it_says_so():
+    network = nn.ModuleDict({"words": nn.Embedding(9, 4), "inner": nn.Linear(4, 4), "head": nn.Linear(4, 9)})
+    network["head"].weight = network["words"].weight
+    with pytest.warns(UserWarning, match="head stays dense: another module shares its weight"):
+        dlrt.to_low_rank(network, rank=2)
+    assert network["head"].weight is network["words"].weight
+    assert isinstance(network["inner"], dlrt.LowRankLinear)
+
+
 def test_mode_type_and_freezing_are_kept():
     network = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).float().eval()
     network[0].weight.requires_grad_(False)

@@ -491,6 +491,22 @@ def test_a_copy_of_the_optimizer_alone_is_refused():
         copy.deepcopy(DLRT(dlrt.to_low_rank(network()), torch.optim.SGD, lr=0.1))
 
 
+def test_without_a_low_rank_model_it_says_what_to_do():
+    with pytest.raises(ValueError, match="to_low_rank"):
+        DLRT(network(), torch.optim.SGD, lr=0.1)
+    with pytest.raises(TypeError, match="must be the model itself, not generator"):
+        DLRT(dlrt.to_low_rank(network()).parameters(), torch.optim.SGD, lr=0.1)
+
+
+def test_a_model_may_change_its_type_between_steps():
+    model = dlrt.to_low_rank(network().float(), rank=3)
+    optimizer = DLRT(model, torch.optim.SGD, lr=0.1, momentum=0.9)
+    x, y = batch()
+    train(model, optimizer, [(x.float(), y)])
+    train(model.double(), optimizer, [(x, y)])
+    assert all(layer.S.dtype == torch.float64 for layer in low_rank_layers(model))
+
+
 def test_a_refused_optimizer_leaves_the_layers_alone():
     model = dlrt.to_low_rank(network(), rank=4)
     with pytest.raises(ValueError, match="learning rate"):
