@@ -20,12 +20,12 @@ def to_low_rank(
 ) -> nn.Module:
     """Replace every nn.Linear and nn.Conv2d of a model, in place, by its truncated SVD; give the model back.
 
-    rank is an int (in a layer too small for it, that layer's full rank), a share in (0, 1] of each layer's full
-    rank, or None for the full rank; tau drops singular values up to that share of each weight's norm. skip names
-    the modules that stay dense, with all that they contain. Grouped convolutions and layers that share their
-    weight with another module stay dense with a warning, other kinds of modules (recurrent, embedding, packed
-    attention) without. Make the optimizer afterwards: S is a new parameter. ValueError for an impossible rank
-    or tau, or where skip names no module.
+    rank is an int (in a layer too small for it, that layer's full rank), a share in (0, 1] of each layer's
+    full rank, or None for the full rank; tau drops singular values up to that share of each weight's norm.
+    skip names the modules that stay dense, with all that they contain. Grouped convolutions and layers that
+    share their weight with another module stay dense with a warning, other kinds of modules (recurrent,
+    embedding, packed attention) without. Make the optimizer afterwards: S is a new parameter. ValueError for
+    an impossible rank or tau, or where skip names no module.
     """
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     _check(model, rank, skip)
