@@ -97,7 +97,7 @@ class Compression:
     A layer of rank r with an m x n weight counts r (m + n) for evaluation; for training, what the rank-
     adaptive step holds at its peak, k m + k l + l n with k = min(2 r, m), l = min(2 r, n). A dense layer
     counts m n everywhere. The compressions are 1 - parameters / dense parameters, in %. Schotthöfer et al.
-    2022, section 5.
+    2022.
     """
 
     evaluation_parameters: int

@@ -41,7 +41,7 @@ def augmented_bug(
     min_rank: int = 1,
     max_rank: int | None = None,
 ) -> LowRank:
-    """The rank-adaptive BUG integrator. Ceruti, Kusch & Lubich 2022, section 2.1.
+    """The rank-adaptive BUG integrator. Ceruti, Kusch & Lubich 2022.
 
     The rank may double before truncation to the relative tolerance tau; tau = None truncates to max_rank
     only.
@@ -59,7 +59,7 @@ def parallel_bug(
     min_rank: int = 1,
     max_rank: int | None = None,
 ) -> LowRank:
-    """The parallel integrator: K-, L- and S-step at once, all at Y. Ceruti, Kusch & Lubich 2024, section 3.
+    """The parallel integrator: K-, L- and S-step at once, all at Y. Ceruti, Kusch & Lubich 2024.
 
     It is the truncated projected Euler step T(Y + h P_Y F), P_Y F = U Uᵀ F + F V Vᵀ - U Uᵀ F V Vᵀ.
     """
@@ -69,7 +69,7 @@ def parallel_bug(
 
 
 def projector_splitting(Y: LowRank, F: Operator, h: float = 1.0, adjoint: bool = False) -> LowRank:
-    """The projector-splitting integrator KSL, or LSK with adjoint=True. Lubich & Oseledets 2014, section 3.
+    """The projector-splitting integrator KSL, or LSK with adjoint=True. Lubich & Oseledets 2014.
 
     First order; half a step followed by half an adjoint step is the Strang splitting, of second order.
     """

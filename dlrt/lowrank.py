@@ -88,7 +88,7 @@ def truncated_svd(
     """The singular triplets of S that truncation keeps: P (k, r), sigma (r,), Q (l, r).
 
     r is the smallest rank with ‖sigma[r:]‖ ≤ tau ‖sigma‖ (a tail that just meets the bound is dropped), then
-    raised to min_rank and cut to max_rank; tau = None keeps every value. Schotthöfer et al. 2022, section 4.
+    raised to min_rank and cut to max_rank; tau = None keeps every value. Schotthöfer et al. 2022.
     """
     check_tolerance(tau)
     check_rank_bounds(min_rank, max_rank)

@@ -26,7 +26,7 @@ class DLRT(torch.optim.Optimizer):
     dense layers in one call; its state for S follows the bases. tau is the share of ‖S‖ that each step may
     truncate; it is an attribute and may change between steps. Integrators, with h = lr:
 
-    - "augmented": rank-adaptive BUG; Ceruti, Kusch & Lubich 2022, Schotthöfer et al. 2022, algorithm 1.
+    - "augmented": rank-adaptive BUG; Ceruti, Kusch & Lubich 2022, Schotthöfer et al. 2022.
     - "parallel": the same without the new block of the S-step; keeps no samples. Ceruti, Kusch & Lubich 2024.
     - "bug": the unconventional integrator at fixed rank; Ceruti & Lubich 2022. Its S-step needs the gradient
       at other weights, hence `step(closure)`, which evaluates the closure twice.
