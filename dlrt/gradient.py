@@ -53,7 +53,9 @@ class RecordedMap(torch.autograd.Function):
         a = layer.project(x, layer.V)
         ctx.save_for_backward(x, a, S)
         ctx.layer, ctx.gradient = layer, layer.gradient
-        return layer.lift(a, layer.U, S, bias)
+        y = layer.lift(a, layer.U, S, bias)
+        # the same memory, but no view to autograd, which refuses in-place activations on views made here
+        return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -109,6 +111,7 @@ class Gradient:
         if layer.gradient is not None:
             layer.gradient.stop()
         self.layer, self.keep_samples = layer, keep_samples
+        self.paused = False  # while the bases stay, an ordinary backward pass for S is all that is needed
         self._hook = layer.S.register_post_accumulate_grad_hook(self._add_pending)
         layer.gradient = self
         self.clear()

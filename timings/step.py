@@ -113,7 +113,8 @@ def main() -> None:
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, integrator {args.integrator}")
     lenet = [low_rank(LeNet5(), {"conv1": 10, "conv2": 23, "fc1": 62})]
-    compare("LeNet5", LeNet5(), lenet, torch.randn(128, 1, 28, 28), args)
+    dense = LeNet5().to(memory_format=torch.channels_last)  # as the training scripts do, and twice as fast
+    compare("LeNet5", dense, lenet, torch.randn(128, 1, 28, 28), args)
     names = ("fc1", "fc2", "fc3", "fc4")
     mlps = [low_rank(MLP(width=args.width), dict.fromkeys(names, rank)) for rank in args.ranks]
     compare(f"MLP {args.width}", MLP(width=args.width), mlps, torch.randn(256, 1, 28, 28), args)
