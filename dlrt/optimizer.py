@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dlrt.gradient import Gradient
 from dlrt.integrators import augment, move_bases, pad_like, recompress
 from dlrt.layers import LowRankLayer, replace_data
-from dlrt.lowrank import check_rank_bounds, check_tolerance
+from dlrt.lowrank import LowRank, check_rank_bounds, check_tolerance
 
 INTEGRATORS = ("augmented", "parallel", "bug")
 LINEAR_STATE = {"momentum_buffer", "exp_avg", "grad_avg", "ax"}  # averages of gradients or of S
@@ -24,7 +24,10 @@ class DLRT(torch.optim.Optimizer):
 
     The inner optimizer (a torch.optim class; **inner are its arguments) steps every S, the biases, norms and
     dense layers in one call; its state for S follows the bases. tau is the share of ‖S‖ that each step may
-    truncate; it is an attribute and may change between steps. Integrators, with h = lr:
+    truncate; it is an attribute and may change between steps. With s_steps = n the bases move in every n-th
+    step only: the S-step is then solved by n steps in the augmented bases, an ordinary forward and backward
+    pass each, before truncation. QR and SVD cost an n-th, and new directions have n steps to show their
+    worth; in between the ranks are up to twice as large. Integrators, with h = lr:
 
     - "augmented": rank-adaptive BUG; Ceruti, Kusch & Lubich 2022, Schotthöfer et al. 2022.
     - "parallel": the same without the new block of the S-step; keeps no samples. Ceruti, Kusch & Lubich 2024.
@@ -44,16 +47,20 @@ class DLRT(torch.optim.Optimizer):
         integrator: str = "augmented",
         min_rank: int = 2,
         max_rank: int | None = None,
+        s_steps: int = 1,
         **inner,
     ) -> None:
         if integrator not in INTEGRATORS:
             raise ValueError(f"integrator must be one of {', '.join(INTEGRATORS)}, got {integrator!r}")
+        if s_steps < 1 or (s_steps > 1 and integrator == "bug"):
+            raise ValueError(f'every move of the bases needs 1 or more S-steps, 1 with "bug", got {s_steps}')
         if not isinstance(model, nn.Module):
             raise TypeError(f"the first argument must be the model itself, not {type(model).__name__}")
         check_tolerance(tau)
         check_rank_bounds(min_rank, max_rank)
         _check_state_names(optimizer_class, inner)
         self.tau, self.integrator, self.min_rank, self.max_rank = tau, integrator, min_rank, max_rank
+        self.s_steps, self._taken = s_steps, 0  # S-steps from one move of the bases to the next, and so far
         self.names = {
             module: name for name, module in model.named_modules() if isinstance(module, LowRankLayer)
         }
@@ -94,10 +101,7 @@ class DLRT(torch.optim.Optimizer):
             self._check_finite(layers)
             self.inner.step()
         else:
-            directions = [self._augment(layer) for layer in layers]
-            self.inner.step()
-            for layer, (U1, V1) in zip(layers, directions, strict=True):
-                self._truncate(layer, U1, V1)
+            self._integrate(layers)
         for layer in layers:
             layer.S.grad = None  # it was the gradient in the old bases
             layer.gradient.clear()
@@ -117,6 +121,7 @@ class DLRT(torch.optim.Optimizer):
 
     def freeze_bases(self) -> None:
         """From now on train S and the rest only: U and V stay, and the layers record nothing."""
+        self.truncate()
         for layer in self._recording:
             layer.gradient.stop()
 
@@ -127,7 +132,7 @@ class DLRT(torch.optim.Optimizer):
     def _layers_to_move(self) -> list[LowRankLayer]:
         layers = [layer for layer in self._recording if layer.S.grad is not None]  # the others took no part
         for layer in layers:
-            if layer.gradient.empty:
+            if layer.gradient.empty and not layer.gradient.paused:
                 raise RuntimeError(
                     f"{self.names[layer]} has a gradient but recorded nothing (in eval mode no layer does): "
                     "call model.train() before it, or freeze_bases() to train S only"
@@ -139,6 +144,37 @@ class DLRT(torch.optim.Optimizer):
         for layer in layers:
             if not layer.S.grad.isfinite().all():
                 raise FloatingPointError(f"the gradient of {self.names[layer]} is not finite")
+
+    def _integrate(self, layers: list[LowRankLayer]) -> None:
+        """K-, L- and S-step, or one more S-step in the bases of the last move; truncation where it is due."""
+        added = {layer: self._augment(layer) for layer in layers if self._taken == 0}
+        self.inner.step()
+        self._taken += 1
+        if self._taken < self.s_steps:
+            for layer, (U1, V1) in added.items():
+                layer.factors = LowRank(torch.cat([layer.U, U1], 1), layer.S, torch.cat([layer.V, V1], 1))
+                layer.gradient.paused = True
+            return
+        for layer, (U1, V1) in added.items():
+            self._truncate_layer((layer.U, U1), layer, (layer.V, V1))
+        self.truncate()
+
+    @torch.no_grad()
+    def truncate(self) -> None:
+        """Truncate now, before the last of `s_steps`, for an evaluation in between. Then the bases move."""
+        for layer in self._recording:
+            if layer.gradient.paused:
+                self._truncate_layer((layer.U,), layer, (layer.V,))
+                layer.gradient.paused = False
+        self._taken = 0
+
+    def _truncate_layer(
+        self, U_hat: tuple[Tensor, ...], layer: LowRankLayer, V_hat: tuple[Tensor, ...]
+    ) -> None:
+        min_rank = min(self.min_rank, *layer.shape)
+        max_rank = None if self.max_rank is None else max(min_rank, self.max_rank)
+        layer.factors, P, Q = recompress(U_hat, layer.S, V_hat, self.tau, min_rank, max_rank)
+        change_basis(self.state.get(layer.S, {}), P, Q)
 
     def _augment(self, layer: LowRankLayer) -> tuple[Tensor, Tensor]:
         """K- and L-step: directions to add to the bases; S and its gradient as they read in larger bases.
@@ -160,13 +196,6 @@ class DLRT(torch.optim.Optimizer):
         S.grad = D
         return U1, V1
 
-    def _truncate(self, layer: LowRankLayer, U1: Tensor, V1: Tensor) -> None:
-        min_rank = min(self.min_rank, *layer.shape)
-        max_rank = None if self.max_rank is None else max(min_rank, self.max_rank)
-        bases = (layer.U, U1), layer.S, (layer.V, V1)
-        layer.factors, P, Q = recompress(*bases, self.tau, min_rank, max_rank)
-        change_basis(self.state.get(layer.S, {}), P, Q)
-
     def _move_bases(self, layer: LowRankLayer) -> None:
         """K- and L-step of the unconventional integrator, with plain gradient steps of size lr."""
         Y, G = layer.factors, layer.gradient
@@ -183,7 +212,9 @@ class DLRT(torch.optim.Optimizer):
     def state_dict(self) -> dict:
         """The inner optimizer's state, tau and the ranks in which the state of S is written."""
         ranks = [list(layer.S.shape) for layer in self.names]
-        return {**self.inner.state_dict(), "dlrt": {"tau": self.tau, "ranks": ranks}}
+        paused = [layer.gradient is not None and layer.gradient.paused for layer in self.names]
+        own = {"tau": self.tau, "ranks": ranks, "taken": self._taken, "paused": paused}
+        return {**self.inner.state_dict(), "dlrt": own}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Take over a state; the model's own, with its ranks, must be loaded first (else ValueError)."""
@@ -195,7 +226,10 @@ class DLRT(torch.optim.Optimizer):
                 f"the state has ranks {own['ranks']}, the model has {ranks}: load the model's state first"
             )
         self.inner.load_state_dict(state_dict)
-        self.tau = own["tau"]
+        self.tau, self._taken = own["tau"], own["taken"]
+        for layer, paused in zip(self.names, own["paused"], strict=True):
+            if layer.gradient is not None:
+                layer.gradient.paused = paused
         self._share_state()
 
 

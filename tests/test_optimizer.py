@@ -179,6 +179,55 @@ def test_a_step_changes_the_weight_by_at_most_the_truncation_beyond_the_gradient
             assert torch.allclose(basis.mT @ basis, torch.eye(layer.rank), atol=1e-12)
 
 
+def test_with_several_s_steps_the_bases_move_once_and_s_is_trained_in_them():
+    model = dlrt.to_low_rank(network(), rank=3, skip=["5"])
+    data, h, tau = [batch() for _ in range(3)], 0.2, 0.05
+    expected = copy.deepcopy(model)
+    gradients = dense_gradients(model, *data[0])
+    for layer, Y, G in zip(low_rank_layers(expected), factors_of(model), gradients, strict=False):
+        U1, V1, D = integrators.augment(Y, G)
+        U_hat, V_hat = torch.cat([Y.U, U1], 1), torch.cat([Y.V, V1], 1)
+        layer.factors = LowRank(U_hat, integrators.pad_like(Y.S, D), V_hat)
+    train(expected, torch.optim.SGD([p for p in expected.parameters() if p.requires_grad], lr=h), data)
+    train(model, DLRT(model, torch.optim.SGD, lr=h, tau=tau, min_rank=1, s_steps=3), data)
+    for layer, other in zip(low_rank_layers(model), low_rank_layers(expected), strict=True):
+        truncated = dlrt.truncate(other.factors, tau)
+        assert layer.rank == truncated.rank
+        assert (layer.weight.flatten(1) - truncated.dense()).norm() <= 1e-10 * truncated.dense().norm()
+
+
+def test_truncation_between_s_steps_is_within_tau_and_the_bases_move_again():
+    model = dlrt.to_low_rank(network(), rank=3, skip=["5"])
+    optimizer = DLRT(model, torch.optim.SGD, lr=0.2, tau=0.1, min_rank=1, s_steps=10)
+    train(model, optimizer, [batch() for _ in range(4)])
+    before = [layer.weight.flatten(1) for layer in low_rank_layers(model)]
+    assert [layer.rank for layer in low_rank_layers(model)] == [6, 6]
+    optimizer.truncate()
+    bases = [layer.U.clone() for layer in low_rank_layers(model)]
+    for layer, W in zip(low_rank_layers(model), before, strict=True):
+        assert layer.rank < 6
+        assert (layer.weight.flatten(1) - W).norm() <= 0.1 * W.norm()
+    train(model, optimizer, [batch()])
+    assert all(layer.rank > U.shape[1] for layer, U in zip(low_rank_layers(model), bases, strict=True))
+
+
+@pytest.mark.parametrize("steps", [3, 5])
+def test_state_round_trips_between_two_moves_of_the_bases(steps):
+    data = [batch() for _ in range(8)]
+    model = dlrt.to_low_rank(network(), rank=3, skip=["5"])
+    options = {"lr": 0.05, "momentum": 0.9, "tau": 0.1, "s_steps": 4}
+    optimizer = DLRT(model, torch.optim.SGD, **options)
+    train(model, optimizer, data[:steps])
+    other = dlrt.to_low_rank(network(), rank=2, skip=["5"])
+    resumed = DLRT(other, torch.optim.SGD, **options)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, data[steps:])
+    train(other, resumed, data[steps:])
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+
+
 def random_rotations(model, generator):
     """W stays, U, S, V are written in other orthonormal bases of the same spaces."""
     for layer in low_rank_layers(model):
@@ -406,6 +455,8 @@ def test_mistakes_are_named():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(RuntimeError, match=r"step\(closure\)"):
         DLRT(model, torch.optim.SGD, lr=0.1, integrator="bug").step()
+    with pytest.raises(ValueError, match=r"1 or more S-steps, 1 with .bug., got 2"):
+        DLRT(model, torch.optim.SGD, lr=0.1, integrator="bug", s_steps=2)
     with pytest.raises(ValueError, match="augmented, parallel, bug, got 'foo'"):
         DLRT(model, torch.optim.SGD, lr=0.1, integrator="foo")
     with pytest.raises(ValueError, match=r"\[0, 1\), got -0.1"):
