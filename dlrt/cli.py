@@ -84,6 +84,10 @@ def training_parser(description: str, low_rank: bool, **defaults: Any) -> Parser
     add("--weight-decay", type=number(float, "[0, inf)"), default=0.0, help="of S, biases and dense layers")
     add("--optimizer", choices=OPTIMIZERS, default="sgd", help="the inner one, of a low-rank network")
     add("--schedule", choices=SCHEDULES, default="cosine", help="of lr over all epochs")
+    smoothing = "share of the target that all classes get alike"
+    add("--label-smoothing", type=number(float, "[0, 1)"), default=0.0, help=smoothing)
+    shifted = "shift training images at random, mirror half of CIFAR-10's"
+    add("--augment", action=argparse.BooleanOptionalAction, default=False, help=shifted)
     if low_rank:
         _add_low_rank_flags(parser)
     data_dir = Path(os.environ.get("DLRT_DATA", ROOT / "data"))
@@ -119,6 +123,7 @@ def _add_low_rank_flags(parser: Parser) -> None:
     add("--integrator", choices=INTEGRATORS, default="augmented", help="bug keeps the rank")
     add("--rank", type=rank, default=0.5, help="to begin with: 20 is a rank, 0.5 a share of the full rank")
     add("--min-rank", type=NATURAL, default=2, help="of every layer")
+    add("--s-steps", type=NATURAL, default=1, help="steps of S in each move of the bases")
     add("--max-rank", type=NATURAL, help="of every layer; by default only its size limits it")
     add("--finetune-epochs", type=COUNT, default=0, help="afterwards, of S and the rest, bases frozen")
 
@@ -137,6 +142,8 @@ def parse(parser: Parser, arguments: Sequence[str] | None = None) -> argparse.Na
     low_rank = hasattr(args, "tau")
     if low_rank and args.max_rank is not None and args.max_rank < args.min_rank:
         parser.error(f"--max-rank must be at least --min-rank, got {args.max_rank} < {args.min_rank}")
+    if low_rank and args.s_steps > 1 and args.integrator == "bug":
+        parser.error(f"--s-steps must be 1 with --integrator bug, got {args.s_steps}")
     if low_rank and args.tau_warmup is None:
         args.tau_warmup = args.epochs / 2
     if low_rank and args.tau_warmup > args.epochs:
@@ -190,7 +197,7 @@ def _run(
     model = network(dataset.shape, dataset.classes, **settings)
     if low_rank:
         model = to_low_rank(model, rank=args.rank, skip=skip)
-    model.to(args.device)
+    model.to(args.device, memory_format=torch.channels_last)  # on a CPU convolutions take half the time
     optimizer = make_optimizer(model, args)
     recipe = Recipe(
         args.epochs,
@@ -199,6 +206,8 @@ def _run(
         tau=args.tau if low_rank else 0.0,
         tau_warmup=args.tau_warmup if low_rank else 0.0,
         finetune_epochs=args.finetune_epochs if low_rank else 0,
+        label_smoothing=args.label_smoothing,
+        augment=args.augment,
         amp=args.amp,
     )
     scheduler = make_scheduler(optimizer, args.schedule, recipe.epochs + recipe.finetune_epochs)
@@ -232,7 +241,7 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Op
     kind = OPTIMIZERS[args.optimizer]
     if not hasattr(args, "tau"):
         return kind(model.parameters(), **inner)
-    ranks = {"min_rank": args.min_rank, "max_rank": args.max_rank}
+    ranks = {"min_rank": args.min_rank, "max_rank": args.max_rank, "s_steps": args.s_steps}
     return DLRT(model, kind, tau=args.tau, integrator=args.integrator, **ranks, **inner)
 
 

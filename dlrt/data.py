@@ -56,7 +56,8 @@ class Split:
 class Dataset:
     """A data set in three disjoint splits.
 
-    mean and std, per channel and of pixels in [0, 1], are what the images were normalised by.
+    mean and std, per channel and of pixels in [0, 1], are what the images were normalised by. A shift by up
+    to `shift` pixels, and a mirror image where flip is set, leave the class what it is.
     """
 
     name: str
@@ -66,6 +67,8 @@ class Dataset:
     classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    shift: int
+    flip: bool
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -75,6 +78,22 @@ class Dataset:
     def to(self, device: torch.device | str) -> Dataset:
         splits = {name: getattr(self, name).to(device) for name in ("train", "validation", "test")}
         return replace(self, **splits)
+
+
+def augmented_batch(x: Tensor, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
+    """A batch (N, C, H, W), each image shifted by up to `shift` pixels; with flip half of them mirrored.
+
+    What comes in at the edge is the image reflected. The generator is one of the CPU, on any device.
+    """
+    n, _, height, width = x.shape
+    down, right = torch.randint(2 * shift + 1, (2, n), generator=generator).to(x.device)
+    padded = torch.nn.functional.pad(x, [shift] * 4, mode="reflect")
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (N, C, down, right, H, W), a view
+    x = windows[torch.arange(n, device=x.device), :, down, right]
+    if not flip:
+        return x
+    mirrored = (torch.rand(n, generator=generator) < 0.5).to(x.device)
+    return torch.where(mirrored[:, None, None, None], x.flip(3), x)
 
 
 def load(name: str, folder: Path, seed: int) -> Dataset:
@@ -167,6 +186,8 @@ def _split(name: str, arrays: Arrays, seed: int, validation: int) -> Dataset:
         classes=int(labels.max()) + 1,
         mean=tuple(mean.tolist()),
         std=tuple(std.tolist()),
+        shift=2 if images.shape[1] == 1 else 4,
+        flip=images.shape[1] == 3,
     )
 
 

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
 from dlrt.convert import compression
-from dlrt.data import Dataset, Split
+from dlrt.data import Dataset, Split, augmented_batch
 from dlrt.optimizer import DLRT
 from dlrt.runs import Run, chosen_epoch
 
@@ -34,6 +34,8 @@ class Recipe:
     tau: float = 0.0
     tau_warmup: float = 0.0
     finetune_epochs: int = 0
+    label_smoothing: float = 0.0
+    augment: bool = False
     amp: bool = False
 
 
@@ -95,7 +97,7 @@ def _epoch(
     """Train for one epoch and measure: a row of metrics.csv."""
     lr = optimizer.param_groups[0]["lr"]
     start = time.perf_counter()
-    train_loss, train_accuracy = train_epoch(model, optimizer, dataset.train, recipe, epoch, run, quiet)
+    train_loss, train_accuracy = train_epoch(model, optimizer, dataset, recipe, epoch, run, quiet)
     seconds = time.perf_counter() - start
     validation_loss, validation_accuracy = evaluate(model, dataset.validation, recipe.amp)
     test_loss, test_accuracy = evaluate(model, dataset.test, recipe.amp)
@@ -128,7 +130,7 @@ def warmth(recipe: Recipe, epochs: float) -> float:
 def train_epoch(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    split: Split,
+    dataset: Dataset,
     recipe: Recipe,
     epoch: int,
     run: Run,
@@ -137,11 +139,13 @@ def train_epoch(
     """One pass over the training split; mean loss and accuracy (%) over its samples, while training."""
     torch.manual_seed(1_000_003 * recipe.seed + epoch)  # dropout
     shuffle = torch.Generator().manual_seed(1_000_003 * recipe.seed + epoch)
-    steps = math.ceil(len(split) / recipe.batch_size)
+    steps = math.ceil(len(dataset.train) / recipe.batch_size)
     model.train()
     loss_sum = correct = seen = 0.0
     bar = tqdm(total=steps, desc=f"epoch {epoch}", unit="step", leave=False, disable=True if quiet else None)
-    for step, (x, y) in enumerate(split.batches(recipe.batch_size, shuffle), start=1):
+    for step, (x, y) in enumerate(dataset.train.batches(recipe.batch_size, shuffle), start=1):
+        if recipe.augment:
+            x = augmented_batch(x, dataset.shift, dataset.flip, shuffle)
         if isinstance(optimizer, DLRT):
             optimizer.tau = recipe.tau * warmth(recipe, epoch - 1 + step / steps)
         logits: list[Tensor] = []
@@ -150,7 +154,7 @@ def train_epoch(
             optimizer.zero_grad()
             with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.amp):
                 logits.append(model(x))
-            loss = cross_entropy(logits[-1].float(), y)
+            loss = cross_entropy(logits[-1].float(), y, label_smoothing=recipe.label_smoothing)
             if not loss.isfinite():
                 raise FloatingPointError(f"the loss is {loss.item()}")
             loss.backward()
@@ -168,6 +172,8 @@ def train_epoch(
             loss=f"{loss_sum / seen:.4f}", accuracy=f"{100 * correct / seen:.2f} %", refresh=False
         )
     bar.close()
+    if isinstance(optimizer, DLRT):
+        optimizer.truncate()
     return loss_sum / seen, 100 * correct / seen
 
 

@@ -83,6 +83,8 @@ IMPOSSIBLE = [
     (["--rank", "1.5"], ["--rank", "(0, 1]", "got 1.5"]),
     (["--rank", "-3"], ["--rank", "(0, 1]", "got -3"]),
     (["--min-rank", "0"], ["--min-rank", "[1, inf)", "got 0"]),
+    (["--s-steps", "4", "--integrator", "bug"], ["--s-steps must be 1 with --integrator bug", "got 4"]),
+    (["--label-smoothing", "1"], ["--label-smoothing", "[0, 1)", "got 1"]),
     (["--min-rank", "5", "--max-rank", "3"], ["--max-rank must be at least --min-rank", "3 < 5"]),
     (["--tau-warmup", "50", "--epochs", "3"], ["--tau-warmup must be at most --epochs", "50 > 3"]),
     (["--finetune-epochs", "-1"], ["--finetune-epochs", "[0, inf)", "got -1"]),

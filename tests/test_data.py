@@ -7,7 +7,7 @@ import pytest
 import torch
 import torchvision.datasets as tv
 
-from dlrt.data import DataError, Split, cifar10, digits, load, mnist
+from dlrt.data import DataError, Split, augmented_batch, cifar10, digits, load, mnist
 
 SAMPLES = 10_050  # MNIST's validation split takes 10,000 of them
 IDX_FILES = {
@@ -275,3 +275,28 @@ def test_a_data_set_moves_with_all_its_splits(dataset):
     moved = dataset.to("meta")
     assert {split.images.device.type for split in (moved.train, moved.validation, moved.test)} == {"meta"}
     assert {split.labels.device.type for split in (moved.train, moved.validation, moved.test)} == {"meta"}
+
+
+def test_augmented_images_are_shifted_and_mirrored_copies():
+    x = torch.rand(200, 3, 8, 6)
+    augmented = augmented_batch(x, 2, True, torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(x, [2] * 4, mode="reflect")
+    made = set()
+    for image, source in zip(augmented, padded, strict=True):
+        ways = {
+            (down, right, flip)
+            for down in range(5)
+            for right in range(5)
+            for flip in (False, True)
+            if torch.equal(image.flip(2) if flip else image, source[:, down : down + 8, right : right + 6])
+        }
+        assert len(ways) == 1
+        made |= ways
+    assert len(made) > 40  # of the 50 ways
+
+
+def test_digits_are_shifted_but_never_mirrored():
+    x = torch.arange(6 * 6.0).view(1, 1, 6, 6).expand(100, 1, 6, 6)
+    augmented = augmented_batch(x, 2, False, torch.Generator().manual_seed(0))
+    assert (augmented[:, 0, 2, 3] > augmented[:, 0, 2, 2]).all()
+    assert not torch.equal(augmented[0], augmented[1])

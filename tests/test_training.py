@@ -103,7 +103,7 @@ def test_losses_while_training_weigh_every_sample_alike(dataset, tmp_path):
     model = network(low_rank=False)
     optimizer = optimizer_for(model, lr=0.0)  # nothing moves, so that the two must agree
     recipe = replace(RECIPE, batch_size=500)  # 500, 500 and 77
-    measured = train_epoch(model, optimizer, dataset.train, recipe, 1, Run(tmp_path), quiet=True)
+    measured = train_epoch(model, optimizer, dataset, recipe, 1, Run(tmp_path), quiet=True)
     assert measured == pytest.approx(evaluate(model, dataset.train), rel=1e-5)
 
 
@@ -221,7 +221,7 @@ def test_the_tolerance_rises_with_every_step(dataset, tmp_path):
     model, recipe = network(), Recipe(epochs=3, batch_size=100, tau=0.2, tau_warmup=2.0)
     optimizer = Watched(model, torch.optim.SGD, lr=0.1)
     for epoch in (1, 2, 3):
-        train_epoch(model, optimizer, dataset.train, recipe, epoch, Run(tmp_path), quiet=True)
+        train_epoch(model, optimizer, dataset, recipe, epoch, Run(tmp_path), quiet=True)
     steps = 11  # of 100 samples in each epoch of 1,077
     expected = [min(0.2, 0.2 * step / (2 * steps)) for step in range(1, 3 * steps + 1)]
     assert taus == pytest.approx(expected)
