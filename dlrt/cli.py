@@ -15,10 +15,12 @@ from torch import nn
 from dlrt.convert import to_low_rank
 from dlrt.data import DATASETS, DataError, load
 from dlrt.optimizer import DLRT, INTEGRATORS
-from dlrt.runs import Run, RunError, chosen_epoch
+from dlrt.runs import Run, RunError, chosen_epoch, trained_weights
 from dlrt.training import Recipe, evaluate, fit
 
 ROOT = Path(__file__).resolve().parents[1]
+DATA_DIR = Path(os.environ.get("DLRT_DATA", ROOT / "data"))
+HERE = "cuda" if torch.cuda.is_available() else "cpu"
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 SCHEDULES = ("constant", "cosine", "plateau")
 NOT_PART_OF_THE_EXPERIMENT = ("data_dir", "output_dir", "resume", "quiet", "device", "workers")
@@ -56,6 +58,7 @@ def number(kind: type, interval: str) -> Callable[[str], float]:
 
 
 NATURAL, COUNT = number(int, "[1, inf)"), number(int, "[0, inf)")
+TOLERANCE = number(float, "[0, 1)")
 
 
 def rank(text: str) -> int | float:
@@ -90,16 +93,14 @@ def training_parser(description: str, low_rank: bool, **defaults: Any) -> Parser
     add("--augment", action=argparse.BooleanOptionalAction, default=False, help=shifted)
     if low_rank:
         _add_low_rank_flags(parser)
-    data_dir = Path(os.environ.get("DLRT_DATA", ROOT / "data"))
-    here = "cuda" if torch.cuda.is_available() else "cpu"
     add("--dataset", choices=DATASETS, default="mnist", help="digits needs no download")
-    add("--data-dir", type=Path, default=data_dir, help="or set DLRT_DATA")
+    add("--data-dir", type=Path, default=DATA_DIR, help="or set DLRT_DATA")
     add(
         "--workers",
         type=NATURAL,
         help="CPU threads of torch; the data lie in memory, none are needed to load them",
     )
-    add("--device", type=device, default=here, help="where to train")
+    add("--device", type=device, default=HERE, help="where to train")
     add("--amp", action="store_true", help="bfloat16 autocast; factors and their algebra stay in float32")
     add(
         "--seed",
@@ -117,23 +118,38 @@ def training_parser(description: str, low_rank: bool, **defaults: Any) -> Parser
 
 def _add_low_rank_flags(parser: Parser) -> None:
     add = parser.add_argument
-    add("--tau", "--theta", type=number(float, "[0, 1)"), default=0.1, help="relative truncation tolerance")
+    add("--tau", "--theta", type=TOLERANCE, default=0.1, help="relative truncation tolerance")
     warmup = "over which the tolerance rises from 0 to tau; by default half of all"
     add("--tau-warmup", type=number(float, "[0, inf)"), metavar="EPOCHS", help=warmup)
     add("--integrator", choices=INTEGRATORS, default="augmented", help="bug keeps the rank")
     add("--rank", type=rank, default=0.5, help="to begin with: 20 is a rank, 0.5 a share of the full rank")
+    start = "weights to begin with, truncated to --rank: a dense run's folder or checkpoint, or a state dict"
+    add("--from-checkpoint", type=Path, metavar="PATH", help=start)
     add("--min-rank", type=NATURAL, default=2, help="of every layer")
     add("--s-steps", type=NATURAL, default=1, help="steps of S in each move of the bases")
     add("--max-rank", type=NATURAL, help="of every layer; by default only its size limits it")
     add("--finetune-epochs", type=COUNT, default=0, help="afterwards, of S and the rest, bases frozen")
 
 
-def results_parser(description: str, folder: Path) -> Parser:
-    """A parser for the produce_results.py of a folder."""
+def grid_parser(description: str, folder: Path, epochs: int, taus: Sequence[float] = ()) -> Parser:
+    """A parser for the run.py of an experiment, which makes a grid of runs in the folder's results/."""
     parser = Parser(description=description, formatter_class=HelpFormatter)
-    parser.add_argument("--results", type=Path, default=folder / "results", help="where the run folders are")
-    parser.add_argument("--output-dir", type=Path, default=folder, help="of tables and figures")
+    add = parser.add_argument
+    add("--epochs", type=NATURAL, default=epochs, help="of every run")
+    add("--seeds", type=NATURAL, default=3, help="runs of every setting")
+    if taus:
+        add("--taus", type=TOLERANCE, nargs="+", default=taus, help="tolerances")
+    add("--jobs", type=NATURAL, default=1, help="runs at a time, which share the CPU's cores")
+    add("--dataset", choices=DATASETS, default="mnist", help="digits needs no download")
+    add("--data-dir", type=Path, default=DATA_DIR, help="or set DLRT_DATA")
+    add("--device", type=device, default=HERE, help="where to train")
+    add("--output-dir", type=Path, default=folder / "results", help="where the run folders go")
     return parser
+
+
+def shared_flags(args: argparse.Namespace) -> list[str]:
+    """The flags of a grid that every one of its runs gets."""
+    return ["--dataset", args.dataset, "--data-dir", str(args.data_dir), "--device", args.device]
 
 
 def parse(parser: Parser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -186,6 +202,8 @@ def _run(
     low_rank = hasattr(args, "tau")
     options = {key: value for key, value in vars(args).items() if key not in NOT_PART_OF_THE_EXPERIMENT}
     options["network"] = network.__name__
+    if start := getattr(args, "from_checkpoint", None):
+        options["from_checkpoint"] = start.name  # records can be published, paths of a machine cannot
     prefix = "".join(f"{key}{value}_" for key, value in settings.items())
     args.name = options["name"] = (
         args.name or f"{prefix}{f'tau{args.tau}' if low_rank else 'dense'}_seed{args.seed}"
@@ -195,6 +213,8 @@ def _run(
     run.start(options, args.resume)
     torch.manual_seed(args.seed)
     model = network(dataset.shape, dataset.classes, **settings)
+    if start:
+        _take_weights(model, start)
     if low_rank:
         model = to_low_rank(model, rank=args.rank, skip=skip)
     model.to(args.device, memory_format=torch.channels_last)  # on a CPU convolutions take half the time
@@ -208,6 +228,7 @@ def _run(
         finetune_epochs=args.finetune_epochs if low_rank else 0,
         label_smoothing=args.label_smoothing,
         augment=args.augment,
+        measure_first=start is not None,
         amp=args.amp,
     )
     scheduler = make_scheduler(optimizer, args.schedule, recipe.epochs + recipe.finetune_epochs)
@@ -229,6 +250,15 @@ def _run(
         f"evaluation parameters {row['evaluation_parameters']:,}, "
         f"compression {row['evaluation_compression']:.2f} %; {run.folder}"
     )
+
+
+def _take_weights(model: nn.Module, path: Path) -> None:
+    weights = trained_weights(path)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise RunError(f"--from-checkpoint {path} does not fit {type(model).__name__}: {reason}") from error
 
 
 def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:

@@ -27,13 +27,16 @@ LOOK = {
 }
 
 
-def save(figure: Figure, folder: Path, name: str) -> Path:
-    """Write name.pdf and name.png into a folder and close the figure; give the PNG's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for suffix in (".pdf", ".png"):
-        figure.savefig(folder / f"{name}{suffix}")
+def save(figure: Figure, folders: list[Path], name: str) -> Path:
+    """Write name.pdf and name.png into every folder and close the figure; give the first PNG's path."""
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(
+            folder / f"{name}.pdf", metadata={"CreationDate": None}
+        )  # the same runs, the same file
+        figure.savefig(folder / f"{name}.png")
     plt.close(figure)
-    return folder / f"{name}.png"
+    return folders[0] / f"{name}.png"
 
 
 def learning_curves(metrics: dict[str, pd.DataFrame]) -> Figure:
@@ -55,4 +58,27 @@ def learning_curves(metrics: dict[str, pd.DataFrame]) -> Figure:
         figure.legend(
             *accuracy.get_legend_handles_labels(), loc="outside upper center", ncols=min(3, len(metrics))
         )
+    return figure
+
+
+def accuracy_against_compression(
+    curves: dict[str, pd.DataFrame], references: dict[str, pd.DataFrame], dense: dict[str, float]
+) -> Figure:
+    """Test accuracy over evaluation compression, by label: curves of `tables.over_seeds`, with a bar of one
+    standard deviation; references with the columns compression and accuracy, in grey; dense lines.
+    """
+    with mpl.rc_context(LOOK):
+        figure, axes = plt.subplots(figsize=(6.4, 4.4))
+        for number, (label, rows) in enumerate(references.items()):
+            marker = "sD^vP*"[number % 6]
+            axes.plot(rows["compression"], rows["accuracy"], marker, color="0.55", ms=6, label=label)
+        for number, (label, rows) in enumerate(curves.items()):
+            rows = rows.sort_values("compression")
+            line = {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number % len(STYLES)]}
+            errors = {"yerr": rows["accuracy_std"].fillna(0), "capsize": 3, "marker": "o", "ms": 4}
+            axes.errorbar(rows["compression"], rows["accuracy"], label=label, **errors, **line)
+        for number, (label, accuracy) in enumerate(dense.items()):
+            axes.axhline(accuracy, color=COLOURS[number % len(COLOURS)], lw=1, ls=(0, (1, 1)), label=label)
+        axes.set(xlabel="evaluation compression [%]", ylabel="test accuracy [%]")
+        axes.legend(loc="lower left", fontsize="small")
     return figure

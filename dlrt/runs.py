@@ -64,6 +64,13 @@ class Run:
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint: tensors, numbers and names, no code. RunError where the file is not one."""
+    state = _load(path)
+    if not {"model", "metrics"} <= state.keys():
+        raise RunError(f"{path} is not a checkpoint of a run: it has no model and metrics")
+    return state
+
+
+def _load(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types on damaged bytes; whichever it was, it is told
@@ -71,9 +78,21 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise RunError(
             f"{path} is not a checkpoint, or a damaged one ({reason}): delete it to begin anew"
         ) from error
-    if not isinstance(state, dict) or not {"model", "metrics"} <= state.keys():
-        raise RunError(f"{path} is not a checkpoint of a run: it has no model and metrics")
+    if not isinstance(state, dict):
+        raise RunError(f"{path} holds a {type(state).__name__}, not a checkpoint")
     return state
+
+
+def trained_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The weights of the chosen epoch of a run, from its folder or checkpoint, or a state dict in a file.
+
+    RunError where there is neither.
+    """
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    if not path.exists():
+        raise RunError(f"{path} is not there: give a run's folder, its checkpoint.pt or a file of weights")
+    state = _load(path)
+    return state.get("chosen", state)
 
 
 def chosen_epoch(metrics: pd.DataFrame) -> int:
@@ -119,6 +138,12 @@ def read_metrics(folder: Path) -> pd.DataFrame | None:
     """metrics.csv of one run, or None where no epoch was completed."""
     path = folder / "metrics.csv"
     return pd.read_csv(path, dtype={"ranks": str}).fillna({"ranks": ""}) if path.exists() else None
+
+
+def epochs_done(folder: Path) -> int:
+    """How many epochs a run has completed: 0 where there is none."""
+    metrics = read_metrics(folder)
+    return 0 if metrics is None else int(metrics["epoch"].iloc[-1])
 
 
 def _surroundings() -> dict[str, Any]:

@@ -26,6 +26,35 @@ def comparison(runs: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def over_seeds(runs: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Means and standard deviations over the runs of each setting, a row per value of the columns `by`.
+
+    Accuracies and compressions in %; the ranks are those of the smallest seed.
+    """
+    groups = runs.sort_values("seed").groupby(by, sort=False, dropna=False)
+    table = groups.agg(
+        seeds=("seed", "nunique"),
+        accuracy=("test_accuracy", "mean"),
+        accuracy_std=("test_accuracy", "std"),
+        last_accuracy=("last_test_accuracy", "mean"),
+        last_accuracy_std=("last_test_accuracy", "std"),
+        ranks=("ranks", "first"),
+        evaluation_parameters=("evaluation_parameters", "mean"),
+        compression=("evaluation_compression", "mean"),
+        training_parameters=("training_parameters", "mean"),
+        training_compression=("training_compression", "mean"),
+    )
+    return table.reset_index()
+
+
+def spread(mean: pd.Series, std: pd.Series) -> pd.Series:
+    """ "98.71 ± 0.05" for every row; the mean alone where there is one run only."""
+    return pd.Series(
+        [f"{m:.2f}" if pd.isna(s) else f"{m:.2f} ± {s:.2f}" for m, s in zip(mean, std, strict=True)],
+        index=mean.index,
+    )
+
+
 def markdown(table: pd.DataFrame, caption: str = "") -> str:
     """A table in Markdown with aligned columns, its caption below."""
     rows = [list(table.columns), *table.astype(str).to_numpy().tolist()]
@@ -35,8 +64,31 @@ def markdown(table: pd.DataFrame, caption: str = "") -> str:
     return "\n".join(f"| {line} |" for line in lines) + (f"\n\n{caption}" if caption else "") + "\n"
 
 
-def write(table: pd.DataFrame, folder: Path, caption: str = "") -> None:
-    """table.csv and table.md in a folder."""
+LATEX = str.maketrans({"%": r"\%", "&": r"\&", "_": r"\_", "#": r"\#", "±": r"$\pm$", "τ": r"$\tau$"})
+
+
+def latex(table: pd.DataFrame, caption: str = "") -> str:
+    """A table environment in LaTeX; it needs the package booktabs."""
+    rows = [[cell.translate(LATEX) for cell in row] for row in table.astype(str).to_numpy().tolist()]
+    head = " & ".join(column.translate(LATEX) for column in table.columns)
+    lines = [
+        r"\begin{table}",
+        r"\centering",
+        rf"\begin{{tabular}}{{{'l' * len(table.columns)}}}",
+        r"\toprule",
+    ]
+    lines += [head + r" \\", r"\midrule", *(" & ".join(row) + r" \\" for row in rows), r"\bottomrule"]
+    lines += [
+        r"\end{tabular}",
+        *([rf"\caption{{{caption.translate(LATEX)}}}"] if caption else []),
+        r"\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def write(table: pd.DataFrame, folder: Path, caption: str = "", name: str = "table") -> None:
+    """name.csv, name.md and name.tex in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    table.to_csv(folder / "table.csv", index=False)
-    (folder / "table.md").write_text(markdown(table, caption))
+    table.to_csv(folder / f"{name}.csv", index=False)
+    (folder / f"{name}.md").write_text(markdown(table, caption))
+    (folder / f"{name}.tex").write_text(latex(table, caption))

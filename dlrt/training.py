@@ -25,7 +25,8 @@ from dlrt.runs import Run, chosen_epoch
 class Recipe:
     """How long and how to train. tau rises linearly from 0 over the first tau_warmup epochs and then stays.
 
-    After `epochs` the bases are frozen, and S and the rest are trained for finetune_epochs more.
+    After `epochs` the bases are frozen, and S and the rest are trained for finetune_epochs more. With
+    measure_first there is a row for epoch 0, too: what a network of trained weights begins with.
     """
 
     epochs: int
@@ -36,6 +37,7 @@ class Recipe:
     finetune_epochs: int = 0
     label_smoothing: float = 0.0
     augment: bool = False
+    measure_first: bool = False
     amp: bool = False
 
 
@@ -64,7 +66,8 @@ def fit(
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
     total = recipe.epochs + recipe.finetune_epochs
-    for epoch in range(len(rows) + 1, total + 1):
+    first = rows[-1]["epoch"] + 1 if rows else 0 if recipe.measure_first else 1
+    for epoch in range(first, total + 1):
         if epoch > recipe.epochs and isinstance(optimizer, DLRT):
             optimizer.freeze_bases()
         rows.append(_epoch(model, optimizer, dataset, recipe, epoch, run, quiet))
@@ -72,7 +75,7 @@ def fit(
             raise _diverged(f"the validation loss is {loss} after epoch {epoch}", run)
         if isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step(rows[-1]["validation_loss"])
-        else:
+        elif epoch > 0:
             scheduler.step()
         if chosen_epoch(pd.DataFrame(rows)) == len(rows) - 1:
             chosen = deepcopy(model.state_dict())
@@ -94,10 +97,12 @@ def _epoch(
     run: Run,
     quiet: bool,
 ) -> dict[str, Any]:
-    """Train for one epoch and measure: a row of metrics.csv."""
+    """Train for one epoch, unless it is epoch 0, and measure: a row of metrics.csv."""
     lr = optimizer.param_groups[0]["lr"]
     start = time.perf_counter()
-    train_loss, train_accuracy = train_epoch(model, optimizer, dataset, recipe, epoch, run, quiet)
+    train_loss, train_accuracy = math.nan, math.nan
+    if epoch > 0:
+        train_loss, train_accuracy = train_epoch(model, optimizer, dataset, recipe, epoch, run, quiet)
     seconds = time.perf_counter() - start
     validation_loss, validation_accuracy = evaluate(model, dataset.validation, recipe.amp)
     test_loss, test_accuracy = evaluate(model, dataset.test, recipe.amp)

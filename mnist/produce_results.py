@@ -3,29 +3,20 @@
 python mnist/produce_results.py
 """
 
-import sys
 from pathlib import Path
 
-from dlrt import cli, plots, runs, tables
-
-HERE = Path(__file__).parent
+from dlrt import plots, results, runs, tables
 
 
 def main() -> None:
-    args = cli.results_parser(__doc__, HERE).parse_args()
-    try:
-        found = runs.read_runs(args.results)
-    except FileNotFoundError as error:
-        sys.exit(f"produce_results.py: {error}")
-    table = tables.comparison(found)
-    tables.write(table, args.output_dir, tables.COUNTED)
-    print(tables.markdown(table, tables.COUNTED))
+    args = results.parse(__doc__, Path(__file__).parent)
+    found = results.read(args, "python mnist/lenet5_mnist.py, or the other scripts beside it")
     metrics = {
         f"{row.network} {row['name']}": runs.read_metrics(args.results / row.run)
         for _, row in found.iterrows()
     }
-    figure = plots.save(plots.learning_curves(metrics), args.output_dir, "learning_curves")
-    print(f"figure: {figure}")
+    figures = {"learning_curves": plots.learning_curves(metrics)}
+    results.publish(args, tables.comparison(found), tables.COUNTED, figures)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ ORDER = [
     ["models", "models.lenet5", "models.mlp", "data", "runs", "tables", "plots"],
     ["training"],
     ["cli"],
+    ["grid", "results"],
 ]
 
 

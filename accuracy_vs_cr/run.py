@@ -1,0 +1,51 @@
+"""The five-layer nets of width 500 and 784 on MNIST over many tolerances, and a dense one pruned by the SVD.
+
+    python accuracy_vs_cr/run.py --jobs 2        about 4 hours on two CPU cores
+
+All nets, dense or not, are trained on shifted digits. `pruned` runs start from the truncated SVD of the dense
+net of width 784: their epoch 0 is the truncation alone, the others train the factors at that rank.
+"""
+
+from pathlib import Path
+
+from dlrt import cli, grid
+
+HERE = Path(__file__).parent
+TAUS = (0.03, 0.05, 0.07, 0.09, 0.11, 0.13, 0.15, 0.17)
+RECIPE = ["--augment"]
+LOW_RANK = ["--rank", 0.25, "--s-steps", 10]
+RETRAINING = ["--lr", 0.01, "--s-steps", 10, "--tau", 0, "--tau-warmup", 0]
+
+
+def main() -> None:
+    parser = cli.grid_parser(__doc__, HERE, epochs=20, taus=TAUS)
+    parser.add_argument(
+        "--widths", type=cli.NATURAL, nargs="+", default=(500, 784), help="of the hidden layers"
+    )
+    ranks = (10, 20, 40, 60, 80, 100)
+    parser.add_argument(
+        "--pruned-ranks", type=cli.NATURAL, nargs="*", default=ranks, help="of the last width"
+    )
+    args = parser.parse_args()
+    low_rank, dense = (HERE.parent / "mnist" / f"mlp_mnist{end}.py" for end in ("", "_baseline"))
+    trained, pruned = [], []
+    for width in args.widths:
+        for seed in range(args.seeds):
+            shared = [*cli.shared_flags(args), *RECIPE, "--width", width, "--seed", seed]
+            name = f"width{width}_{{}}_seed{seed}".format
+            trained.append(grid.Plan(name("dense"), dense, args.epochs, shared))
+            for tau in args.taus:
+                flags = [*shared, *LOW_RANK, "--tau-warmup", args.epochs / 4, "--tau", tau]
+                trained.append(grid.Plan(name(f"tau{tau}"), low_rank, args.epochs, flags))
+            if width != args.widths[-1]:
+                continue
+            start = ["--from-checkpoint", args.output_dir / name("dense")]
+            for rank in args.pruned_ranks:
+                flags = [*shared, *RETRAINING, *start, "--rank", rank, "--min-rank", rank, "--max-rank", rank]
+                pruned.append(grid.Plan(name(f"pruned{rank}"), low_rank, max(1, args.epochs // 2), flags))
+    grid.make(trained, args.output_dir, args.jobs)
+    grid.make(pruned, args.output_dir, args.jobs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""What every produce_results.py does around its own table and figures."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from dlrt import plots, tables
+from dlrt.cli import ROOT, HelpFormatter, Parser
+from dlrt.runs import read_runs
+
+
+def parse(description: str, folder: Path) -> argparse.Namespace:
+    """The flags of a produce_results.py: where the runs are, and where tables and figures go."""
+    parser = Parser(description=description, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--results", type=Path, default=folder / "results", help="where the run folders are")
+    add(
+        "--output-dir",
+        type=Path,
+        help="of table and figures; by default this folder, and figures/ for the figures",
+    )
+    args = parser.parse_args()
+    args.figures = [args.output_dir] if args.output_dir else [folder, ROOT / "figures"]
+    args.output_dir = args.output_dir or folder
+    return args
+
+
+def read(args: argparse.Namespace, command: str) -> pd.DataFrame:
+    """`runs.read_runs`; where there are no runs the program ends and says which command makes them."""
+    try:
+        return read_runs(args.results)
+    except FileNotFoundError:
+        sys.exit(f"{Path(sys.argv[0]).name}: no runs in {args.results}; make them with: {command}")
+
+
+def publish(args: argparse.Namespace, table: pd.DataFrame, caption: str, figures: dict[str, Figure]) -> None:
+    """Print a table and write it as CSV, Markdown and LaTeX, and figures by their names as PDF and PNG."""
+    tables.write(table, args.output_dir, caption)
+    print(tables.markdown(table, caption))
+    for name, figure in figures.items():
+        print(f"figure: {plots.save(figure, args.figures, name)}")
