@@ -27,33 +27,14 @@ CAPTION = (
 )
 
 
-def readable(summary: pd.DataFrame) -> pd.DataFrame:
-    """The table to print of the means over seeds."""
-    return pd.DataFrame({
-        "sweep": summary["sweep"],
-        "τ": summary["tau"].map(lambda tau: "dense" if pd.isna(tau) else f"{tau:g}"),
-        "seeds": summary["seeds"].map(str),
-        "test accuracy [%]": tables.spread(summary["accuracy"], summary["accuracy_std"]),
-        "at the last epoch [%]": tables.spread(summary["last_accuracy"], summary["last_accuracy_std"]),
-        "ranks (seed 0)": summary["ranks"].replace("", "dense"),
-        "evaluation parameters": summary["evaluation_parameters"].map("{:,.0f}".format),
-        "compression [%]": summary["compression"].map("{:.2f}".format),
-        "training parameters": summary["training_parameters"].map("{:,.0f}".format),
-        "training compression [%]": summary["training_compression"].map("{:.2f}".format),
-    })  # fmt: skip
-
-
 def published() -> pd.DataFrame:
-    """The published rows in the columns of `readable`."""
+    """The published rows in the columns of `tables.readable`."""
     both = pd.concat([PAPER.assign(sweep="published"), OTHERS])
-    best, mean = (
-        both["accuracy"].map("{:.2f}".format),
-        both["mean"].map(" ({:.2f})".format, na_action="ignore"),
-    )
+    mean = both["mean"].map(" ({:.2f})".format, na_action="ignore").fillna("")
     return pd.DataFrame({
         "sweep": both["sweep"],
         "τ": both["tau"].map("{:g}".format, na_action="ignore"),
-        "test accuracy [%]": best + mean.fillna(""),
+        "test accuracy [%]": both["accuracy"].map("{:.2f}".format) + mean,
         "compression [%]": both["compression"].map("{:.2f}".format),
     })  # fmt: skip
 
@@ -64,7 +45,9 @@ def main() -> None:
     found["sweep"] = found["run"].str.split("/").str[0]
     found["tau"] = found["tau"].where(found["ranks"] != "")
     summary = tables.over_seeds(found, ["sweep", "tau"]).sort_values(["sweep", "tau"], na_position="first")
-    table = pd.concat([readable(summary), published()]).fillna("")
+    tau = summary["tau"].map("{:g}".format, na_action="ignore").fillna("dense")
+    table = tables.readable(summary, {"sweep": summary["sweep"], "τ": tau})
+    table = pd.concat([table, published()]).fillna("")
     low_rank = summary.dropna(subset="tau")
     figure = plots.accuracy_against_compression(
         curves={f"DLRT, {sweep}": rows for sweep, rows in low_rank.groupby("sweep")},

@@ -58,7 +58,7 @@ def number(kind: type, interval: str) -> Callable[[str], float]:
 
 
 NATURAL, COUNT = number(int, "[1, inf)"), number(int, "[0, inf)")
-TOLERANCE = number(float, "[0, 1)")
+TOLERANCE, POSITIVE = number(float, "[0, 1)"), number(float, "(0, inf)")
 
 
 def rank(text: str) -> int | float:
@@ -82,7 +82,7 @@ def training_parser(description: str, low_rank: bool, **defaults: Any) -> Parser
     add = parser.add_argument
     add("--epochs", type=NATURAL, default=20, help="passes over the training split")
     add("--batch-size", type=NATURAL, default=128, help="samples per step")
-    add("--lr", type=number(float, "(0, inf)"), default=0.05, help="step size h")
+    add("--lr", type=POSITIVE, default=0.05, help="step size h")
     add("--momentum", type=number(float, "[0, 1)"), default=0.9, help="of SGD; first beta of Adam")
     add("--weight-decay", type=number(float, "[0, inf)"), default=0.0, help="of S, biases and dense layers")
     add("--optimizer", choices=OPTIMIZERS, default="sgd", help="the inner one, of a low-rank network")
@@ -131,12 +131,14 @@ def _add_low_rank_flags(parser: Parser) -> None:
     add("--finetune-epochs", type=COUNT, default=0, help="afterwards, of S and the rest, bases frozen")
 
 
-def grid_parser(description: str, folder: Path, epochs: int, taus: Sequence[float] = ()) -> Parser:
+def grid_parser(
+    description: str, folder: Path, epochs: int, seeds: int = 3, taus: Sequence[float] = ()
+) -> Parser:
     """A parser for the run.py of an experiment, which makes a grid of runs in the folder's results/."""
     parser = Parser(description=description, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--epochs", type=NATURAL, default=epochs, help="of every run")
-    add("--seeds", type=NATURAL, default=3, help="runs of every setting")
+    add("--seeds", type=NATURAL, default=seeds, help="runs of every setting")
     if taus:
         add("--taus", type=TOLERANCE, nargs="+", default=taus, help="tolerances")
     add("--jobs", type=NATURAL, default=1, help="runs at a time, which share the CPU's cores")
@@ -169,7 +171,7 @@ def parse(parser: Parser, arguments: Sequence[str] | None = None) -> argparse.Na
 
 def run_script(
     args: argparse.Namespace,
-    network: type[nn.Module],
+    network: Callable[..., nn.Module],
     results: Path,
     settings: dict[str, Any] | None = None,
     skip: Sequence[str] = (),
@@ -192,7 +194,7 @@ def run_script(
 
 def _run(
     args: argparse.Namespace,
-    network: type[nn.Module],
+    network: Callable[..., nn.Module],
     results: Path,
     settings: dict[str, Any],
     skip: Sequence[str],

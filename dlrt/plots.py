@@ -10,6 +10,7 @@ mpl.use("Agg")  # files, no windows
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -82,3 +83,12 @@ def accuracy_against_compression(
         axes.set(xlabel="evaluation compression [%]", ylabel="test accuracy [%]")
         axes.legend(loc="lower left", fontsize="small")
     return figure
+
+
+def bands(axes: Axes, runs: list[pd.DataFrame], column: str, label: str, number: int) -> None:
+    """The mean of a column of metrics over runs, epoch by epoch, in a band of one standard deviation."""
+    values = pd.concat([rows.set_index("epoch")[column] for rows in runs], axis=1)
+    mean, std = values.mean(axis=1), values.std(axis=1).fillna(0)
+    colour = COLOURS[number % len(COLOURS)]
+    axes.plot(mean.index, mean, color=colour, linestyle=STYLES[number % len(STYLES)], label=label)
+    axes.fill_between(mean.index, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)

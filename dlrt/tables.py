@@ -29,7 +29,7 @@ def comparison(runs: pd.DataFrame) -> pd.DataFrame:
 def over_seeds(runs: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """Means and standard deviations over the runs of each setting, a row per value of the columns `by`.
 
-    Accuracies and compressions in %; the ranks are those of the smallest seed.
+    Accuracies and compressions in %; the ranks are those of the first seed.
     """
     groups = runs.sort_values("seed").groupby(by, sort=False, dropna=False)
     table = groups.agg(
@@ -47,12 +47,24 @@ def over_seeds(runs: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     return table.reset_index()
 
 
-def spread(mean: pd.Series, std: pd.Series) -> pd.Series:
+def readable(summary: pd.DataFrame, settings: dict[str, pd.Series]) -> pd.DataFrame:
+    """The rows of `over_seeds` as text, behind columns that say what the setting of each is."""
+    return pd.DataFrame({
+        **settings,
+        "seeds": summary["seeds"].map(str),
+        "test accuracy [%]": spread(summary["accuracy"], summary["accuracy_std"]),
+        "at the last epoch [%]": spread(summary["last_accuracy"], summary["last_accuracy_std"]),
+        "ranks (first seed)": summary["ranks"].replace("", "dense"),
+        "evaluation parameters": summary["evaluation_parameters"].map("{:,.0f}".format),
+        "compression [%]": summary["compression"].map("{:.2f}".format),
+        "training parameters": summary["training_parameters"].map("{:,.0f}".format),
+        "training compression [%]": summary["training_compression"].map("{:.2f}".format),
+    })  # fmt: skip
+
+
+def spread(mean: pd.Series, std: pd.Series) -> list[str]:
     """ "98.71 ± 0.05" for every row; the mean alone where there is one run only."""
-    return pd.Series(
-        [f"{m:.2f}" if pd.isna(s) else f"{m:.2f} ± {s:.2f}" for m, s in zip(mean, std, strict=True)],
-        index=mean.index,
-    )
+    return [f"{m:.2f}" if pd.isna(s) else f"{m:.2f} ± {s:.2f}" for m, s in zip(mean, std, strict=True)]
 
 
 def markdown(table: pd.DataFrame, caption: str = "") -> str:

@@ -80,3 +80,43 @@ def test_quiet_prints_the_result_only(tmp_path):
     assert result.stderr == ""
     assert result.stdout.count("\n") == 1
     assert result.stdout.startswith("test accuracy ")
+
+
+SMALL = ["--dataset", "digits", "--epochs", 1, "--seeds", 1, "--jobs", 2]
+EXPERIMENTS = {
+    "Lenet_experiment": ["--best-epochs", 1, "--taus", 0.1, "--best-taus", 0.2],
+    "UV_vanilla": ["--decays", 1, 10, "--lrs", 0.1],
+    "accuracy_vs_cr": ["--taus", 0.1, "--widths", 12, 20, "--pruned-ranks", 3],
+}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_goes_from_runs_to_table_and_figures(experiment, tmp_path):
+    flags = [*SMALL, *EXPERIMENTS[experiment], "--output-dir", tmp_path / "results"]
+    result = run(f"{experiment}/run.py", *flags, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for _ in range(2):  # it can be run twice
+        result = run(
+            f"{experiment}/produce_results.py", "--results", "results", "--output-dir", "out", cwd=tmp_path
+        )
+        assert result.returncode == 0, result.stderr
+        assert result.stderr == ""
+    made = {path.suffix for path in (tmp_path / "out").iterdir()}
+    assert made == {".csv", ".md", ".tex", ".pdf", ".png"}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_number_of_an_experiment_follows_from_its_committed_runs(experiment, tmp_path):
+    result = run(f"{experiment}/produce_results.py", "--output-dir", tmp_path, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for suffix in ("csv", "md", "tex"):
+        assert (tmp_path / f"table.{suffix}").read_text() == (
+            ROOT / experiment / f"table.{suffix}"
+        ).read_text()
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_without_runs_an_experiment_says_which_command_makes_them(experiment, tmp_path):
+    result = run(f"{experiment}/produce_results.py", "--results", tmp_path, cwd=tmp_path)
+    assert result.returncode == 1
+    assert f"make them with: python {experiment}/run.py" in result.stderr

@@ -1,0 +1,80 @@
+"""Learning curves of DLRT and of plain factors U Vᵀ, from weights of decaying singular values; no training.
+
+python UV_vanilla/produce_results.py
+"""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from dlrt import plots, results, runs, tables
+
+# Schotthöfer et al. 2022: test accuracy after epoch 1, and after epoch 20; their U Vᵀ trains no convolution
+PUBLISHED = pd.DataFrame({
+    "method": ["DLRT, published"] * 3 + ["U Vᵀ, published"] * 3,
+    "decay": [1, 2, 10] * 2,
+    "after epoch 1 [%]": ["81", "56", "39", "33", "17", "16"],
+    "after the last epoch [%]": [
+        "97.81 ± 0.15", "97.29 ± 0.30", "97.07 ± 0.69", "93.74 ± 1.5", "90.9 ± 2.6", "86.2 ± 4.8"
+    ],
+})  # fmt: skip
+CAPTION = (
+    "LeNet5 on MNIST at rank 20 in every layer, from weights of singular values |N(0, 1)|, the k-th divided "
+    "by decay^k: test accuracy, mean and standard deviation over the seeds. SGD without momentum, batch 128; "
+    "the learning rate of U Vᵀ is the one of those tried that did best on the validation split with seed 0."
+)
+METHODS = {"decayed_lenet5": "DLRT", "vanilla_lenet5": "U Vᵀ"}
+
+
+def curves(found: pd.DataFrame, folder: Path) -> dict[tuple[str, float], list[pd.DataFrame]]:
+    """The metrics of all seeds for each method and decay, with the learning rate that won."""
+    first = found[found["seed"] == found["seed"].min()].sort_values("validation_accuracy")
+    best = first.groupby(["network", "decay"])["lr"].last()
+    won = found[found["lr"] == [best[key] for key in zip(found["network"], found["decay"], strict=True)]]
+    return {
+        (METHODS[network], decay, lr): [runs.read_metrics(folder / run) for run in rows["run"]]
+        for (network, decay, lr), rows in won.groupby(["network", "decay", "lr"])
+    }
+
+
+def table(curves: dict[tuple[str, float, float], list[pd.DataFrame]]) -> pd.DataFrame:
+    """A row per method and decay: test accuracy after the first epoch and after the last one."""
+    rows = []
+    for (method, decay, lr), metrics in curves.items():
+        accuracies = pd.DataFrame([rows["test_accuracy"].iloc[[0, -1]].tolist() for rows in metrics])
+        first, last = tables.spread(accuracies.mean(), accuracies.std())
+        setting = {"method": method, "decay": decay, "learning rate": f"{lr:g}", "seeds": str(len(metrics))}
+        rows.append({**setting, "after epoch 1 [%]": first, "after the last epoch [%]": last})
+    both = pd.concat([pd.DataFrame(rows), PUBLISHED]).fillna("")
+    return both.assign(decay=both["decay"].map(lambda decay: "none" if decay == 1 else f"{decay:g}"))
+
+
+def figure(curves: dict[tuple[str, float, float], list[pd.DataFrame]]) -> Figure:
+    """Training loss and test accuracy over the epochs, a column of axes per decay."""
+    decays = sorted({decay for _, decay, _ in curves})
+    with rc_context(plots.LOOK):
+        figure, axes = plt.subplots(2, len(decays), figsize=(9, 5), sharex=True, sharey="row", squeeze=False)
+        for (method, decay, lr), metrics in curves.items():
+            number = list(METHODS.values()).index(method)
+            for row, column in enumerate(("train_loss", "test_accuracy")):
+                plots.bands(axes[row, decays.index(decay)], metrics, column, f"{method}, lr {lr:g}", number)
+        for upper, lower, decay in zip(*axes, decays, strict=True):
+            upper.set(title="no decay" if decay == 1 else f"decay {decay:g}", yscale="log")
+            lower.set(xlabel="epoch")
+            lower.legend(loc="lower right", fontsize="small")
+        axes[0, 0].set(ylabel="training loss")
+        axes[1, 0].set(ylabel="test accuracy [%]")
+    return figure
+
+
+def main() -> None:
+    args = results.parse(__doc__, Path(__file__).parent)
+    found = curves(results.read(args, "python UV_vanilla/run.py"), args.results)
+    results.publish(args, table(found), CAPTION, {"uv_vanilla": figure(found)})
+
+
+if __name__ == "__main__":
+    main()

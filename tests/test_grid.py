@@ -1,0 +1,68 @@
+"""A grid: finished runs are left alone, broken ones go on, a failure is told and stops nobody else."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+
+from dlrt import cli, grid
+from dlrt.runs import epochs_done, read_metrics
+
+SCRIPT = cli.ROOT / "mnist" / "mlp_mnist_baseline.py"
+QUICK = ["--dataset", "digits", "--width", "8"]
+
+
+def plan(name, epochs=2, *flags):
+    return grid.Plan(name, SCRIPT, epochs, [*QUICK, *flags])
+
+
+def test_what_is_finished_is_left_alone_and_what_broke_off_is_continued(tmp_path, capsys):
+    plans = [plan("a/one"), plan("a/two")]
+    grid.make(plans, tmp_path, jobs=2)
+    assert [epochs_done(tmp_path / p.name) for p in plans] == [2, 2]
+    one, two = (tmp_path / p.name / "metrics.csv" for p in plans)
+    whole, written = pd.read_csv(two), one.stat().st_mtime_ns
+    pd.read_csv(two)[:1].to_csv(two, index=False)  # as if the machine had gone down in the second epoch
+    (two.parent / "checkpoint.pt").unlink()
+    grid.make(plans, tmp_path, jobs=2)
+    assert one.stat().st_mtime_ns == written
+    timeless = [column for column in whole if column != "seconds"]
+    pd.testing.assert_frame_equal(read_metrics(two.parent)[timeless], read_metrics(one.parent)[timeless])
+    assert capsys.readouterr().out.count("2 of 2 runs are in") == 2
+
+
+def test_a_failure_is_told_with_its_reason_and_the_others_go_on(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="failed: bad; the same command tries them again"):
+        grid.make([plan("bad", 2, "--lr", "-1"), plan("good", 1)], tmp_path)
+    assert epochs_done(tmp_path / "good") == 1
+    assert "bad failed: mlp_mnist_baseline.py: argument --lr: must lie in (0, inf)" in capsys.readouterr().out
+
+
+def test_control_c_stops_the_runs_and_keeps_their_epochs(tmp_path):
+    code = f"""
+import signal
+from pathlib import Path
+from dlrt import grid
+signal.signal(signal.SIGINT, signal.default_int_handler)
+grid.make([grid.Plan("long", Path({str(SCRIPT)!r}), 100000, {QUICK!r})], Path({str(tmp_path)!r}))
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as process:
+        while epochs_done(tmp_path / "long") < 2 and process.poll() is None:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode == 130
+    done = epochs_done(tmp_path / "long")
+    assert done >= 2
+    time.sleep(0.5)
+    assert epochs_done(tmp_path / "long") == done  # nobody is left to go on
+
+
+def test_jobs_share_the_cores(tmp_path):
+    cores = os.cpu_count() or 1
+    grid.make([plan("one", 1)], tmp_path, jobs=cores)
+    assert '"threads": 1' in (tmp_path / "one" / "config.json").read_text()

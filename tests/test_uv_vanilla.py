@@ -1,0 +1,54 @@
+"""Plain factors and DLRT start from the same weights, and every plain factor trains."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from dlrt import LowRankLayer
+from dlrt.models import LeNet5
+
+SHAPE = (1, 28, 28)
+
+
+@pytest.fixture(scope="module")
+def factored():
+    path = Path(__file__).parents[1] / "UV_vanilla" / "factored.py"
+    spec = importlib.util.spec_from_file_location("factored", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def pair(factored, decay):
+    torch.manual_seed(0)
+    low_rank = factored.decayed_lenet5(SHAPE, 10, rank=20, decay=decay)
+    torch.manual_seed(0)
+    return low_rank, factored.vanilla_lenet5(SHAPE, 10, rank=20, decay=decay)
+
+
+@pytest.mark.parametrize("decay", [1.0, 2.0, 10.0])
+def test_both_start_as_the_same_network(factored, decay):
+    low_rank, vanilla = pair(factored, decay)
+    x = torch.randn(4, *SHAPE)
+    assert torch.allclose(low_rank(x), vanilla(x), rtol=1e-4, atol=1e-5)
+
+
+def test_singular_values_decay_in_every_layer(factored):
+    none, strong = pair(factored, 1.0)[0], pair(factored, 10.0)[0]
+    layers = [
+        (a, b) for a, b in zip(none.modules(), strong.modules(), strict=True) if isinstance(a, LowRankLayer)
+    ]
+    assert len(layers) == sum(parameter.dim() > 1 for parameter in LeNet5().parameters())
+    for layer, decayed in layers:
+        ratio = layer.S.diagonal() / decayed.S.diagonal()
+        assert torch.allclose(ratio.log10(), torch.arange(layer.rank, dtype=torch.float32), atol=1e-3)
+
+
+def test_every_factor_trains(factored):
+    _, vanilla = pair(factored, 2.0)
+    vanilla(torch.randn(8, *SHAPE)).square().sum().backward()
+    factors = [parameter for parameter in vanilla.parameters() if parameter.dim() > 1]
+    assert len(factors) == 8
+    assert all(factor.grad.norm() > 0 for factor in factors)
