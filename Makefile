@@ -14,7 +14,7 @@ demo: .venv/ready
 	$(RUN) mnist/produce_results.py --results demo/results --output-dir demo
 
 test: .venv/ready
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest
 
 lint: .venv/ready
 	$(RUN) -m ruff check .

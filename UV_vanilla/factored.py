@@ -7,7 +7,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlrt import LowRank, LowRankConv2d, LowRankLayer, to_low_rank
+from dlrt.cli import number
 from dlrt.models import LeNet5
+
+AS_IN_THE_PAPER = {
+    "lr": 0.01, "momentum": 0.0, "schedule": "constant", "label_smoothing": 0.0, "augment": False
+}  # fmt: skip
+DECAY = {
+    "type": number(float, "[1, inf)"),
+    "default": 1.0,
+    "help": "of the singular values, from each to the next",
+}
 
 
 class VanillaLinear(nn.Module):
@@ -34,7 +44,7 @@ class VanillaConv2d(VanillaLinear):
 
 
 def decayed_lenet5(
-    shape: tuple[int, int, int], classes: int, rank: int = 20, decay: float = 1.0
+    shape: tuple[int, int, int] = (1, 28, 28), classes: int = 10, rank: int = 20, decay: float = 1.0
 ) -> nn.Module:
     """LeNet5 of low-rank layers, all of that rank, or of full rank where that is less.
 
@@ -51,7 +61,7 @@ def decayed_lenet5(
 
 
 def vanilla_lenet5(
-    shape: tuple[int, int, int], classes: int, rank: int = 20, decay: float = 1.0
+    shape: tuple[int, int, int] = (1, 28, 28), classes: int = 10, rank: int = 20, decay: float = 1.0
 ) -> nn.Module:
     """The same weights as those of `decayed_lenet5`, S shared evenly between the two factors."""
     model = decayed_lenet5(shape, classes, rank, decay)

@@ -5,22 +5,20 @@ python UV_vanilla/lenet5_mnist.py --decay 10
 
 from pathlib import Path
 
-from factored import decayed_lenet5
+from factored import AS_IN_THE_PAPER, DECAY, decayed_lenet5
 
 from dlrt import cli
 
 
 def main() -> None:
-    parser = cli.training_parser(
-        __doc__, low_rank=True, tau=0.0, tau_warmup=0.0, rank=20, lr=0.01, momentum=0.0
-    )
-    parser.set_defaults(schedule="constant", min_rank=20, max_rank=20)
-    parser.add_argument(
-        "--decay", type=cli.number(float, "[1, inf)"), default=1.0, help="of the singular values"
-    )
+    fixed = {"tau": 0.0, "tau_warmup": 0.0, "s_steps": 1, "rank": 20}
+    parser = cli.training_parser(__doc__, low_rank=True, **fixed, **AS_IN_THE_PAPER)
+    parser.add_argument("--decay", **DECAY)
     args = cli.parse(parser)
-    settings = {"rank": args.rank, "decay": args.decay}
-    cli.run_script(args, decayed_lenet5, Path(__file__).parent / "results", settings)
+    args.min_rank = args.max_rank = args.rank
+    cli.run_script(
+        args, decayed_lenet5, Path(__file__).parent / "results", {"rank": args.rank, "decay": args.decay}
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ is run with each of `--lrs` and the first seed, and with the winner of the valid
 
 from pathlib import Path
 
+from factored import DECAY
+
 from dlrt import cli, grid
 from dlrt.runs import read_runs
 
@@ -17,13 +19,7 @@ HERE = Path(__file__).parent
 def main() -> None:
     parser = cli.grid_parser(__doc__, HERE, epochs=20, seeds=5)
     add = parser.add_argument
-    add(
-        "--decays",
-        type=cli.number(float, "[1, inf)"),
-        nargs="+",
-        default=(1.0, 2.0, 10.0),
-        help="of singular values",
-    )
+    add("--decays", nargs="+", **DECAY | {"default": (1.0, 2.0, 10.0)})
     add("--lrs", type=cli.POSITIVE, nargs="+", default=(0.003, 0.01, 0.03, 0.1), help="for the plain factors")
     args = parser.parse_args()
 

@@ -12,9 +12,7 @@ from dlrt import cli, grid
 
 HERE = Path(__file__).parent
 TAUS = (0.03, 0.05, 0.07, 0.09, 0.11, 0.13, 0.15, 0.17)
-RECIPE = ["--augment"]
-LOW_RANK = ["--rank", 0.25, "--s-steps", 10]
-RETRAINING = ["--lr", 0.01, "--s-steps", 10, "--tau", 0, "--tau-warmup", 0]
+RETRAINING = ["--lr", 0.01, "--tau", 0, "--tau-warmup", 0]
 
 
 def main() -> None:
@@ -31,11 +29,11 @@ def main() -> None:
     trained, pruned = [], []
     for width in args.widths:
         for seed in range(args.seeds):
-            shared = [*cli.shared_flags(args), *RECIPE, "--width", width, "--seed", seed]
+            shared = [*cli.shared_flags(args), "--width", width, "--seed", seed]
             name = f"width{width}_{{}}_seed{seed}".format
             trained.append(grid.Plan(name("dense"), dense, args.epochs, shared))
             for tau in args.taus:
-                flags = [*shared, *LOW_RANK, "--tau-warmup", args.epochs / 4, "--tau", tau]
+                flags = [*shared, "--rank", 0.25, "--tau-warmup", args.epochs / 4, "--tau", tau]
                 trained.append(grid.Plan(name(f"tau{tau}"), low_rank, args.epochs, flags))
             if width != args.widths[-1]:
                 continue

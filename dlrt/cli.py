@@ -23,6 +23,7 @@ DATA_DIR = Path(os.environ.get("DLRT_DATA", ROOT / "data"))
 HERE = "cuda" if torch.cuda.is_available() else "cpu"
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 SCHEDULES = ("constant", "cosine", "plateau")
+S_STEPS = 10
 NOT_PART_OF_THE_EXPERIMENT = ("data_dir", "output_dir", "resume", "quiet", "device", "workers")
 
 
@@ -88,9 +89,9 @@ def training_parser(description: str, low_rank: bool, **defaults: Any) -> Parser
     add("--optimizer", choices=OPTIMIZERS, default="sgd", help="the inner one, of a low-rank network")
     add("--schedule", choices=SCHEDULES, default="cosine", help="of lr over all epochs")
     smoothing = "share of the target that all classes get alike"
-    add("--label-smoothing", type=number(float, "[0, 1)"), default=0.0, help=smoothing)
+    add("--label-smoothing", type=TOLERANCE, default=0.1, help=smoothing)
     shifted = "shift training images at random, mirror half of CIFAR-10's"
-    add("--augment", action=argparse.BooleanOptionalAction, default=False, help=shifted)
+    add("--augment", action=argparse.BooleanOptionalAction, default=True, help=shifted)
     if low_rank:
         _add_low_rank_flags(parser)
     add("--dataset", choices=DATASETS, default="mnist", help="digits needs no download")
@@ -123,10 +124,12 @@ def _add_low_rank_flags(parser: Parser) -> None:
     add("--tau-warmup", type=number(float, "[0, inf)"), metavar="EPOCHS", help=warmup)
     add("--integrator", choices=INTEGRATORS, default="augmented", help="bug keeps the rank")
     add("--rank", type=rank, default=0.5, help="to begin with: 20 is a rank, 0.5 a share of the full rank")
+    add("--skip", nargs="*", default=(), metavar="LAYER", help="layers that stay dense")
     start = "weights to begin with, truncated to --rank: a dense run's folder or checkpoint, or a state dict"
     add("--from-checkpoint", type=Path, metavar="PATH", help=start)
     add("--min-rank", type=NATURAL, default=2, help="of every layer")
-    add("--s-steps", type=NATURAL, default=1, help="steps of S in each move of the bases")
+    s_steps = f"steps of S in each move of the bases; by default {S_STEPS}, and 1 where the integrator is bug"
+    add("--s-steps", type=NATURAL, help=s_steps)
     add("--max-rank", type=NATURAL, help="of every layer; by default only its size limits it")
     add("--finetune-epochs", type=COUNT, default=0, help="afterwards, of S and the rest, bases frozen")
 
@@ -160,6 +163,8 @@ def parse(parser: Parser, arguments: Sequence[str] | None = None) -> argparse.Na
     low_rank = hasattr(args, "tau")
     if low_rank and args.max_rank is not None and args.max_rank < args.min_rank:
         parser.error(f"--max-rank must be at least --min-rank, got {args.max_rank} < {args.min_rank}")
+    if low_rank and args.s_steps is None:
+        args.s_steps = 1 if args.integrator == "bug" else S_STEPS
     if low_rank and args.s_steps > 1 and args.integrator == "bug":
         parser.error(f"--s-steps must be 1 with --integrator bug, got {args.s_steps}")
     if low_rank and args.tau_warmup is None:
@@ -174,15 +179,14 @@ def run_script(
     network: Callable[..., nn.Module],
     results: Path,
     settings: dict[str, Any] | None = None,
-    skip: Sequence[str] = (),
 ) -> None:
     """Train a network as the flags say, print the result and leave a run's folder.
 
-    network is called with the data's shape, its number of classes and `settings`. skip names the layers that
-    stay dense in a low-rank run. Ctrl-C exits with 130.
+    network is called with the data's shape, its number of classes and `settings`. Ctrl-C exits with 130.
     """
+    _check_skip(args, network, settings or {})
     try:
-        _run(args, network, results, settings or {}, skip)
+        _run(args, network, results, settings or {})
     except (DataError, RunError, OSError, FloatingPointError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except KeyboardInterrupt:
@@ -192,12 +196,25 @@ def run_script(
         sys.exit(130)
 
 
+def _check_skip(
+    args: argparse.Namespace, network: Callable[..., nn.Module], settings: dict[str, Any]
+) -> None:
+    """End with 2 where --skip names no layer of the network."""
+    if not getattr(args, "skip", ()):
+        return
+    with torch.device("meta"):
+        names = [name for name, layer in network(**settings).named_modules() if hasattr(layer, "weight")]
+    if unknown := sorted(set(args.skip) - set(names)):
+        script, layers = Path(sys.argv[0]).name, ", ".join(names)
+        print(f"{script}: --skip takes layers of {layers}, got {', '.join(unknown)}", file=sys.stderr)
+        sys.exit(2)
+
+
 def _run(
     args: argparse.Namespace,
     network: Callable[..., nn.Module],
     results: Path,
     settings: dict[str, Any],
-    skip: Sequence[str],
 ) -> None:
     if args.workers:
         torch.set_num_threads(args.workers)
@@ -218,7 +235,7 @@ def _run(
     if start:
         _take_weights(model, start)
     if low_rank:
-        model = to_low_rank(model, rank=args.rank, skip=skip)
+        model = to_low_rank(model, rank=args.rank, skip=args.skip)
     model.to(args.device, memory_format=torch.channels_last)  # on a CPU convolutions take half the time
     optimizer = make_optimizer(model, args)
     recipe = Recipe(

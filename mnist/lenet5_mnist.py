@@ -10,8 +10,8 @@ from dlrt.models import LeNet5
 
 
 def main() -> None:
-    parser = cli.training_parser(__doc__, low_rank=True, tau=0.15)
-    cli.run_script(cli.parse(parser), LeNet5, Path(__file__).parent / "results" / "lenet5", skip=["fc2"])
+    parser = cli.training_parser(__doc__, low_rank=True, tau=0.15, skip=["fc2"])
+    cli.run_script(cli.parse(parser), LeNet5, Path(__file__).parent / "results" / "lenet5")
 
 
 if __name__ == "__main__":

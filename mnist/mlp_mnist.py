@@ -10,11 +10,11 @@ from dlrt.models import MLP
 
 
 def main() -> None:
-    parser = cli.training_parser(__doc__, low_rank=True, tau=0.09)
+    parser = cli.training_parser(__doc__, low_rank=True, tau=0.09, skip=["fc5"])
     parser.add_argument("--width", type=cli.NATURAL, default=500, help="of the hidden layers")
     args = cli.parse(parser)
     results = Path(__file__).parent / "results" / "mlp"
-    cli.run_script(args, MLP, results, settings={"width": args.width}, skip=["fc5"])
+    cli.run_script(args, MLP, results, settings={"width": args.width})
 
 
 if __name__ == "__main__":

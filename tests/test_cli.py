@@ -238,3 +238,31 @@ def test_a_missing_data_set_leaves_no_run_that_would_be_in_the_way_later(without
 def test_the_tolerance_rises_over_half_of_the_epochs_unless_told_otherwise():
     assert parse("--epochs", "7").tau_warmup == 3.5
     assert parse("--tau-warmup", "0").tau_warmup == 0
+
+
+def test_an_unknown_layer_to_skip_is_named_before_any_data_is_read(tmp_path):
+    result = call(tmp_path, "--skip", "fc1", "fc9", "--data-dir", tmp_path / "none")
+    assert result.returncode == 2
+    assert result.stderr == "lenet5_mnist.py: --skip takes layers of conv1, conv2, fc1, fc2, got fc9\n"
+
+
+def test_a_run_starts_from_the_truncated_weights_of_a_dense_run(tmp_path):
+    flags = ["--dataset", "digits", "--epochs", "1", "--output-dir", tmp_path, "--quiet"]
+    baseline = [sys.executable, str(SCRIPT.with_name("lenet5_mnist_baseline.py")), *map(str, flags)]
+    dense = subprocess.run([*baseline, "--name", "dense"], env=ENVIRONMENT, capture_output=True, text=True)
+    assert dense.returncode == 0, dense.stderr
+    start = ["--from-checkpoint", tmp_path / "dense", "--tau-warmup", "0"]
+    assert call(tmp_path, *flags, *start, "--name", "full", "--rank", "1.0").returncode == 0
+    assert call(tmp_path, *flags, *start, "--name", "cut", "--rank", "2").returncode == 0
+    full, cut, trained = (read_metrics(tmp_path / name) for name in ("full", "cut", "dense"))
+    assert full["epoch"].tolist() == [0, 1]
+    assert full["test_accuracy"][0] == trained["test_accuracy"][0]
+    assert full["test_loss"][0] == pytest.approx(trained["test_loss"][0], rel=1e-4)
+    assert cut["ranks"][0] == "2/2/2"
+    assert cut["validation_loss"][0] > full["validation_loss"][0]
+    missing = call(tmp_path, *flags, "--from-checkpoint", tmp_path / "nowhere", "--name", "a")
+    assert missing.returncode == 1
+    assert "give a run's folder" in missing.stderr
+    other = call(tmp_path, *flags, "--from-checkpoint", tmp_path / "full", "--name", "b")
+    assert "does not fit LeNet5" in other.stderr
+    assert other.stderr.count("\n") == 1
