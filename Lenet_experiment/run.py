@@ -2,9 +2,9 @@
 
     python Lenet_experiment/run.py --jobs 2        about 3 hours on two CPU cores
 
-Two sweeps: "plain", with the whole tolerance from the first step on, bases that move at every step, a low-rank
-first layer, and digits and targets as they are; and "best", with the defaults of the training scripts, which
-were chosen on the validation split. The dense net is trained with both.
+Two sweeps: "plain", with the whole tolerance from the first step on, bases that move at every step, a
+low-rank first layer, and digits and targets as they are; and "best", with the defaults of the training
+scripts, which were chosen on the validation split. The dense net is trained with both.
 """
 
 from pathlib import Path

@@ -143,7 +143,7 @@ def grid_parser(
     add("--epochs", type=NATURAL, default=epochs, help="of every run")
     add("--seeds", type=NATURAL, default=seeds, help="runs of every setting")
     if taus:
-        add("--taus", type=TOLERANCE, nargs="+", default=taus, help="tolerances")
+        add("--taus", type=TOLERANCE, nargs="*", default=taus, help="tolerances")
     add("--jobs", type=NATURAL, default=1, help="runs at a time, which share the CPU's cores")
     add("--dataset", choices=DATASETS, default="mnist", help="digits needs no download")
     add("--data-dir", type=Path, default=DATA_DIR, help="or set DLRT_DATA")
