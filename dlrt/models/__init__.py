@@ -1,6 +1,9 @@
 """The networks of the experiments: plain torch modules, made for an input shape and a number of classes."""
 
+from dlrt.models.alexnet import AlexNet
 from dlrt.models.lenet5 import LeNet5
 from dlrt.models.mlp import MLP
+from dlrt.models.resnet import ResNet20
+from dlrt.models.vgg import VGG16
 
-__all__ = ["MLP", "LeNet5"]
+__all__ = ["MLP", "VGG16", "AlexNet", "LeNet5", "ResNet20"]

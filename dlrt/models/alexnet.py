@@ -1,0 +1,34 @@
+"""AlexNet for small pictures: five convolutions, three linear layers. Krizhevsky et al. 2012, for 32 x 32."""
+
+from torch import Tensor, nn
+
+
+class AlexNet(nn.Module):
+    """Kernels of 3 x 3 and pooling of 2 x 2 in place of the original's larger ones, and no overlap.
+
+    shape is (channels, height, width) of the input, at least 16 pixels a side.
+    """
+
+    def __init__(self, shape: tuple[int, int, int] = (3, 32, 32), classes: int = 10) -> None:
+        super().__init__()
+        channels, height, width = shape
+        if min(height, width) < 16:
+            raise ValueError(f"AlexNet needs pictures of at least 16 x 16 pixels, got {height} x {width}")
+        self.conv1 = nn.Conv2d(channels, 64, 3, stride=2, padding=1)
+        self.conv2 = nn.Conv2d(64, 192, 3, padding=1)
+        self.conv3 = nn.Conv2d(192, 384, 3, padding=1)
+        self.conv4 = nn.Conv2d(384, 256, 3, padding=1)
+        self.conv5 = nn.Conv2d(256, 256, 3, padding=1)
+        rows, columns = ((side + 1) // 2 // 8 for side in (height, width))
+        self.fc1 = nn.Linear(256 * rows * columns, 4096)
+        self.fc2 = nn.Linear(4096, 4096)
+        self.fc3 = nn.Linear(4096, classes)
+        self.pool, self.relu, self.dropout = nn.MaxPool2d(2), nn.ReLU(inplace=True), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.relu(self.conv1(x)))
+        x = self.pool(self.relu(self.conv2(x)))
+        x = self.relu(self.conv4(self.relu(self.conv3(x))))
+        x = self.pool(self.relu(self.conv5(x)))
+        x = self.dropout(self.relu(self.fc1(self.dropout(x.flatten(1)))))
+        return self.fc3(self.relu(self.fc2(x)))

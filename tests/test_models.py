@@ -1,0 +1,57 @@
+"""The networks have the parameters that they are known for, and low-rank copies compute the same."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import dlrt
+from dlrt.models import MLP, VGG16, AlexNet, LeNet5, ResNet20
+
+TRAINED = Path(__file__).parents[2] / "shared" / "data" / "resnet20-12fca82f.pt"
+PARAMETERS = {MLP: 1_149_010, LeNet5: 431_080, ResNet20: 269_722, VGG16: 14_724_042, AlexNet: 23_272_266}
+
+
+@pytest.mark.parametrize("network", PARAMETERS)
+def test_a_network_has_as_many_parameters_as_it_is_known_for(network):
+    with torch.device("meta"):
+        assert sum(parameter.numel() for parameter in network().parameters()) == PARAMETERS[network]
+
+
+@pytest.mark.parametrize("network", [VGG16, AlexNet, LeNet5])
+def test_a_picture_too_small_is_refused_with_the_size_that_is_needed(network):
+    with pytest.raises(ValueError, match=r"needs pictures of at least .* got 8 x 9"):
+        network((3, 8, 9), 10)
+
+
+def trained_resnet20():
+    """With weights that somebody else trained, where they are at hand, or else with random ones."""
+    torch.manual_seed(0)
+    model = ResNet20()
+    if TRAINED.exists():
+        model.load_state_dict(torch.load(TRAINED, weights_only=True))
+    return model.eval()
+
+
+def test_resnet20_computes_the_same_at_full_rank_and_dense_again():
+    model, x = trained_resnet20(), torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        logits = model(x)
+        dlrt.to_low_rank(model, skip=["conv1", "linear"])
+        assert len(dlrt.compression(model).ranks) == 18
+        assert (model(x) - logits).abs().max() <= 1e-4
+        assert (dlrt.to_dense(model)(x) - logits).abs().max() <= 1e-4
+
+
+def test_resnet20_takes_parameter_free_shortcuts():
+    model = trained_resnet20()
+    block = model.layer2[0]
+    for name in ("conv1", "conv2"):
+        torch.nn.init.zeros_(getattr(block, name).weight)
+    for norm in (block.bn1, block.bn2):
+        norm.reset_parameters()
+        norm.reset_running_stats()
+    x = torch.rand(2, 16, 8, 8)
+    y = block(x)
+    assert torch.equal(y[:, 8:24], x[:, :, ::2, ::2])
+    assert y[:, :8].abs().max() == y[:, 24:].abs().max() == 0
