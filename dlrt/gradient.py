@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +54,7 @@ class RecordedMap(torch.autograd.Function):
     def forward(ctx, x: Tensor, S: Tensor, bias: Tensor | None, layer: Maps) -> Tensor:
         a = layer.project(x, layer.V)
         ctx.save_for_backward(x, a, S)
-        ctx.layer, ctx.gradient = layer, layer.gradient
+        ctx.gradient = layer.gradient
         y = layer.lift(a, layer.U, S, bias)
         # the same memory, but no view to autograd, which refuses in-place activations on views made here
         return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
@@ -60,21 +62,29 @@ class RecordedMap(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
-        layer, (of_x, _, of_bias, _) = ctx.layer, ctx.needs_input_grad
-        # under autocast g may be bfloat16, and the factors never are
-        x, a, S, U, V = (T.to(g.dtype) for T in (*ctx.saved_tensors, layer.U, layer.V))
-        dense = _dense_is_cheaper(layer, g)
-        b = layer.lift_adjoint(g, U) if of_x or not dense else None
-        if dense:
-            G = layer.right_product(x, g).mT
-            ctx.gradient.record(Contribution(dense=G))
-            S_grad = U.mT @ G @ V
-        else:
-            GV, GtU = layer.left_product(g, a), layer.right_product(x, b)
-            ctx.gradient.record(Contribution(GV=GV, GtU=GtU, sample=(x, g)))
-            S_grad = layer.left_product(b, a)
-        x_grad = layer.project_adjoint(b, S, V, x) if of_x else None
-        return x_grad, S_grad, layer.total(g) if of_bias else None, None
+        of_x, _, of_bias, _ = ctx.needs_input_grad
+        x_grad, S_grad = adjoint(ctx.gradient, g, *ctx.saved_tensors, of_x)
+        return x_grad, S_grad, ctx.gradient.layer.total(g) if of_bias else None, None
+
+
+def adjoint(
+    gradient: Gradient, g: Tensor, x: Tensor, a: Tensor, S: Tensor, of_x: bool
+) -> tuple[Tensor | None, Tensor]:
+    """The gradients for x, if asked for, and for S; what was made on the way is recorded."""
+    layer = gradient.layer
+    # under autocast g may be bfloat16, and the factors never are
+    x, a, S, U, V = (T.to(g.dtype) for T in (x, a, S, layer.U, layer.V))
+    dense = _dense_is_cheaper(layer, g)
+    b = layer.lift_adjoint(g, U) if of_x or not dense else None
+    if dense:
+        G = layer.right_product(x, g).mT
+        gradient.record(Contribution(dense=G))
+        S_grad = U.mT @ G @ V
+    else:
+        GV, GtU = layer.left_product(g, a), layer.right_product(x, b)
+        gradient.record(Contribution(GV=GV, GtU=GtU, sample=(x, g)))
+        S_grad = layer.left_product(b, a)
+    return layer.project_adjoint(b, S, V, x) if of_x else None, S_grad
 
 
 def _dense_is_cheaper(layer: Maps, g: Tensor) -> bool:
@@ -92,6 +102,10 @@ class Contribution:
     GtU: Tensor | None = None
     dense: Tensor | None = None
     sample: tuple[Tensor, Tensor] | None = None
+
+
+NUMBERS = itertools.count()
+RECORDING: WeakValueDictionary[int, Gradient] = WeakValueDictionary()  # for operators that take no objects
 
 
 class Gradient:
@@ -112,6 +126,8 @@ class Gradient:
             layer.gradient.stop()
         self.layer, self.keep_samples = layer, keep_samples
         self.paused = False  # while the bases stay, an ordinary backward pass for S is all that is needed
+        self.number = next(NUMBERS)
+        RECORDING[self.number] = self
         self._hook = layer.S.register_post_accumulate_grad_hook(self._add_pending)
         layer.gradient = self
         self.clear()

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dlrt.compiled import compiled_map
 from dlrt.gradient import Gradient, RecordedMap
 from dlrt.lowrank import LowRank, check_rank
 
@@ -69,12 +70,11 @@ class LowRankLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         records = self.gradient is not None and not self.gradient.paused
-        if records and self.training and torch.is_grad_enabled():
-            return self._recorded(x)
-        return self.lift(self.project(x, self.V), self.U, self.S, self.bias)
-
-    @torch.compiler.disable  # it leaves x and g behind, which a compiled backward pass would not
-    def _recorded(self, x: Tensor) -> Tensor:
+        records = records and self.training and torch.is_grad_enabled()
+        if not records or torch.compiler.is_exporting():
+            return self.lift(self.project(x, self.V), self.U, self.S, self.bias)
+        if torch.compiler.is_compiling():
+            return compiled_map(x, self.S, self.bias, self.gradient.number)
         self.gradient.expect()
         return RecordedMap.apply(x, self.S, self.bias, self)
 
@@ -256,7 +256,7 @@ class LowRankConv2d(LowRankLayer):
 
     def total(self, g: Tensor) -> Tensor:
         rows = _rows(g)
-        return rows.mT @ rows.new_ones(len(rows))  # on a CPU ten times faster than a sum over rows
+        return rows.mT @ rows.new_ones(rows.shape[0])  # on a CPU ten times faster than a sum over rows
 
     def _backward(self, b: Tensor, x: Tensor, filters: Tensor, which: int) -> Tensor:
         """The gradient of the convolution for x (which = 0) or for the filters (which = 1)."""
@@ -285,7 +285,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _pictures(rows: Tensor, like: Tensor) -> Tensor:
     """The reverse of `_rows`, for pictures as many and as large as others."""
-    return rows.view(len(like), *like.shape[2:], rows.shape[1]).permute(0, 3, 1, 2)
+    return rows.view(like.shape[0], *like.shape[2:], rows.shape[1]).permute(0, 3, 1, 2)
 
 
 def _take_over(layer: LowRankLayer, dense: nn.Module, Y: LowRank) -> LowRankLayer:

@@ -7,6 +7,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     ["lowrank"],
     ["integrators", "gradient"],
+    ["compiled"],
     ["layers"],
     ["convert"],
     ["optimizer"],
