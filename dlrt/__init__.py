@@ -1,7 +1,8 @@
 """Dynamical low-rank training: PyTorch networks whose every weight lives as W = U S Vᵀ with adaptive rank."""
 
 from dlrt import integrators
-from dlrt.convert import Compression, compression, to_dense, to_low_rank
+from dlrt.convert import Compression, compression, load_factors, singular_values, to_dense, to_low_rank
+from dlrt.export import export
 from dlrt.layers import LowRankConv2d, LowRankLayer, LowRankLinear
 from dlrt.lowrank import LowRank, truncate
 from dlrt.optimizer import DLRT
@@ -14,7 +15,10 @@ __all__ = [
     "LowRankLayer",
     "LowRankLinear",
     "compression",
+    "export",
     "integrators",
+    "load_factors",
+    "singular_values",
     "to_dense",
     "to_low_rank",
     "truncate",

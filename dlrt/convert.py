@@ -5,14 +5,20 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dlrt.layers import LowRankConv2d, LowRankLayer, LowRankLinear
 
 LOW_RANK_TYPES = {nn.Linear: LowRankLinear, nn.Conv2d: LowRankConv2d}
+OTHER_KINDS = {
+    nn.MultiheadAttention: "nn.MultiheadAttention packs its projections into one parameter",
+    nn.RNNBase: "recurrent layers have no low-rank form here",
+    nn.RNNCellBase: "recurrent layers have no low-rank form here",
+}
 
 
 def to_low_rank(
@@ -22,10 +28,11 @@ def to_low_rank(
 
     rank is an int (in a layer too small for it, that layer's full rank), a share in (0, 1] of each layer's
     full rank, or None for the full rank; tau drops singular values up to that share of each weight's norm.
-    skip names the modules that stay dense, with all that they contain. Grouped convolutions and layers that
-    share their weight with another module stay dense with a warning, other kinds of modules (recurrent,
-    embedding, packed attention) without. Make the optimizer afterwards: S is a new parameter. ValueError for
-    an impossible rank or tau, or where skip names no module.
+    skip names the modules that stay dense, with all that they contain. Grouped convolutions, layers that
+    share their weight with another module, recurrent layers and nn.MultiheadAttention stay dense with a
+    warning, other kinds of modules (embeddings, convolutions that are not two-dimensional) without. Make the
+    optimizer afterwards: S is a new parameter. ValueError for an impossible rank or tau, or where skip names
+    no module.
     """
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     _check(model, rank, skip)
@@ -36,24 +43,24 @@ def to_low_rank(
     for path, parent in list(model.named_modules()):
         for name, child in list(parent._modules.items()):  # named_children leaves repetitions out
             whole = f"{path}.{name}" if path else name
-            if type(child) not in LOW_RANK_TYPES or any(f"{whole}.".startswith(f"{stem}.") for stem in skip):
+            if any(f"{whole}.".startswith(f"{stem}.") for stem in skip):
                 continue
             if reason := _stays_dense(child, owners):
                 warnings.warn(f"{whole} stays dense: {reason}", stacklevel=2)
-                continue
-            if child not in converted:
-                converted[child] = _convert(child, rank, tau)
-            setattr(parent, name, converted[child])
+            elif type(child) in LOW_RANK_TYPES:
+                if child not in converted:
+                    converted[child] = _convert(child, rank, tau)
+                setattr(parent, name, converted[child])
     return model
 
 
-def _stays_dense(layer: nn.Linear | nn.Conv2d, owners: Counter[int]) -> str | None:
+def _stays_dense(module: nn.Module, owners: Counter[int]) -> str | None:
     """Why a layer cannot become low-rank, if so; owners counts the modules that each parameter belongs to."""
-    if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+    if type(module) is nn.Conv2d and module.groups > 1:
         return "it is a grouped convolution"
-    if owners[id(layer.weight)] > 1:
+    if type(module) in LOW_RANK_TYPES and owners[id(module.weight)] > 1:
         return "another module shares its weight"
-    return None
+    return next((reason for kind, reason in OTHER_KINDS.items() if isinstance(module, kind)), None)
 
 
 def _check(model: nn.Module, rank: int | float | None, skip: tuple[str, ...]) -> None:
@@ -78,15 +85,36 @@ def _convert(dense: nn.Linear | nn.Conv2d, rank: int | float | None, tau: float 
 
 def to_dense(model: nn.Module) -> nn.Module:
     """Replace every low-rank layer of a model, in place, by the same map dense; give the model back."""
+    return replace_layers(model, lambda layer: layer.to_dense())
+
+
+def replace_layers(model: nn.Module, make: Callable[[LowRankLayer], nn.Module]) -> nn.Module:
+    """Put make(layer) in the place of every low-rank layer; one that occurs twice is made once."""
     if isinstance(model, LowRankLayer):
-        return model.to_dense()
-    converted: dict[nn.Module, nn.Module] = {}
+        return make(model)
+    made: dict[nn.Module, nn.Module] = {}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children leaves repetitions out
             if isinstance(child, LowRankLayer):
-                if child not in converted:
-                    converted[child] = child.to_dense()
-                setattr(parent, name, converted[child])
+                if child not in made:
+                    made[child] = make(child)
+                setattr(parent, name, made[child])
+    return model
+
+
+def load_factors(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    """Load the state_dict of a low-rank network into the dense one that it was made of; give the model back.
+
+    Layers that have factors in the state become low-rank, of the rank there, without a decomposition.
+    RuntimeError where the state belongs to another network, as from load_state_dict.
+    """
+    made: dict[nn.Module, LowRankLayer] = {}
+    for name, dense in list(model.named_modules(remove_duplicate=False)):
+        if type(dense) in LOW_RANK_TYPES and f"{name}.S" in state:
+            if dense not in made:
+                made[dense] = LOW_RANK_TYPES[type(dense)].in_place_of(dense)
+            model.set_submodule(name, made[dense])
+    model.load_state_dict(state)
     return model
 
 
@@ -129,3 +157,17 @@ def compression(model: nn.Module) -> Compression:
     if dense == 0:
         raise ValueError("the model has no weights to count (no parameter with two or more dimensions)")
     return Compression(evaluation, training, dense, {name: layer.rank for name, layer in layers.items()})
+
+
+def singular_values(model: nn.Module) -> dict[str, Tensor]:
+    """The singular values of every linear and convolutional weight as a matrix, by module name, descending.
+
+    Of a low-rank layer those of S, which W = U S Vᵀ shares.
+    """
+    values = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankLayer):
+            values[name] = torch.linalg.svdvals(module.S.detach())
+        elif type(module) in LOW_RANK_TYPES:
+            values[name] = torch.linalg.svdvals(module.weight.detach().flatten(1))
+    return values

@@ -110,8 +110,15 @@ class LowRankLinear(LowRankLayer):
         cls, linear: nn.Linear, rank: int | None = None, tau: float | None = None
     ) -> LowRankLinear:
         """The truncated SVD of a dense layer's weight; the bias is shared with it, not copied."""
+        layer = cls.in_place_of(linear)
+        layer.factors = LowRank.from_dense(linear.weight.detach(), rank, tau)
+        return layer
+
+    @classmethod
+    def in_place_of(cls, linear: nn.Linear) -> LowRankLinear:
+        """A layer of rank 1, whose factors are still to be set, that shares all else with a dense one."""
         layer = cls(linear.in_features, linear.out_features, 1, linear.bias is not None)
-        return _take_over(layer, linear, LowRank.from_dense(linear.weight.detach(), rank, tau))
+        return _take_over(layer, linear)
 
     def to_dense(self) -> nn.Linear:
         """nn.Linear with the same map."""
@@ -201,13 +208,19 @@ class LowRankConv2d(LowRankLayer):
     @classmethod
     def from_dense(cls, conv: nn.Conv2d, rank: int | None = None, tau: float | None = None) -> LowRankConv2d:
         """The truncated SVD of a dense layer's kernel; the bias is shared with it, not copied."""
+        layer = cls.in_place_of(conv)
+        layer.factors = LowRank.from_dense(conv.weight.detach().flatten(1), rank, tau)
+        return layer
+
+    @classmethod
+    def in_place_of(cls, conv: nn.Conv2d) -> LowRankConv2d:
+        """A layer of rank 1, whose factors are still to be set, that shares all else with a dense one."""
         if conv.groups != 1:
             raise ValueError(
                 f"a low-rank convolution needs groups = 1, got {conv.groups}: leave this layer dense"
             )
         same = {name: getattr(conv, name) for name in SAME_IN_DENSE}
-        layer = cls(**same, rank=1, bias=conv.bias is not None)
-        return _take_over(layer, conv, LowRank.from_dense(conv.weight.detach().flatten(1), rank, tau))
+        return _take_over(cls(**same, rank=1, bias=conv.bias is not None), conv)
 
     def to_dense(self) -> nn.Conv2d:
         """nn.Conv2d with the same map."""
@@ -288,10 +301,9 @@ def _pictures(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(like.shape[0], *like.shape[2:], rows.shape[1]).permute(0, 3, 1, 2)
 
 
-def _take_over(layer: LowRankLayer, dense: nn.Module, Y: LowRank) -> LowRankLayer:
-    """Give a new layer the factors Y and what else a dense layer has: bias, mode, type, device."""
+def _take_over(layer: LowRankLayer, dense: nn.Module) -> LowRankLayer:
+    """Give a new layer what a dense layer has beside its weight: bias, mode, type, device."""
     layer.to(dense.weight)
-    layer.factors = Y
     layer.bias = dense.bias
     layer.S.requires_grad_(dense.weight.requires_grad)
     return layer.train(dense.training)
