@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib as mpl
+from torch import Tensor
 
 mpl.use("Agg")  # files, no windows
 
@@ -92,3 +93,16 @@ def bands(axes: Axes, runs: list[pd.DataFrame], column: str, label: str, number:
     colour = COLOURS[number % len(COLOURS)]
     axes.plot(mean.index, mean, color=colour, linestyle=STYLES[number % len(STYLES)], label=label)
     axes.fill_between(mean.index, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
+
+
+def singular_values(values: dict[str, Tensor]) -> Figure:
+    """How the singular values of each layer decay, as shares of the largest; a curve per layer."""
+    with mpl.rc_context(LOOK):
+        figure, axes = plt.subplots(figsize=(5.6, 3.6))
+        for number, (name, sigma) in enumerate(values.items()):
+            style = {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number % len(STYLES)]}
+            axes.plot(range(1, len(sigma) + 1), sigma / sigma[0], label=name, marker=".", **style)
+        axes.set(xlabel="number of the singular value", ylabel="singular value / largest")
+        axes.set(xscale="log", yscale="log")
+        figure.legend(loc="outside right upper", ncols=1 + len(values) // 24, fontsize="small")
+    return figure

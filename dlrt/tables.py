@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
+from torch import nn
+
+from dlrt.convert import compression, singular_values
 
 COUNTED = "Weights only, biases and norms left out; a layer of rank r counts r (m + n), a dense one m n."
 
@@ -65,6 +68,26 @@ def readable(summary: pd.DataFrame, settings: dict[str, pd.Series]) -> pd.DataFr
 def spread(mean: pd.Series, std: pd.Series) -> list[str]:
     """ "98.71 ± 0.05" for every row; the mean alone where there is one run only."""
     return [f"{m:.2f}" if pd.isna(s) else f"{m:.2f} ± {s:.2f}" for m, s in zip(mean, std, strict=True)]
+
+
+def layers(model: nn.Module) -> pd.DataFrame:
+    """A row per linear and convolutional layer: its matrix, rank, parameters and how its spectrum decays."""
+    ranks, rows = compression(model).ranks, []
+    for name, sigma in singular_values(model).items():
+        module = model.get_submodule(name)
+        m, n = module.shape if name in ranks else module.weight.flatten(1).shape
+        parameters = ranks[name] * (m + n) if name in ranks else m * n
+        rows.append({
+            "layer": name,
+            "matrix": f"{m} x {n}",
+            "rank": ranks.get(name, "dense"),
+            "parameters": f"{parameters:,}",
+            "compression [%]": f"{100 * (1 - parameters / (m * n)):.2f}",
+            "largest sigma": f"{sigma[0]:.3g}",
+            "smallest / largest": f"{sigma[-1] / sigma[0]:.2g}",
+            "above a tenth": int((sigma > sigma[0] / 10).sum()),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def markdown(table: pd.DataFrame, caption: str = "") -> str:

@@ -29,7 +29,7 @@ class Network(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv = nn.Conv2d(2, 6, 3, stride=2, padding=1, padding_mode="reflect")
+        self.conv = nn.Conv2d(1, 6, 3, stride=2, padding=1, padding_mode="reflect")
         self.linear = nn.Linear(24, 24)
         self.head = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(24, 12, bias=False), nn.Linear(12, 4))
 
@@ -47,7 +47,7 @@ def train(model, forward, integrator="augmented", autocast=False, steps=3):
     """A few steps on one batch; the losses."""
     torch.manual_seed(1)
     optimizer = DLRT(model, torch.optim.SGD, lr=0.1, momentum=0.9, tau=0.4, integrator=integrator)
-    x, y = torch.randn(16, 2, 4, 4, dtype=next(model.parameters()).dtype), torch.arange(16) % 4
+    x, y = torch.randn(16, 1, 4, 4, dtype=next(model.parameters()).dtype), torch.arange(16) % 4
 
     def closure():
         optimizer.zero_grad()
@@ -101,7 +101,7 @@ def graphs_over_moving_ranks(backend, changes=20):
     random.seed(0)
     model = dlrt.to_low_rank(Network(), rank=4)
     optimizer = DLRT(model, torch.optim.SGD, lr=0.1)
-    counter, counts, x = CompileCounterWithBackend(backend), [], torch.randn(16, 2, 4, 4)
+    counter, counts, x = CompileCounterWithBackend(backend), [], torch.randn(16, 1, 4, 4)
     compiled = torch.compile(model, backend=counter)
     for _ in range(changes):
         optimizer.zero_grad()

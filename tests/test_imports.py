@@ -10,7 +10,7 @@ ORDER = [
     ["compiled"],
     ["layers"],
     ["convert"],
-    ["optimizer"],
+    ["export", "optimizer"],
     [
         "models",
         "models.alexnet",
@@ -23,9 +23,10 @@ ORDER = [
         "tables",
         "plots",
     ],
-    ["training"],
+    ["training", "loading"],
     ["cli"],
     ["grid", "results"],
+    ["__main__"],
 ]
 
 

@@ -1,0 +1,45 @@
+"""The trained network of a run, to look at it, to draw its activations or to take it elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dlrt import models
+from dlrt.convert import load_factors
+from dlrt.runs import RunError, load_checkpoint
+
+
+def load_network(run: Path | str, network: type[nn.Module] | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a run with the weights of its chosen epoch, and what the checkpoint says about it.
+
+    run is a run's folder or a checkpoint.pt. The network is on the CPU and in evaluation mode, and low-rank
+    where the run's was. The second value has the keys network, settings, shape (channels, height, width),
+    classes, dataset, mean and std (per channel, of pixels in [0, 1]), by which images must be normalised. A
+    network that is not one of `dlrt.models` must be given as a class. RunError where there is no checkpoint,
+    or where it is damaged or of another network.
+    """
+    path = Path(run)
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise RunError(f"there is no {path}: give a run's folder or its checkpoint.pt, or train it anew")
+    state = load_checkpoint(path)
+    if missing := {"about", "chosen"} - state.keys():
+        raise RunError(f"{path} has no {' and no '.join(sorted(missing))}: it is not from a training script")
+    about = state["about"]
+    name = about["network"]
+    if network is None and name not in models.__all__:
+        raise RunError(
+            f"{path} holds the network {name!r}, and dlrt.models has only {', '.join(models.__all__)}: "
+            f"give its class, load_network(run, {name})"
+        )
+    network = network or getattr(models, name)
+    model = network(tuple(about["shape"]), about["classes"], **about["settings"])
+    try:
+        load_factors(model, state["chosen"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise RunError(f"the weights in {path} do not fit {network.__name__}: {reason}") from error
+    return model.eval(), about

@@ -1,0 +1,169 @@
+"""A trained network comes back from its run, is described, and leaves in formats that others read."""
+
+import os
+import subprocess
+import sys
+
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+import dlrt
+from dlrt.__main__ import main
+from dlrt.data import load
+from dlrt.loading import load_network
+from dlrt.models import MLP
+from dlrt.runs import Run, RunError, load_checkpoint
+from dlrt.training import Recipe, evaluate, fit
+
+
+def train(folder, low_rank, network=MLP, **settings):
+    """A short run on the bundled digits; its folder, the trained model and the data."""
+    torch.manual_seed(0)
+    digits = load("digits", folder, seed=0)
+    model = network(digits.shape, digits.classes, **settings)
+    if low_rank:
+        dlrt.to_low_rank(model, rank=8, skip=["fc5"])
+        optimizer = dlrt.DLRT(model, torch.optim.SGD, lr=0.1, tau=0.2)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    about = {"network": network.__name__, "settings": settings, "shape": list(digits.shape)}
+    about |= {"classes": 10, "dataset": "digits", "mean": list(digits.mean), "std": list(digits.std)}
+    run = Run(folder)
+    run.start({"network": network.__name__}, resume=False)
+    fit(model, optimizer, scheduler, digits, Recipe(2, 64), run, about, quiet=True)
+    return folder, model.eval(), digits
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["low-rank", "dense"])
+def trained(request, tmp_path_factory):
+    return train(tmp_path_factory.mktemp("run"), request.param, width=30)
+
+
+@pytest.fixture(scope="module")
+def low_rank(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("run"), True, width=30)
+
+
+def test_a_run_gives_back_the_network_of_its_chosen_epoch(trained):
+    folder, model, digits = trained
+    for run in (folder, folder / "checkpoint.pt", str(folder)):
+        loaded, about = load_network(run)
+        assert not loaded.training
+        assert dlrt.compression(loaded) == dlrt.compression(model)
+        assert evaluate(loaded, digits.test) == evaluate(model, digits.test)
+        assert (about["network"], about["settings"], about["classes"]) == ("MLP", {"width": 30}, 10)
+        assert tuple(about["shape"]) == digits.shape
+        assert (tuple(about["mean"]), tuple(about["std"])) == (digits.mean, digits.std)
+
+
+class OwnNetwork(MLP):
+    """A network that dlrt.models does not have."""
+
+
+def test_an_unknown_network_is_named_and_can_be_given(tmp_path):
+    folder, model, digits = train(tmp_path, True, OwnNetwork, width=20)
+    with pytest.raises(RunError, match=r"network 'OwnNetwork'.*MLP.*load_network\(run, OwnNetwork\)"):
+        load_network(folder)
+    loaded, _ = load_network(folder, OwnNetwork)
+    assert evaluate(loaded, digits.test) == evaluate(model, digits.test)
+
+
+def test_what_is_no_run_costs_one_clear_line(low_rank, tmp_path, capsys):
+    folder, _, _ = low_rank
+    state = load_checkpoint(folder / "checkpoint.pt")
+    other = {**state, "about": {**state["about"], "settings": {"width": 31}}}
+    files = {"other.pt": other, "bare.pt": {"model": {}, "metrics": []}, "tensor.pt": torch.zeros(3)}
+    for name, content in files.items():
+        torch.save(content, tmp_path / name)
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    for name, told in (
+        ("other.pt", "do not fit MLP"),
+        ("bare.pt", "no about and no chosen"),
+        ("tensor.pt", "not a checkpoint"),
+        ("text.pt", "not a checkpoint"),
+        ("missing", "there is no"),
+        ("", "there is no"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            main(["info", str(tmp_path / name)])
+        assert told in str(error.value)
+        assert str(tmp_path / name) in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_info_prints_what_the_layers_are_and_draws_their_spectra(trained, tmp_path, capsys):
+    folder, model, _ = trained
+    main(["info", str(folder), "--output-dir", str(tmp_path)])
+    out = capsys.readouterr().out
+    count = dlrt.compression(model)
+    assert f"compression {count.evaluation_compression:.2f} %" in out
+    rows = {line.split("|")[1].strip(): line for line in out.splitlines() if line.startswith("| fc")}
+    assert list(rows) == ["fc1", "fc2", "fc3", "fc4", "fc5"]
+    for name, row in rows.items():
+        assert f"| {count.ranks.get(name, 'dense')} " in row
+    for suffix in ("png", "pdf"):
+        assert (tmp_path / f"singular_values.{suffix}").stat().st_size > 1000
+
+
+def test_singular_values_are_those_of_the_weights(trained):
+    _, model, _ = trained
+    for name, sigma in dlrt.singular_values(model).items():
+        layer = model.get_submodule(name)
+        expected = torch.linalg.svdvals(layer.weight.detach().flatten(1))
+        assert torch.allclose(sigma, expected[: len(sigma)], atol=1e-5)
+
+
+def test_every_format_computes_what_the_network_does(low_rank, tmp_path):
+    folder, model, digits = low_rank
+    images = digits.test.images[:5]
+    expected = model(images).detach()
+    for kind in ("pt2", "onnx", "state_dict"):
+        main(["export", str(folder), "--format", kind, "--output", str(tmp_path / kind)])
+    assert {path.name for path in tmp_path.iterdir()} == {"pt2", "onnx", "state_dict"}  # each one file
+    assert torch.allclose(torch.export.load(tmp_path / "pt2").module()(images), expected, atol=1e-5)
+    session = onnxruntime.InferenceSession(tmp_path / "onnx")
+    (logits,) = session.run(["logits"], {"images": images.numpy()})
+    assert torch.allclose(torch.from_numpy(logits), expected, rtol=0, atol=1e-5)
+    weights = torch.load(tmp_path / "state_dict", weights_only=True)
+    plain = dlrt.export(model)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.zero_()
+    plain.load_state_dict(weights)
+    assert torch.allclose(plain(images), expected, atol=1e-5)
+
+
+def test_the_command_runs_from_any_folder_and_names_the_file(low_rank, tmp_path):
+    folder, _, _ = low_rank
+    command = [sys.executable, "-m", "dlrt", "export", str(folder), "--format", "state_dict"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(folder / "mlp.pt")
+    assert (folder / "mlp.pt").exists()
+
+
+def test_impossible_commands_cost_one_line(capsys):
+    for arguments in ([], ["fly"], ["export", "somewhere"], ["export", "somewhere", "--format", "exe"]):
+        with pytest.raises(SystemExit) as error:
+            main(arguments)
+        assert error.value.code == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_factors_load_into_a_dense_network_and_shared_layers_stay_shared(float64):
+    def network():
+        linear = nn.Linear(6, 6)
+        return nn.Sequential(linear, nn.Tanh(), linear, nn.Conv1d(3, 3, 1), nn.Linear(6, 4))
+
+    source, target = dlrt.to_low_rank(network(), rank=2, skip=["4"]), network()
+    dlrt.load_factors(target, source.state_dict())
+    x = torch.randn(2, 3, 6)
+    assert torch.equal(target(x), source(x))
+    assert target[0] is target[2]
+    assert type(target[4]) is nn.Linear
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        dlrt.load_factors(nn.Sequential(nn.Linear(6, 6)), source.state_dict())
