@@ -24,10 +24,21 @@ def run(arguments, folder):
     )
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a run."""
+    folder = tmp_path_factory.mktemp("trained")
+    flags = [*QUICK, "--width", "20", "--output-dir", str(folder), "--name", "one"]
+    assert run([str(ROOT / "mnist/mlp_mnist.py"), *flags], folder).returncode == 0
+    return folder / "one"
+
+
 @pytest.mark.parametrize("command", SCRIPTS)
-def test_a_command_of_the_readme_runs(command, tmp_path):
+def test_a_command_of_the_readme_runs(command, tmp_path, request):
     script, *flags = shlex.split(command)[1:]
-    if script.startswith("mnist/") and not script.endswith("produce_results.py"):
+    if script == "-m":  # python -m dlrt COMMAND RUN
+        flags[2] = str(request.getfixturevalue("trained"))
+    elif script.startswith("mnist/") and not script.endswith("produce_results.py"):
         warmup = [] if "baseline" in script else ["--tau-warmup", "0"]
         flags += [*QUICK, *warmup, "--output-dir", str(tmp_path)]
     elif script == "timings/step.py":
@@ -37,7 +48,7 @@ def test_a_command_of_the_readme_runs(command, tmp_path):
             [str(ROOT / "mnist/lenet5_mnist.py"), *QUICK, "--output-dir", str(tmp_path / "results")], tmp_path
         )
         flags += ["--results", str(tmp_path / "results"), "--output-dir", str(tmp_path)]
-    result = run([str(ROOT / script), *flags], tmp_path)
+    result = run([script if script == "-m" else str(ROOT / script), *flags], tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout
     if script.startswith("mnist/") and "produce" not in script:
