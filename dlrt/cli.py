@@ -12,11 +12,13 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from dlrt import distributed
 from dlrt.convert import to_low_rank
 from dlrt.data import DATASETS, DataError, load
+from dlrt.distributed import ProcessError
 from dlrt.optimizer import DLRT, INTEGRATORS
 from dlrt.runs import Run, RunError, chosen_epoch, trained_weights
-from dlrt.training import Recipe, evaluate, fit
+from dlrt.training import AMP, Recipe, evaluate, fit
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA_DIR = Path(os.environ.get("DLRT_DATA", ROOT / "data"))
@@ -102,7 +104,8 @@ def training_parser(description: str, low_rank: bool, **defaults: Any) -> Parser
         help="CPU threads of torch; the data lie in memory, none are needed to load them",
     )
     add("--device", type=device, default=HERE, help="where to train")
-    add("--amp", action="store_true", help="bfloat16 autocast; factors and their algebra stay in float32")
+    amp = "autocast to bfloat16, or to float16 with a loss scale; factors and their algebra stay in float32"
+    add("--amp", nargs="?", choices=AMP, const="bfloat16", default=False, help=amp)
     add(
         "--seed",
         type=number(int, "[0, 4294967295]"),
@@ -171,6 +174,8 @@ def parse(parser: Parser, arguments: Sequence[str] | None = None) -> argparse.Na
         args.tau_warmup = args.epochs / 2
     if low_rank and args.tau_warmup > args.epochs:
         parser.error(f"--tau-warmup must be at most --epochs, got {args.tau_warmup:g} > {args.epochs}")
+    if low_rank and args.integrator == "bug" and args.amp == "float16":
+        parser.error("--integrator bug takes two gradients a step, a loss scale one: take --amp bfloat16")
     return args
 
 
@@ -186,13 +191,20 @@ def run_script(
     """
     _check_skip(args, network, settings or {})
     try:
+        args.device = distributed.start(args.device)
         _run(args, network, results, settings or {})
-    except (DataError, RunError, OSError, FloatingPointError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        distributed.stop()
+    except FloatingPointError as error:  # all processes have the same loss
+        sys.exit(1 if distributed.process_rank() else f"{Path(sys.argv[0]).name}: {error}")
+    except (DataError, RunError, OSError, ProcessError) as error:
+        process = f", process {distributed.process_rank()}" if distributed.world_size() > 1 else ""
+        sys.exit(f"{Path(sys.argv[0]).name}{process}: {error}")
     except KeyboardInterrupt:
-        print(
-            "\ninterrupted; the epochs that were completed are kept: continue with --resume", file=sys.stderr
-        )
+        if distributed.process_rank() == 0:
+            print(
+                "\ninterrupted; the epochs that were completed are kept: continue with --resume",
+                file=sys.stderr,
+            )
         sys.exit(130)
 
 
@@ -228,8 +240,9 @@ def _run(
         args.name or f"{prefix}{f'tau{args.tau}' if low_rank else 'dense'}_seed{args.seed}"
     )
     run = Run((args.output_dir or results) / args.name)
-    dataset = load(args.dataset, args.data_dir, args.seed).to(args.device)
-    run.start(options, args.resume)
+    dataset = distributed.first_before_others(lambda: load(args.dataset, args.data_dir, args.seed))
+    dataset = dataset.to(args.device)
+    distributed.first(lambda: run.start(options, args.resume))
     torch.manual_seed(args.seed)
     model = network(dataset.shape, dataset.classes, **settings)
     if start:
@@ -248,7 +261,7 @@ def _run(
         label_smoothing=args.label_smoothing,
         augment=args.augment,
         measure_first=start is not None,
-        amp=args.amp,
+        amp=args.amp or None,
     )
     scheduler = make_scheduler(optimizer, args.schedule, recipe.epochs + recipe.finetune_epochs)
     about = {
@@ -260,9 +273,12 @@ def _run(
         "mean": list(dataset.mean),
         "std": list(dataset.std),
     }
-    metrics = fit(model, optimizer, scheduler, dataset, recipe, run, about, args.quiet)
+    quiet = args.quiet or distributed.process_rank() > 0
+    metrics = fit(model, optimizer, scheduler, dataset, recipe, run, about, quiet)
     row = metrics.loc[chosen_epoch(metrics)]
-    accuracy = evaluate(model, dataset.test, args.amp)[1]
+    accuracy = evaluate(model, dataset.test, recipe.amp)[1]
+    if distributed.process_rank() > 0:
+        return
     ranks = f", ranks {row['ranks']}" if low_rank else ""
     print(
         f"test accuracy {accuracy:.2f} % (epoch {row['epoch']}, chosen on the validation split){ranks}, "

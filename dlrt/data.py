@@ -6,6 +6,7 @@ fetches single samples.
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -43,10 +44,19 @@ class Split:
         return len(self.labels)
 
     def batches(self, size: int, shuffle: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """All samples in batches of the given size (the last may be smaller), in order or in a random one."""
+        """All samples in batches of the given size, in order or in a random one; the last may be smaller.
+
+        A single sample that is left over joins the batch before: batch normalisation can do nothing with it.
+        """
         order = torch.arange(len(self)) if shuffle is None else torch.randperm(len(self), generator=shuffle)
-        for chosen in order.to(self.labels.device).split(size):
+        ends = [size * step for step in range(1, self.steps(size))]
+        for chosen in order.to(self.labels.device).tensor_split(ends):
             yield self.images[chosen], self.labels[chosen]
+
+    def steps(self, size: int) -> int:
+        """How many batches of that size there are."""
+        alone = size > 1 and len(self) > 1 and len(self) % size == 1
+        return math.ceil(len(self) / size) - alone
 
     def to(self, device: torch.device | str) -> Split:
         return Split(self.images.to(device), self.labels.to(device))

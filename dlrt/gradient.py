@@ -119,6 +119,9 @@ class Gradient:
 
     It goes with S.grad: what a backward pass contributes counts once it has reached S.grad, so a gradient
     for inputs alone (torch.autograd.grad) adds nothing; and it is forgotten when S.grad is reset to None.
+
+    With several processes the products with the layer's own bases become the sums over all of them (`join`);
+    any other product stays this process's part of the sum.
     """
 
     def __init__(self, layer: Maps, keep_samples: bool) -> None:
@@ -143,7 +146,18 @@ class Gradient:
         self.GV: Tensor | None = None  # the products with the layer's own bases
         self.GtU: Tensor | None = None
         self.dense: Tensor | None = None  # the part of G that was cheaper to form
+        self._joined: tuple[Tensor, Tensor] | None = None
         self._S_grad: Tensor | None = None
+
+    @property
+    def joined(self) -> bool:
+        """Whether G V and Gᵀ U are the sums over all processes."""
+        return self._joined is not None
+
+    def join(self, GV: Tensor, GtU: Tensor) -> None:
+        """Take over the sums over all processes, those of S.grad included; `distributed.reduce_gradients`."""
+        self._joined = GV, GtU
+        self._S_grad = self.layer.S.grad.clone()
 
     @property
     def empty(self) -> bool:
@@ -186,6 +200,8 @@ class Gradient:
 
     def __matmul__(self, V: Tensor) -> Tensor:
         layer = self.layer
+        if V is layer.V and self.joined:
+            return self._joined[0]
         product = None if self.dense is None else self.dense @ V
         if V is layer.V:
             return _sum(product, self.GV)
@@ -206,11 +222,16 @@ class Gradient:
 
     @property
     def columns(self) -> Tensor | None:
-        """gᵀ, whose columns span the range of G, where one batch of a linear layer was recorded."""
+        """gᵀ, whose columns span the range of G, where one batch of a linear layer was recorded.
+
+        None after `join`: the other processes have columns too.
+        """
         return self._rows(1)
 
     def _rows(self, which: int) -> Tensor | None:
-        if len(self.samples) != 1 or self.dense is not None or self.samples[0][which].dim() != 2:
+        if len(self.samples) != 1 or self.dense is not None or self.joined:
+            return None
+        if self.samples[0][which].dim() != 2:
             return None
         return self.samples[0][which].mT.to(self.layer.S.dtype)
 
@@ -228,6 +249,8 @@ class Transposed:
 
     def __matmul__(self, U: Tensor) -> Tensor:
         G, layer = self.T, self.T.layer
+        if U is layer.U and G.joined:
+            return G._joined[1]
         product = None if G.dense is None else G.dense.mT @ U
         if U is layer.U:
             return _sum(product, G.GtU)

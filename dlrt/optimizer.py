@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from dlrt.distributed import sum_over_processes, world_size
 from dlrt.gradient import Gradient
 from dlrt.integrators import augment, move_bases, pad_like, recompress
 from dlrt.layers import LowRankLayer, replace_data
@@ -137,6 +138,11 @@ class DLRT(torch.optim.Optimizer):
                     f"{self.names[layer]} has a gradient but recorded nothing (in eval mode no layer does): "
                     "call model.train() before it, or freeze_bases() to train S only"
                 )
+            if world_size() > 1 and not (layer.gradient.joined or layer.gradient.empty):
+                raise RuntimeError(
+                    f"{self.names[layer]} knows this process's gradient only: call "
+                    "dlrt.distributed.reduce_gradients(model) between the backward pass and the step"
+                )
         self._check_finite(layers)
         return layers
 
@@ -148,6 +154,7 @@ class DLRT(torch.optim.Optimizer):
     def _integrate(self, layers: list[LowRankLayer]) -> None:
         """K-, L- and S-step, or one more S-step in the bases of the last move; truncation where it is due."""
         added = {layer: self._augment(layer) for layer in layers if self._taken == 0}
+        self._sum_new_blocks(added)
         self.inner.step()
         self._taken += 1
         if self._taken < self.s_steps:
@@ -195,6 +202,15 @@ class DLRT(torch.optim.Optimizer):
         replace_data(S, pad_like(S, D))
         S.grad = D
         return U1, V1
+
+    def _sum_new_blocks(self, added: dict[LowRankLayer, tuple[Tensor, Tensor]]) -> None:
+        """The blocks U1ᵀ G V1 are this process's parts, the others come of products summed already."""
+        if self.integrator == "augmented":
+            sum_over_processes(
+                layer.S.grad[-U1.shape[1] :, -V1.shape[1] :]
+                for layer, (U1, V1) in added.items()
+                if U1.numel() and V1.numel()
+            )
 
     def _move_bases(self, layer: LowRankLayer) -> None:
         """K- and L-step of the unconventional integrator, with plain gradient steps of size lr."""

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
+from dlrt import distributed
 from dlrt.convert import compression
 from dlrt.data import Dataset, Split, augmented_batch
 from dlrt.optimizer import DLRT
 from dlrt.runs import Run, chosen_epoch
+
+
+AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,8 @@ class Recipe:
     """How long and how to train. tau rises linearly from 0 over the first tau_warmup epochs and then stays.
 
     After `epochs` the bases are frozen, and S and the rest are trained for finetune_epochs more. With
-    measure_first there is a row for epoch 0, too: what a network of trained weights begins with.
+    measure_first there is a row for epoch 0, too: what a network of trained weights begins with. A batch is
+    shared by all processes; amp is the type of autocast, a key of AMP, where there is one.
     """
 
     epochs: int
@@ -38,7 +46,7 @@ class Recipe:
     label_smoothing: float = 0.0
     augment: bool = False
     measure_first: bool = False
-    amp: bool = False
+    amp: str | None = None
 
 
 def fit(
@@ -56,21 +64,27 @@ def fit(
     The optimizer is a DLRT for a low-rank network, any other for a dense one. After every epoch the
     checkpoint holds all that a continuation needs, the weights of the chosen epoch so far ("chosen") and
     `about`, which says what the network is. Each epoch draws from a generator of its own, so that a resumed
-    run ends as an uninterrupted one. FloatingPointError where the loss is not finite.
+    run ends as an uninterrupted one. FloatingPointError where the loss is not finite, ValueError where a
+    split is empty. Of several processes, the first alone reads and writes the run's folder.
     """
+    for name in ("train", "validation", "test"):
+        if len(getattr(dataset, name)) == 0:
+            raise ValueError(f"training needs samples in every split, {dataset.name} has none for {name}")
+    scaler = GradScaler(dataset.train.images.device.type, enabled=recipe.amp == "float16")
     rows: list[dict[str, Any]] = []
     chosen: dict[str, Tensor] = {}
-    if (state := run.load()) is not None:
+    if (state := distributed.first(run.load)) is not None:
         rows, chosen = state["metrics"], state["chosen"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
+        scaler.load_state_dict(state.get("scaler", {}))
     total = recipe.epochs + recipe.finetune_epochs
     first = rows[-1]["epoch"] + 1 if rows else 0 if recipe.measure_first else 1
     for epoch in range(first, total + 1):
         if epoch > recipe.epochs and isinstance(optimizer, DLRT):
             optimizer.freeze_bases()
-        rows.append(_epoch(model, optimizer, dataset, recipe, epoch, run, quiet))
+        rows.append(_epoch(model, optimizer, scaler, dataset, recipe, epoch, run, quiet))
         if not math.isfinite(loss := rows[-1]["validation_loss"]):
             raise _diverged(f"the validation loss is {loss} after epoch {epoch}", run)
         if isinstance(scheduler, ReduceLROnPlateau):
@@ -79,9 +93,10 @@ def fit(
             scheduler.step()
         if chosen_epoch(pd.DataFrame(rows)) == len(rows) - 1:
             chosen = deepcopy(model.state_dict())
-        states = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+        states = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
         states = {name: part.state_dict() for name, part in states.items()}
-        run.save({**states, "chosen": chosen, "metrics": rows, "about": about})
+        states |= {"chosen": chosen, "metrics": rows, "about": about}
+        distributed.first(lambda states=states: run.save(states))
         if not quiet:
             print(describe(rows[-1], total), flush=True)
     model.load_state_dict(chosen)
@@ -91,6 +106,7 @@ def fit(
 def _epoch(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    scaler: GradScaler,
     dataset: Dataset,
     recipe: Recipe,
     epoch: int,
@@ -102,8 +118,12 @@ def _epoch(
     start = time.perf_counter()
     train_loss, train_accuracy = math.nan, math.nan
     if epoch > 0:
-        train_loss, train_accuracy = train_epoch(model, optimizer, dataset, recipe, epoch, run, quiet)
+        train_loss, train_accuracy = train_epoch(
+            model, optimizer, dataset, recipe, epoch, run, quiet, scaler
+        )
     seconds = time.perf_counter() - start
+    distributed.check_identical(model)
+    distributed.average_buffers(model)
     validation_loss, validation_accuracy = evaluate(model, dataset.validation, recipe.amp)
     test_loss, test_accuracy = evaluate(model, dataset.test, recipe.amp)
     cost = compression(model)
@@ -140,11 +160,17 @@ def train_epoch(
     epoch: int,
     run: Run,
     quiet: bool = False,
+    scaler: GradScaler | None = None,
 ) -> tuple[float, float]:
-    """One pass over the training split; mean loss and accuracy (%) over its samples, while training."""
-    torch.manual_seed(1_000_003 * recipe.seed + epoch)  # dropout
+    """One pass over the training split; mean loss and accuracy (%) over its samples, while training.
+
+    Every process takes its share of each batch, and the gradients are those of the whole batch. The scaler is
+    that of autocast to float16.
+    """
+    torch.manual_seed(1_000_003 * recipe.seed + epoch + (distributed.process_rank() << 52))  # dropout
     shuffle = torch.Generator().manual_seed(1_000_003 * recipe.seed + epoch)
-    steps = math.ceil(len(dataset.train) / recipe.batch_size)
+    steps = dataset.train.steps(recipe.batch_size)
+    scaler = scaler or GradScaler(enabled=False)
     model.train()
     loss_sum = correct = seen = 0.0
     bar = tqdm(total=steps, desc=f"epoch {epoch}", unit="step", leave=False, disable=True if quiet else None)
@@ -153,25 +179,30 @@ def train_epoch(
             x = augmented_batch(x, dataset.shift, dataset.flip, shuffle)
         if isinstance(optimizer, DLRT):
             optimizer.tau = recipe.tau * warmth(recipe, epoch - 1 + step / steps)
+        samples, (x, y, weight) = len(y), distributed.share(x, y)
         logits: list[Tensor] = []
 
-        def closure(x: Tensor = x, y: Tensor = y, logits: list[Tensor] = logits) -> Tensor:
+        def closure(
+            x: Tensor = x, y: Tensor = y, weight: float = weight, logits: list[Tensor] = logits
+        ) -> float:
             optimizer.zero_grad()
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.amp):
+            with _autocast(x, recipe.amp):
                 logits.append(model(x))
-            loss = cross_entropy(logits[-1].float(), y, label_smoothing=recipe.label_smoothing)
-            if not loss.isfinite():
-                raise FloatingPointError(f"the loss is {loss.item()}")
-            loss.backward()
-            return loss
+            loss = weight * cross_entropy(logits[-1].float(), y, label_smoothing=recipe.label_smoothing)
+            (mean,) = distributed.total(loss.item())
+            if not math.isfinite(mean):
+                raise FloatingPointError(f"the loss is {mean}")
+            scaler.scale(loss).backward()
+            distributed.reduce_gradients(model)
+            return mean
 
         try:
-            loss = optimizer.step(closure).item()  # all optimizers take a closure; integrator="bug" needs it
+            loss = _step(optimizer, closure, scaler)
         except (FloatingPointError, torch.linalg.LinAlgError) as error:
             raise _diverged(f"{error} in epoch {epoch}, step {step}", run) from error
-        loss_sum += loss * len(y)
-        correct += (logits[0].argmax(1) == y).sum().item()
-        seen += len(y)
+        loss_sum += loss * samples
+        correct += (logits[0].argmax(1) == y).sum().item() if weight else 0
+        seen += samples
         bar.update()
         bar.set_postfix(
             loss=f"{loss_sum / seen:.4f}", accuracy=f"{100 * correct / seen:.2f} %", refresh=False
@@ -179,7 +210,22 @@ def train_epoch(
     bar.close()
     if isinstance(optimizer, DLRT):
         optimizer.truncate()
+    (correct,) = distributed.total(correct)
     return loss_sum / seen, 100 * correct / seen
+
+
+def _autocast(x: Tensor, amp: str | None) -> torch.autocast:
+    return torch.autocast(x.device.type, AMP[amp] if amp else None, enabled=bool(amp))
+
+
+def _step(optimizer: torch.optim.Optimizer, closure: Callable[[], float], scaler: GradScaler) -> float:
+    """One step; with a loss scale none where a gradient overflowed, which makes the scale smaller."""
+    if not scaler.is_enabled():
+        return optimizer.step(closure)  # all optimizers take a closure; integrator="bug" needs it
+    loss = closure()
+    scaler.step(optimizer)
+    scaler.update()
+    return loss
 
 
 def _diverged(what: str, run: Run) -> FloatingPointError:
@@ -188,15 +234,19 @@ def _diverged(what: str, run: Run) -> FloatingPointError:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, split: Split, amp: bool = False, batch_size: int = 500) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy (%) over all samples of a split, in eval mode."""
+def evaluate(
+    model: nn.Module, split: Split, amp: str | None = None, batch_size: int = 500
+) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy (%) over all samples of a split, in eval mode; processes take turns."""
     model.eval()
     loss = correct = 0.0
-    for x, y in split.batches(batch_size):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+    turns = islice(split.batches(batch_size), distributed.process_rank(), None, distributed.world_size())
+    for x, y in turns:
+        with _autocast(x, amp):
             logits = model(x)
         loss += cross_entropy(logits.float(), y, reduction="sum").item()
         correct += (logits.argmax(1) == y).sum().item()
+    loss, correct = distributed.total(loss, correct)
     return loss / len(split), 100 * correct / len(split)
 
 

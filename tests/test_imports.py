@@ -9,7 +9,7 @@ ORDER = [
     ["integrators", "gradient"],
     ["compiled"],
     ["layers"],
-    ["convert"],
+    ["convert", "distributed"],
     ["export", "optimizer"],
     [
         "models",

@@ -1,0 +1,196 @@
+"""Several processes that train one network: each takes its share of every batch, and products are summed.
+
+Under `torchrun` a step sums, for an m x n layer of rank r, the (m + n) r + 2 r² numbers of G V, Gᵀ U and the
+gradient of S, and never the m n numbers of G. All that follows is computed by every process alike, so that
+all keep the same bases; `check_identical` makes sure of it. Without torchrun there is one process, and
+nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dlrt.layers import LowRankLayer
+
+TIMEOUT = timedelta(minutes=10)  # for a process that hangs; one that dies is noticed at once
+bytes_reduced = 0  # what this process has given to be summed, for measurements
+
+T = TypeVar("T")
+
+
+class ProcessError(RuntimeError):
+    """The processes cannot go on together; the message says why and what to do."""
+
+
+def start(device: str) -> str:
+    """Join the other processes, where torchrun started this one; give the device that this one is to use.
+
+    On "cuda" every process of a machine takes a GPU of its own (NCCL), on a CPU they share the cores (gloo).
+    ProcessError where there are more processes than GPUs.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return device
+    if not device.startswith("cuda"):
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+        return device
+    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local >= gpus:
+        raise ProcessError(f"every process needs a GPU of its own, {gpus} are here: --nproc-per-node {gpus}")
+    torch.cuda.set_device(local)
+    dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT)
+    return f"cuda:{local}"
+
+
+def stop() -> None:
+    """Leave the other processes, after the work is done."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def process_rank() -> int:
+    """The number of this process, from 0 on."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float]:
+    """This process's part of a batch, and the share of the samples that it holds: the weight of its mean loss.
+
+    No part has a single sample unless the batch has, for the sake of batch normalisation. A process that is
+    left over then takes a part that counts with weight 0, so that all processes do the same.
+    """
+    parts = max(1, min(world_size(), len(y) // 2))
+    mine = process_rank() % parts
+    part = y.tensor_split(parts)[mine]
+    weight = len(part) / len(y) if process_rank() < parts else 0.0
+    return x.tensor_split(parts)[mine], part, weight
+
+
+@torch.no_grad()
+def reduce_gradients(model: nn.Module) -> None:
+    """Between backward pass and step: sum all gradients, and what low-rank layers recorded, over the processes.
+
+    Weigh every process's loss first, as `share` does, and the sum is the gradient of the joined batch. The
+    same parameters must have taken part everywhere. RuntimeError where it was done already.
+    """
+    if world_size() == 1:
+        return
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, LowRankLayer) and module.gradient is not None and not module.gradient.empty
+    ]
+    if any(layer.gradient.joined for layer in layers):
+        raise RuntimeError("these gradients are summed already: once between the last backward and step")
+    products = [(layer.gradient @ layer.V, layer.gradient.T @ layer.U) for layer in layers]
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    sum_over_processes([*gradients, *(product for pair in products for product in pair)])
+    for layer, (GV, GtU) in zip(layers, products, strict=True):
+        layer.gradient.join(GV, GtU)
+
+
+@torch.no_grad()
+def average_buffers(model: nn.Module) -> None:
+    """Give all processes the mean of their running statistics, which follow different shares of the batches."""
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    sum_over_processes(buffers)
+    for buffer in buffers:
+        buffer /= world_size()
+
+
+def sum_over_processes(tensors: Iterable[Tensor]) -> None:
+    """Add up each tensor over the processes, in place, in one message for each type of number."""
+    global bytes_reduced
+    tensors = list(tensors)
+    if world_size() == 1:
+        return
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        same = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.reshape(-1) for tensor in same])
+        bytes_reduced += flat.nbytes
+        with _loss_of_a_process_told():
+            dist.all_reduce(flat)
+        for tensor, total in zip(same, flat.split([tensor.numel() for tensor in same]), strict=True):
+            tensor.copy_(total.view(tensor.shape))
+
+
+def total(*values: float) -> list[float]:
+    """Each of these numbers, summed over the processes."""
+    totals = torch.tensor(values, dtype=torch.float64)
+    sum_over_processes([totals])
+    return totals.tolist()
+
+
+def first(action: Callable[[], T]) -> T:
+    """What an action gives that process 0 alone does, for all; its error ends all, and process 0 says it."""
+    if world_size() == 1:
+        return action()
+    result, error = None, None
+    if process_rank() == 0:
+        try:
+            result = action()
+        except Exception as reason:  # whichever it is, it is raised below, when the others know of it
+            error = reason
+    message = [error is None, result]
+    with _loss_of_a_process_told():
+        dist.broadcast_object_list(message)
+    if error is not None:
+        raise error
+    if not message[0]:
+        sys.exit(1)
+    return message[1]
+
+
+def first_before_others(action: Callable[[], T]) -> T:
+    """What an action gives that every process does, process 0 alone at first: it may have to download."""
+    mine: list[T] = []
+    first(lambda: mine.append(action()))
+    return mine[0] if mine else action()
+
+
+def check_identical(model: nn.Module) -> None:
+    """ProcessError unless all processes hold the same bases and parameters, to the last bit."""
+    if world_size() == 1:
+        return
+    names, sums = zip(*((name, checksum(value)) for name, value in model.named_parameters()), strict=True)
+    least, most = torch.tensor(sums), torch.tensor(sums)
+    with _loss_of_a_process_told():
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+    if other := [name for name, a, b in zip(names, least, most, strict=True) if a != b]:
+        raise ProcessError(
+            f"the processes hold different values of {', '.join(other[:3])}{' ...' if other[3:] else ''}: "
+            "they must run on machines and libraries of one kind; --resume continues from the last epoch"
+        )
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of a tensor's shape and values."""
+    values = tensor.detach().cpu().reshape(-1).view(torch.uint8)
+    return zlib.crc32(values.numpy().tobytes(), zlib.crc32(repr(tuple(tensor.shape)).encode()))
+
+
+@contextmanager
+def _loss_of_a_process_told() -> Iterator[None]:
+    """Around what waits for the other processes."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo and NCCL have no common type for it
+        reason = " ".join(str(error).splitlines()[0].split())
+        raise ProcessError(
+            f"another process was lost or does not answer ({reason}): --resume continues from the last epoch"
+        ) from error
