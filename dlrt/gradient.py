@@ -72,7 +72,7 @@ def adjoint(
 ) -> tuple[Tensor | None, Tensor]:
     """The gradients for x, if asked for, and for S; what was made on the way is recorded."""
     layer = gradient.layer
-    # under autocast g may be bfloat16, and the factors never are
+    # under autocast g may be bfloat16 or float16, and the factors never are
     x, a, S, U, V = (T.to(g.dtype) for T in (x, a, S, layer.U, layer.V))
     dense = _dense_is_cheaper(layer, g)
     b = layer.lift_adjoint(g, U) if of_x or not dense else None
@@ -84,6 +84,8 @@ def adjoint(
         GV, GtU = layer.left_product(g, a), layer.right_product(x, b)
         gradient.record(Contribution(GV=GV, GtU=GtU, sample=(x, g)))
         S_grad = layer.left_product(b, a)
+        if g.dtype == torch.float16:  # a GradScaler must see what overflows, and sees S.grad alone
+            S_grad = S_grad + 0 * (GV.float().sum() + GtU.float().sum())
     return layer.project_adjoint(b, S, V, x) if of_x else None, S_grad
 
 
@@ -206,7 +208,7 @@ class Gradient:
         if V is layer.V:
             return _sum(product, self.GV)
         self._require_samples()
-        for x, g in self.samples:
+        for x, g in map(_with_range, self.samples):
             product = _sum(product, layer.left_product(g, layer.project(x, V.to(x.dtype))).to(V.dtype))
         return product
 
@@ -255,7 +257,7 @@ class Transposed:
         if U is layer.U:
             return _sum(product, G.GtU)
         G._require_samples()
-        for x, g in G.samples:
+        for x, g in map(_with_range, G.samples):
             product = _sum(product, layer.right_product(x, layer.lift_adjoint(g, U.to(g.dtype))).to(U.dtype))
         return product
 
@@ -266,6 +268,11 @@ NO_BACKWARD_PASS = -1
 def _backward_pass() -> int:
     """A number for the backward pass in which this is called, asked for as torch's checkpointing does."""
     return torch._C._current_graph_task_id()
+
+
+def _with_range(sample: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """(x, g), float32 instead of float16: a loss scale fills its range, and new products may be larger."""
+    return tuple(T.float() if T.dtype == torch.float16 else T for T in sample)
 
 
 def _sum(total: Tensor | None, term: Tensor | None) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,17 @@ from dlrt.lowrank import LowRank, check_rank_bounds, check_tolerance
 INTEGRATORS = ("augmented", "parallel", "bug")
 LINEAR_STATE = {"momentum_buffer", "exp_avg", "grad_avg", "ax"}  # averages of gradients or of S
 SQUARED_STATE = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta"}  # averages of squares
+
+
+def in_full_precision(method: Callable) -> Callable:
+    """For methods that move factors: autocast around a step would round what QR and SVD are made of."""
+
+    @wraps(method)
+    def wrapped(self: DLRT, *args):
+        with torch.autocast(next(iter(self.names)).S.device.type, enabled=False):
+            return method(self, *args)
+
+    return wrapped
 
 
 class DLRT(torch.optim.Optimizer):
@@ -151,6 +163,7 @@ class DLRT(torch.optim.Optimizer):
             if not layer.S.grad.isfinite().all():
                 raise FloatingPointError(f"the gradient of {self.names[layer]} is not finite")
 
+    @in_full_precision
     def _integrate(self, layers: list[LowRankLayer]) -> None:
         """K-, L- and S-step, or one more S-step in the bases of the last move; truncation where it is due."""
         added = {layer: self._augment(layer) for layer in layers if self._taken == 0}
@@ -167,6 +180,7 @@ class DLRT(torch.optim.Optimizer):
         self.truncate()
 
     @torch.no_grad()
+    @in_full_precision
     def truncate(self) -> None:
         """Truncate now, before the last of `s_steps`, for an evaluation in between. Then the bases move."""
         for layer in self._recording:
@@ -180,7 +194,10 @@ class DLRT(torch.optim.Optimizer):
     ) -> None:
         min_rank = min(self.min_rank, *layer.shape)
         max_rank = None if self.max_rank is None else max(min_rank, self.max_rank)
-        layer.factors, P, Q = recompress(U_hat, layer.S, V_hat, self.tau, min_rank, max_rank)
+        try:
+            layer.factors, P, Q = recompress(U_hat, layer.S, V_hat, self.tau, min_rank, max_rank)
+        except torch.linalg.LinAlgError as error:
+            raise torch.linalg.LinAlgError(f"the SVD of S fails in {self.names[layer]}: {error}") from error
         change_basis(self.state.get(layer.S, {}), P, Q)
 
     def _augment(self, layer: LowRankLayer) -> tuple[Tensor, Tensor]:
@@ -212,6 +229,7 @@ class DLRT(torch.optim.Optimizer):
                 if U1.numel() and V1.numel()
             )
 
+    @in_full_precision
     def _move_bases(self, layer: LowRankLayer) -> None:
         """K- and L-step of the unconventional integrator, with plain gradient steps of size lr."""
         Y, G = layer.factors, layer.gradient

@@ -1,0 +1,285 @@
+"""Two processes are one process on the joined batch; a lost one ends the run, and any number continues it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_optimizer import closure_of, low_rank_layers
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import dlrt
+from dlrt import DLRT, distributed, to_low_rank
+from dlrt.cli import ROOT
+from dlrt.data import Split
+from dlrt.runs import Run, load_checkpoint, read_metrics
+from dlrt.training import Recipe, evaluate, train_epoch
+
+INTEGRATORS = ("augmented", "parallel", "bug")
+RECIPE = Recipe(epochs=2, batch_size=12, tau=0.05)
+
+
+def network():
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(1, 6, 3)  # of full rank: some of its gradients are formed as matrices
+    layers = [convolution, nn.Tanh(), nn.Flatten(), nn.Linear(6 * 36, 12), nn.Tanh(), nn.Linear(12, 4)]
+    return to_low_rank(nn.Sequential(*layers), rank=6, skip=["5"])
+
+
+def batches():
+    """Sizes that two processes share evenly, unevenly, and not at all."""
+    generator = torch.Generator().manual_seed(1)
+    for size in (16, 7, 3, 16, 2, 9):
+        x = torch.randn(size, 1, 8, 8, generator=generator, dtype=torch.float64)
+        yield x, torch.randint(0, 4, (size,), generator=generator)
+
+
+def split():
+    x, y = zip(*batches(), strict=True)
+    return Split(torch.cat(x), torch.cat(y))
+
+
+def optimizer_for(model, integrator="augmented", kind=torch.optim.SGD, **options):
+    options = {"lr": 0.1, "tau": 0.02, "min_rank": 1, "integrator": integrator} | options
+    return DLRT(model, kind, **options)
+
+
+def trained(integrator):
+    """The network after a step on every batch, of which this process takes its share."""
+    model, formed = network(), set()
+    optimizer = optimizer_for(model, integrator, momentum=0.9)
+
+    for x, y in batches():
+        x, y, weight = distributed.share(x, y)
+
+        def closure(x=x, y=y, weight=weight):
+            optimizer.zero_grad()
+            loss = weight * cross_entropy(model(x), y)
+            loss.backward()
+            formed.update(layer.gradient.dense is not None for layer in low_rank_layers(model))
+            distributed.reduce_gradients(model)
+            return loss
+
+        optimizer.step(closure)
+    distributed.check_identical(model)
+    assert integrator == "bug" or formed == {True, False}
+    weights = [layer.weight for layer in low_rank_layers(model)]
+    return [W.detach() for W in (*weights, *model[5].parameters(), model[0].bias)]
+
+
+def epoch_of(data, folder):
+    """Losses and accuracies of an epoch of training, and of the network after it."""
+    model = network()
+    measured = train_epoch(model, optimizer_for(model), data, RECIPE, 1, Run(folder), quiet=True)
+    return torch.tensor([*measured, *evaluate(model, data, batch_size=5)])
+
+
+def error_of(action):
+    try:
+        action()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
+
+
+def broken_epoch(folder):
+    """One sample of the second process is not a number."""
+    data = Split(split().images[:12].clone(), split().labels[:12])
+    data.images[torch.randperm(12, generator=torch.Generator().manual_seed(1))[-1]] = float("nan")
+    epoch_of(data, folder)
+
+
+def step_without_the_others():
+    model = network()
+    closure = closure_of(model, optimizer_for(model), *next(batches()))
+    optimizer_for(model).step(closure)
+
+
+def sum_twice():
+    model = network()
+    closure_of(model, optimizer_for(model), *next(batches()))()
+    distributed.reduce_gradients(model)
+    distributed.reduce_gradients(model)
+
+
+def checked_with_one_other_bit():
+    model = network()
+    if distributed.process_rank() == 1:
+        model[3].V[7, 1] *= 1 + 1e-15
+    distributed.check_identical(model)
+
+
+def bytes_of_a_step(model, integrator):
+    optimizer, before = optimizer_for(model, integrator, tau=0.0), distributed.bytes_reduced
+    ranks = [layer.rank for layer in low_rank_layers(model)]
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(torch.randn(4, 64)).square().mean()
+        loss.backward()
+        distributed.reduce_gradients(model)
+        return loss
+
+    optimizer.step(closure)
+    return ranks, distributed.bytes_reduced - before
+
+
+def averaged_statistics():
+    norm = nn.BatchNorm1d(2)
+    norm(torch.full((3, 2), 10.0 * distributed.process_rank()))
+    distributed.average_buffers(norm)
+    return norm.running_mean
+
+
+def raise_oserror():
+    raise OSError("no space left")
+
+
+def ends_with(action):
+    try:
+        distributed.first(action)
+    except SystemExit as error:
+        return f"exit {error.code}"
+    except OSError as error:
+        return str(error)
+
+
+def work(rank, folder):
+    """All that a process does; the tests look at what both saved."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    wide = nn.Sequential(dlrt.LowRankLinear(64, 80, 3), nn.Tanh(), nn.Linear(80, 2))
+    results = {name: trained(name) for name in INTEGRATORS}
+    results |= {
+        "epoch": epoch_of(split(), folder),
+        "broken": error_of(lambda: broken_epoch(folder)),
+        "alone": error_of(step_without_the_others),
+        "twice": error_of(sum_twice),
+        "another bit": error_of(checked_with_one_other_bit),
+        "bytes": {name: bytes_of_a_step(wide, name) for name in ("parallel", "augmented")},
+        "averaged": averaged_statistics(),
+        "first": (distributed.first(lambda: rank), ends_with(raise_oserror)),
+    }
+    torch.save(results, folder / f"{rank}.pt")
+    distributed.stop()
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.start_processes(work, (folder,), nprocs=2, start_method="fork")  # no new imports
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("integrator", INTEGRATORS)
+@pytest.mark.usefixtures("float64")
+def test_two_processes_train_as_one_on_the_joined_batch(both, integrator):
+    for one, first, second in zip(trained(integrator), both[0][integrator], both[1][integrator], strict=True):
+        assert torch.equal(first, second)
+        assert (first - one).norm() <= 1e-10 * one.norm()
+
+
+@pytest.mark.usefixtures("float64")
+def test_losses_and_accuracies_are_those_of_all_samples(both, tmp_path):
+    assert torch.equal(both[0]["epoch"], both[1]["epoch"])
+    assert torch.allclose(both[0]["epoch"], epoch_of(split(), tmp_path), rtol=1e-6)  # losses are float32
+
+
+def test_all_processes_see_that_one_has_broken_data(both):
+    for results in both:
+        assert results["broken"].startswith("FloatingPointError: the loss is nan in epoch 1, step 1")
+
+
+def test_gradients_that_were_not_summed_or_twice_are_refused(both):
+    for results in both:
+        assert "0 knows this process's gradient only: call dlrt.distributed.reduce" in results["alone"]
+        assert results["twice"].startswith("RuntimeError: these gradients are summed already")
+
+
+def test_bases_that_differ_in_one_bit_are_named(both):
+    for results in both:
+        assert results["another bit"].startswith("ProcessError: the processes hold different values of 3.V:")
+
+
+def test_a_step_communicates_its_products_and_never_a_matrix(both):
+    m, n, rest = 80, 64, 80 + 2 * 80 + 2  # a bias, and a dense layer
+    for integrator, blocks in (("parallel", 1), ("augmented", 2)):
+        (r,), reduced = both[0]["bytes"][integrator]
+        assert reduced == 8 * ((m + n) * r + blocks * r**2 + rest)
+        assert reduced < 8 * (m * n + rest)
+
+
+def test_running_statistics_are_averaged(both):
+    for results in both:
+        assert results["averaged"].tolist() == [0.5, 0.5]  # 0.1 of 0 and of 10
+
+
+def test_what_the_first_process_does_reaches_the_others_and_so_does_its_failure(both):
+    assert both[0]["first"] == (0, "no space left")
+    assert both[1]["first"] == (0, "exit 1")
+
+
+@pytest.mark.parametrize(("size", "parts"), [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (16, 2)])
+def test_no_part_of_a_batch_is_a_single_sample_unless_the_batch_is(monkeypatch, size, parts):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    taken, weights = [], []
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "process_rank", lambda rank=rank: rank)
+        x, y, weight = distributed.share(torch.arange(size), torch.arange(size))
+        assert torch.equal(x, y)
+        assert len(y) > 1 or size == 1
+        weights.append(weight)
+        taken += y.tolist() if weight else []
+    assert taken == list(range(size))
+    assert sum(weights) == pytest.approx(1)
+    assert sum(weight > 0 for weight in weights) == parts
+
+
+EPOCHS = 20
+TRAINING = ["--dataset", "digits", "--batch-size", "64", "--device", "cpu", "--width", "24", "--name", "a"]
+TRAINING += ["--epochs", str(EPOCHS)]
+
+
+def launch(folder, launcher, *flags):
+    script = [str(ROOT / "mnist" / "mlp_mnist.py"), *TRAINING, "--output-dir", str(folder), *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *launcher, *script], cwd=folder, env=environment, **pipes)
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
+def test_a_killed_worker_ends_the_run_with_a_message_and_any_number_of_processes_resumes_it(tmp_path):
+    run = tmp_path / "a"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with launch(tmp_path, torchrun) as launched:
+        try:
+            end = time.monotonic() + 90
+            while not (run / "checkpoint.pt").exists() and launched.poll() is None:
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            os.kill(children(launched.pid)[1], signal.SIGKILL)
+            out, err = launched.communicate(timeout=60)
+        finally:
+            launched.terminate()
+    assert launched.returncode != 0
+    assert "another process was lost" in err or "SIGKILL" in err
+    done = len(load_checkpoint(run / "checkpoint.pt")["metrics"])
+    assert 1 <= done < EPOCHS
+    assert out.count("epoch   1/") == 1  # one process speaks
+    with launch(tmp_path, [], "--resume") as resumed:
+        out, err = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, err
+    assert f"epoch {done + 1:3d}/" in out
+    assert read_metrics(run)["epoch"].tolist() == list(range(1, EPOCHS + 1))
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoint.pt", "config.json", "metrics.csv"]
