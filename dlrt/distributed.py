@@ -68,7 +68,7 @@ def world_size() -> int:
 
 
 def share(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float]:
-    """This process's part of a batch, and the share of the samples that it holds: the weight of its mean loss.
+    """This process's part of a batch, and the weight of its mean loss: the share of the samples it holds.
 
     No part has a single sample unless the batch has, for the sake of batch normalisation. A process that is
     left over then takes a part that counts with weight 0, so that all processes do the same.
@@ -82,9 +82,9 @@ def share(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float]:
 
 @torch.no_grad()
 def reduce_gradients(model: nn.Module) -> None:
-    """Between backward pass and step: sum all gradients, and what low-rank layers recorded, over the processes.
+    """Between backward pass and step: sum all gradients, and what layers recorded, over the processes.
 
-    Weigh every process's loss first, as `share` does, and the sum is the gradient of the joined batch. The
+    Weigh every process's loss first, as `share` says, and the sum is the gradient of the joined batch. The
     same parameters must have taken part everywhere. RuntimeError where it was done already.
     """
     if world_size() == 1:
@@ -105,7 +105,7 @@ def reduce_gradients(model: nn.Module) -> None:
 
 @torch.no_grad()
 def average_buffers(model: nn.Module) -> None:
-    """Give all processes the mean of their running statistics, which follow different shares of the batches."""
+    """Give all processes the mean of their running statistics, which saw different shares of the batches."""
     buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
     sum_over_processes(buffers)
     for buffer in buffers:
@@ -190,7 +190,7 @@ def _loss_of_a_process_told() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo and NCCL have no common type for it
-        reason = " ".join(str(error).splitlines()[0].split())
+        reason = str(error).splitlines()[0].split("] ")[-1].split(". ")[0]
         raise ProcessError(
             f"another process was lost or does not answer ({reason}): --resume continues from the last epoch"
         ) from error

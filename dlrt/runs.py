@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import subprocess
+import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -15,6 +17,11 @@ import pandas as pd
 import torch
 
 import dlrt
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 
 class RunError(RuntimeError):
@@ -29,7 +36,12 @@ class Run:
         self.checkpoint = folder / "checkpoint.pt"
 
     def start(self, config: dict[str, Any], resume: bool) -> None:
-        """Make the folder, or check that it holds a run of the same options to resume; else RunError."""
+        """Make the folder, or check that it holds a run of the same options to resume; else RunError.
+
+        The folder is this process's until it ends, however it ends: another one that starts there is refused.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock()
         path = self.folder / "config.json"
         if path.exists() and not resume:
             raise RunError(f"{self.folder} holds a run: continue it with --resume, or choose another --name")
@@ -44,9 +56,23 @@ class Run:
                     f"{self.folder} was begun with other options ({', '.join(other)}): repeat those"
                 )
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"options": config, **_surroundings()}, indent=2) + "\n"
         _write(path, lambda file: file.write(text.encode()))
+
+    def _lock(self) -> None:
+        if fcntl is None:
+            return
+        folder = os.open(self.folder, os.O_RDONLY)
+        weakref.finalize(self, os.close, folder)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"another process writes to {self.folder}: wait for it, or choose another --name"
+            ) from None
+        except OSError as error:  # some network file systems have no locks
+            reason = error.strerror
+            warnings.warn(f"{self.folder} cannot be locked ({reason}): start one run only", stacklevel=2)
 
     def save(self, state: dict[str, Any]) -> None:
         """Write the checkpoint and, from its list state["metrics"] of rows, metrics.csv.
@@ -168,8 +194,19 @@ def _surroundings() -> dict[str, Any]:
 
 def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with part.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (OSError, RuntimeError) as error:
+        reasons = [reason for reason in (error, error.__context__) if isinstance(reason, OSError)]
+        if not reasons:  # a full disk is a RuntimeError of torch.save, with its OSError behind it
+            raise
+        if part.is_file():
+            part.unlink()
+        raise OSError(
+            f"{path} cannot be written ({reasons[0].strerror}): once it can be, --resume continues from the "
+            "last epoch"
+        ) from error

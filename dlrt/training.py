@@ -24,7 +24,6 @@ from dlrt.data import Dataset, Split, augmented_batch
 from dlrt.optimizer import DLRT
 from dlrt.runs import Run, chosen_epoch
 
-
 AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
