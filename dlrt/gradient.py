@@ -226,7 +226,8 @@ class Gradient:
     def columns(self) -> Tensor | None:
         """gᵀ, whose columns span the range of G, where one batch of a linear layer was recorded.
 
-        None after `join`: the other processes have columns too.
+        None after `join`, since the other processes have columns too. Then G V stands in for them, and where
+        the joined batch has fewer samples than V has columns, directions without gradient come with it.
         """
         return self._rows(1)
 

@@ -22,7 +22,7 @@ from dlrt import distributed
 from dlrt.convert import compression
 from dlrt.data import Dataset, Split, augmented_batch
 from dlrt.optimizer import DLRT
-from dlrt.runs import Run, chosen_epoch
+from dlrt.runs import Run, RunError, chosen_epoch
 
 AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -74,10 +74,15 @@ def fit(
     chosen: dict[str, Tensor] = {}
     if (state := distributed.first(run.load)) is not None:
         rows, chosen = state["metrics"], state["chosen"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        scaler.load_state_dict(state.get("scaler", {}))
+        try:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            scheduler.load_state_dict(state["scheduler"])
+            scaler.load_state_dict(state.get("scaler", {}))
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise RunError(
+                f"{run.checkpoint} is of another network or another way to train it: move it away to begin anew"
+            ) from error
     total = recipe.epochs + recipe.finetune_epochs
     first = rows[-1]["epoch"] + 1 if rows else 0 if recipe.measure_first else 1
     for epoch in range(first, total + 1):
