@@ -175,7 +175,7 @@ def epochs_done(folder: Path) -> int:
 def _surroundings() -> dict[str, Any]:
     """Versions, device and commit: what else a result may depend on."""
     root = Path(dlrt.__file__).parents[1]
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         commit = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.strip()
     except FileNotFoundError:  # no git here

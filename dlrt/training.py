@@ -81,7 +81,7 @@ def fit(
             scaler.load_state_dict(state.get("scaler", {}))
         except (RuntimeError, ValueError, KeyError) as error:
             raise RunError(
-                f"{run.checkpoint} is of another network or another way to train it: move it away to begin anew"
+                f"{run.checkpoint} is of another network, or of another way to train it: move it away"
             ) from error
     total = recipe.epochs + recipe.finetune_epochs
     first = rows[-1]["epoch"] + 1 if rows else 0 if recipe.measure_first else 1

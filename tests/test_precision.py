@@ -1,0 +1,129 @@
+"""Autocast rounds the maps and never the factors; a loss scale leaves the step what it is."""
+
+import copy
+
+import pytest
+import torch
+from test_optimizer import batch, low_rank_layers, network
+from test_training import BrokenOff, assert_equal_weights, constant, dataset, one_thread, train
+from torch.amp import GradScaler
+from torch.nn.functional import cross_entropy
+
+from dlrt import DLRT, LowRank, LowRankLinear, cli, to_low_rank
+from dlrt.gradient import Gradient
+from dlrt.models import MLP
+from dlrt.runs import Run
+from dlrt.training import Recipe, fit
+
+__all__ = ["dataset", "one_thread"]  # fixtures
+
+
+def test_autocast_trains_about_as_well_as_float32(dataset, tmp_path):
+    accuracies = {}
+    for amp in (None, "bfloat16", "float16"):
+        torch.manual_seed(0)
+        model = to_low_rank(MLP(width=64), rank=0.5, skip=["fc5"])
+        optimizer = DLRT(model, torch.optim.SGD, lr=0.05, momentum=0.9)
+        recipe = Recipe(epochs=6, batch_size=32, tau=0.05, amp=amp)
+        run = Run(tmp_path / str(amp))
+        run.folder.mkdir()
+        metrics = fit(model, optimizer, constant(optimizer), dataset, recipe, run, {}, quiet=True)
+        accuracies[amp] = metrics["validation_accuracy"].max()
+        for layer in low_rank_layers(model):
+            for factor in (layer.U, layer.S, layer.V):
+                assert factor.dtype == torch.float32
+            for basis in (layer.U, layer.V):
+                assert torch.allclose(basis.mT @ basis, torch.eye(layer.rank), atol=1e-5)
+    assert accuracies[None] > 85
+    for amp in ("bfloat16", "float16"):
+        assert abs(accuracies[amp] - accuracies[None]) < 4  # a sample of 360 leaves about a point of doubt
+
+
+def test_a_step_inside_an_autocast_region_rounds_no_factor():
+    torch.manual_seed(0)
+    model = to_low_rank(network(), rank=3, skip=["5"])
+    optimizer = DLRT(model, torch.optim.SGD, lr=0.1, momentum=0.9)
+    x, y = batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(3):
+            optimizer.zero_grad()
+            cross_entropy(model(x), y).backward()
+            optimizer.step()
+    for layer in low_rank_layers(model):
+        for basis in (layer.U, layer.V):
+            assert basis.dtype == torch.float32
+            assert torch.allclose(basis.mT @ basis, torch.eye(layer.rank), atol=1e-5)
+
+
+@pytest.mark.parametrize("integrator", ["augmented", "parallel"])
+@pytest.mark.usefixtures("float64")
+def test_a_loss_scale_changes_nothing(integrator):
+    models = [to_low_rank(network(), rank=3, skip=["5"])]
+    models.append(copy.deepcopy(models[0]))
+    options = {"lr": 0.3, "momentum": 0.9, "tau": 0.02, "integrator": integrator}
+    plain, scaled = (DLRT(model, torch.optim.SGD, **options) for model in models)
+    scaler = GradScaler("cpu", init_scale=1000.0)
+    for _ in range(4):
+        x, y = batch()
+        for optimizer in (plain, scaled):
+            optimizer.zero_grad()
+        cross_entropy(models[0](x), y).backward()
+        plain.step()
+        scaler.scale(cross_entropy(models[1](x), y)).backward()
+        scaler.step(scaled)
+        scaler.update()
+    for one, other in zip(*map(low_rank_layers, models), strict=True):
+        assert one.rank == other.rank
+        assert (one.weight - other.weight).norm() <= 1e-10 * one.weight.norm()
+
+
+def test_a_gradient_that_overflows_moves_nothing_and_lowers_the_scale():
+    torch.manual_seed(0)
+    model = to_low_rank(network(), rank=3, skip=["5"])
+    optimizer = DLRT(model, torch.optim.SGD, lr=0.1)
+    scaler = GradScaler("cpu", init_scale=2.0**40)
+    before = copy.deepcopy(model.state_dict())
+    x, y = batch()
+    with torch.autocast("cpu", torch.float16):
+        loss = cross_entropy(model(x), y)
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert_equal_weights(before, model.state_dict())
+    assert scaler.get_scale() == 2.0**39
+
+
+def test_products_that_overflow_alone_are_seen_in_the_gradient_of_s():
+    """They are of no use to the step, and a loss scale is lowered for what S.grad shows."""
+    for in_U, in_V in ((False, True), (True, False)):
+        layer = LowRankLinear(4, 4, 1, bias=False)
+        e = torch.eye(4)[:, :2]
+        layer.factors = LowRank(e[:, :1], torch.ones(1, 1), e[:, :1])
+        Gradient(layer, keep_samples=True)
+        x = 250 * e[:, 0 if in_V else 1].expand(3, 4)
+        g = 250 * e[:, 0 if in_U else 1].expand(3, 4)
+        with torch.autocast("cpu", torch.float16):
+            y = layer(x.clone().requires_grad_())
+        y.backward(g.half())  # Σ gᵀ x = 3 · 250²
+        assert not layer.S.grad.isfinite().all()
+
+
+def test_a_resumed_float16_run_ends_bit_for_bit_as_an_uninterrupted_one(dataset, tmp_path):
+    recipe = Recipe(epochs=3, batch_size=64, tau=0.1, amp="float16")
+    straight, _ = train(dataset, Run(tmp_path / "straight"), recipe)
+    with pytest.raises(KeyboardInterrupt):
+        train(dataset, BrokenOff(tmp_path / "broken"), recipe)
+    resumed, _ = train(dataset, Run(tmp_path / "broken"), recipe, seed=7)
+    assert_equal_weights(straight.state_dict(), resumed.state_dict())
+    last, also_last = (Run(tmp_path / name).load() for name in ("straight", "broken"))
+    assert last["scaler"] == also_last["scaler"] != {}
+
+
+def test_amp_names_a_type_and_is_bfloat16_where_it_names_none(capsys):
+    def amp(*flags):
+        return cli.parse(cli.training_parser("", low_rank=True), flags).amp
+
+    assert [amp(), amp("--amp"), amp("--amp", "float16")] == [False, "bfloat16", "float16"]
+    with pytest.raises(SystemExit):
+        amp("--amp", "float16", "--integrator", "bug")
+    assert "take --amp bfloat16" in capsys.readouterr().err
