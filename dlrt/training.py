@@ -122,9 +122,7 @@ def _epoch(
     start = time.perf_counter()
     train_loss, train_accuracy = math.nan, math.nan
     if epoch > 0:
-        train_loss, train_accuracy = train_epoch(
-            model, optimizer, dataset, recipe, epoch, run, quiet, scaler
-        )
+        train_loss, train_accuracy = train_epoch(model, optimizer, dataset, recipe, epoch, run, quiet, scaler)
     seconds = time.perf_counter() - start
     distributed.check_identical(model)
     distributed.average_buffers(model)
