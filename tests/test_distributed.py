@@ -253,11 +253,17 @@ TRAINING = ["--dataset", "digits", "--batch-size", "64", "--device", "cpu", "--w
 TRAINING += ["--epochs", str(EPOCHS)]
 
 
-def launch(folder, launcher, *flags):
-    script = [str(ROOT / "mnist" / "mlp_mnist.py"), *TRAINING, "--output-dir", str(folder), *flags]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def launch(folder, launcher, script, *flags):
+    command = [sys.executable, *launcher, str(ROOT / script), *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, *launcher, *script], cwd=folder, env=environment, **pipes)
+    return subprocess.Popen(command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes)
+
+
+def train(folder, launcher, *flags):
+    return launch(folder, launcher, "mnist/mlp_mnist.py", *TRAINING, "--output-dir", str(folder), *flags)
 
 
 def children(pid):
@@ -267,10 +273,9 @@ def children(pid):
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
 def test_a_killed_worker_ends_the_run_with_a_message_and_any_number_of_processes_resumes_it(tmp_path):
     run = tmp_path / "a"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    with launch(tmp_path, torchrun) as launched:
+    with train(tmp_path, TORCHRUN) as launched:
         try:
-            end = time.monotonic() + 90
+            end = time.monotonic() + 240
             while not (run / "checkpoint.pt").exists() and launched.poll() is None:
                 assert time.monotonic() < end
                 time.sleep(0.05)
@@ -283,9 +288,19 @@ def test_a_killed_worker_ends_the_run_with_a_message_and_any_number_of_processes
     done = len(load_checkpoint(run / "checkpoint.pt")["metrics"])
     assert 1 <= done < EPOCHS
     assert out.count("epoch   1/") == 1  # one process speaks
-    with launch(tmp_path, [], "--resume") as resumed:
-        out, err = resumed.communicate(timeout=120)
+    with train(tmp_path, [], "--resume") as resumed:
+        out, err = resumed.communicate(timeout=240)
     assert resumed.returncode == 0, err
     assert f"epoch {done + 1:3d}/" in out
     assert read_metrics(run)["epoch"].tolist() == list(range(1, EPOCHS + 1))
     assert sorted(path.name for path in run.iterdir()) == ["checkpoint.pt", "config.json", "metrics.csv"]
+
+
+def test_the_networks_of_the_readme_communicate_less_than_dense_ones(tmp_path):
+    with launch(tmp_path, TORCHRUN, "timings/communication.py", "--width", "64", "--ranks", "2") as launched:
+        out, err = launched.communicate(timeout=240)
+    assert launched.returncode == 0, err
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines] == ["LeNet5", "LeNet5", "MLP", "MLP"]  # one process speaks
+    for line in lines:
+        assert float(line.split(" x fewer")[0].split()[-1]) > 1

@@ -62,7 +62,7 @@ def test_a_loss_scale_changes_nothing(integrator):
     models.append(copy.deepcopy(models[0]))
     options = {"lr": 0.3, "momentum": 0.9, "tau": 0.02, "integrator": integrator}
     plain, scaled = (DLRT(model, torch.optim.SGD, **options) for model in models)
-    scaler = GradScaler("cpu", init_scale=1000.0)
+    scaler = GradScaler("cpu", init_scale=1024.0)  # a power of two, as its own are: exact
     for _ in range(4):
         x, y = batch()
         for optimizer in (plain, scaled):

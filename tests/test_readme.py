@@ -43,6 +43,8 @@ def test_a_command_of_the_readme_runs(command, tmp_path, request):
         flags += [*QUICK, *warmup, "--output-dir", str(tmp_path)]
     elif script == "timings/step.py":
         flags += ["--repeats", "1", "--width", "64", "--ranks", "2", "7"]
+    elif script == "timings/memory.py":
+        flags += ["--width", "64", "--ranks", "2"]
     elif script == "mnist/produce_results.py":
         run(
             [str(ROOT / "mnist/lenet5_mnist.py"), *QUICK, "--output-dir", str(tmp_path / "results")], tmp_path

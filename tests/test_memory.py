@@ -1,0 +1,87 @@
+"""Nothing grows while training: neither what Python holds nor what torch has allocated."""
+
+import ctypes
+import gc
+import platform
+import tracemalloc
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from dlrt import DLRT, LowRankConv2d, LowRankLinear
+
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc how much is allocated")
+KB = 1024
+STEPS = 1_000
+FIELDS = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+
+
+class Mallinfo(ctypes.Structure):
+    """What glibc's allocator says of itself; torch takes the memory of CPU tensors from it."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in FIELDS.split()]
+
+
+def allocated():
+    """Bytes in use, of all kinds of objects: in the heaps, and mapped on their own."""
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = Mallinfo
+    info = libc.mallinfo2()
+    return info.uordblks + info.hblkhd
+
+
+def trainer(integrator, s_steps):
+    """A step of a small network whose ranks go up and down."""
+    torch.manual_seed(0)
+    layers = [LowRankConv2d(1, 8, 3, rank=4), nn.ReLU(), nn.Flatten(), LowRankLinear(8 * 36, 64, 20)]
+    model = nn.Sequential(*layers, nn.ReLU(), nn.Linear(64, 4))
+    options = {"lr": 0.02, "momentum": 0.9, "tau": 0.1, "integrator": integrator, "s_steps": s_steps}
+    optimizer = DLRT(model, torch.optim.SGD, max_rank=20, **options)
+    x, y = torch.randn(32, 1, 8, 8), torch.arange(32) % 4
+
+    def closure():
+        optimizer.zero_grad()
+        loss = cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    return lambda: optimizer.step(closure)
+
+
+def in_use():
+    gc.collect()
+    return tracemalloc.get_traced_memory()[0], allocated()
+
+
+@pytest.mark.parametrize(
+    ("integrator", "s_steps"), [("augmented", 1), ("augmented", 3), ("parallel", 1), ("bug", 1)]
+)
+def test_nothing_grows_over_a_thousand_steps(integrator, s_steps):
+    step = trainer(integrator, s_steps)
+    for _ in range(50):
+        step()
+    tracemalloc.start()
+    try:
+        step()
+        traced, held = in_use()
+        for _ in range(STEPS):
+            step()
+        traced_then, held_then = in_use()
+    finally:
+        tracemalloc.stop()
+    # one input (x, g) of the linear layer alone is 45 KB, and a factor of the largest rank 23 KB
+    assert traced_then - traced < 32 * KB
+    assert held_then - held < 200 * KB
+
+
+def test_a_record_that_is_kept_would_be_seen():
+    step, kept = trainer("augmented", 1), []
+    for _ in range(20):
+        step()
+    before = allocated()
+    for _ in range(100):
+        step()
+        kept.append(torch.zeros(32, 8 * 36))
+    assert allocated() - before > 100 * kept[0].nbytes / 2
