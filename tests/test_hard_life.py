@@ -29,9 +29,10 @@ QUICK = ["--dataset", "digits", "--epochs", "1", "--batch-size", "128", "--devic
 
 def script(folder, *flags):
     """A training script, in this process; its exit code or last words."""
-    args = cli.parse(cli.training_parser("", low_rank=True), [*QUICK, "--output-dir", str(folder), *flags])
+    parser = cli.training_parser("", low_rank=True, skip=["fc5"])
+    args = cli.parse(parser, [*QUICK, "--output-dir", str(folder), *flags])
     try:
-        cli.run_script(args, MLP, folder, settings={"width": 8}, skip=["fc5"])
+        cli.run_script(args, MLP, folder, settings={"width": 8})
     except SystemExit as error:
         return error.code
     return 0
