@@ -14,7 +14,9 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [
     line.split("#")[0].strip() for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()
 ]
-SCRIPTS = sorted({command for command in COMMANDS if command.startswith("python ")})
+PYTHON = sorted({command for command in COMMANDS if command.startswith("python ")})
+GRIDS = [command for command in PYTHON if "/run.py" in command]  # test_scripts.py makes small ones
+SCRIPTS = [command for command in PYTHON if command not in GRIDS]
 QUICK = ["--dataset", "digits", "--epochs", "1"]
 
 
@@ -56,6 +58,14 @@ def test_a_command_of_the_readme_runs(command, tmp_path, request):
     if script.startswith("mnist/") and "produce" not in script:
         assert "test accuracy" in result.stdout
         assert len(list(tmp_path.glob("*/checkpoint.pt"))) == 1
+
+
+@pytest.mark.parametrize("command", GRIDS)
+def test_a_grid_of_the_readme_has_these_flags(command, tmp_path):
+    script, *flags = shlex.split(command)[1:]
+    flags += ["--output-dir", str(tmp_path / "results"), "--data-dir", str(tmp_path), "--nonsense"]
+    result = run([str(ROOT / script), *flags], tmp_path)
+    assert result.stderr == "run.py: unrecognized arguments: --nonsense (--help lists all options)\n"
 
 
 def test_make_has_the_commands_of_the_readme():
