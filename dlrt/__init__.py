@@ -1,6 +1,6 @@
 """Dynamical low-rank training: PyTorch networks whose every weight lives as W = U S Vᵀ with adaptive rank."""
 
-from dlrt import integrators
+from dlrt import fields, integrators
 from dlrt.convert import Compression, compression, load_factors, singular_values, to_dense, to_low_rank
 from dlrt.export import export
 from dlrt.layers import LowRankConv2d, LowRankLayer, LowRankLinear
@@ -16,6 +16,7 @@ __all__ = [
     "LowRankLinear",
     "compression",
     "export",
+    "fields",
     "integrators",
     "load_factors",
     "singular_values",

@@ -7,6 +7,7 @@ function takes Y at t and gives Y1 at t + h; Koch & Lubich 2007 is the flow that
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -71,7 +72,7 @@ def parallel_bug(
 def projector_splitting(Y: LowRank, F: Operator, h: float = 1.0, adjoint: bool = False) -> LowRank:
     """The projector-splitting integrator KSL, or LSK with adjoint=True. Lubich & Oseledets 2014.
 
-    First order; half a step followed by half an adjoint step is the Strang splitting, of second order.
+    First order; a step followed by an adjoint step is the Strang splitting, of second order (`strang`).
     """
     if adjoint:
         return projector_splitting(Y.T, F.T, h).T
@@ -80,6 +81,35 @@ def projector_splitting(Y: LowRank, F: Operator, h: float = 1.0, adjoint: bool =
     S_tilde = S_hat - h * (U1.mT @ FV)  # the S-step goes back in time
     V1, S1t = torch.linalg.qr(Y.V @ S_tilde.mT + h * (F.T @ U1))
     return LowRank(U1, S1t.mT, V1)
+
+
+def strang(Y: LowRank, first: Operator, second: Operator, h: float = 1.0) -> LowRank:
+    """Projector splitting of second order: KSL over half a step, LSK over the other half.
+
+    first and second are F on the two halves and h is the length of either; for data, h = 1 and F are the
+    increments over the halves. It is symmetric: `strang(Y1, second, first, -h)` gives Y again.
+    """
+    return projector_splitting(projector_splitting(Y, first, h), second, h, adjoint=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Residual:
+    """F = A1 - Y, which anchors a step of h = 1 from Y to the data: A1 = A(t + h), known by its products.
+
+    Then K1 = A1 V, L1 = A1ᵀ U and the S-step is U1ᵀ A1 V1: the same sub-steps, taken against the data and not
+    against Y + ΔA, so that no error outlives its step. With `projector_splitting` it is one step of subspace
+    iteration. Increments are for where only they, or A', are at hand.
+    """
+
+    A1: Operator
+    Y: LowRank
+
+    @property
+    def T(self) -> Residual:
+        return Residual(self.A1.T, self.Y.T)
+
+    def __matmul__(self, X: Tensor) -> Tensor:
+        return self.A1 @ X - self.Y @ X
 
 
 def galerkin(F: Operator, Y: LowRank) -> Tensor:

@@ -7,7 +7,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     ["lowrank"],
     ["integrators", "gradient"],
-    ["compiled"],
+    ["compiled", "fields"],
     ["layers"],
     ["convert", "distributed"],
     ["export", "optimizer"],

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dlrt import LowRank, integrators, truncate
-from dlrt.integrators import augmented_bug, bug, parallel_bug, projector_splitting
+from dlrt.integrators import Residual, augmented_bug, bug, parallel_bug, projector_splitting
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -17,7 +17,7 @@ def ksl(Y, increments, rank):
 
 
 def strang(Y, increments, rank):
-    return projector_splitting(projector_splitting(Y, increments[0]), increments[1], adjoint=True)
+    return integrators.strang(Y, *increments)
 
 
 STEPS = {  # each from Y, the increments of the two halves of a step, and the rank to keep
@@ -101,15 +101,18 @@ def test_at_full_rank_every_bug_step_is_the_euler_step():
         assert torch.allclose(integrator(LowRank.from_dense(A), F, 0.2).dense(), A + 0.2 * F, atol=1e-12)
 
 
-def test_the_bug_family_keeps_symmetry():
+@pytest.mark.parametrize("name", ["bug", "augmented"])
+def test_the_bug_family_keeps_symmetry(name):
     W = torch.randn(20, 20)
     B = (2.0 ** -torch.arange(20)).diag()
-    Y = LowRank.from_dense(B, rank=5)
-    for step in range(10):
-        E0, E1 = (torch.matrix_exp(t * (W - W.mT) / 20) for t in (step / 10, (step + 1) / 10))
-        F = E1 @ B @ E1.mT - E0 @ B @ E0.mT
-        Y = bug(Y, F)
-    assert (Y.dense() - Y.dense().mT).norm() < 1e-13
+
+    def A(t):
+        E = torch.matrix_exp(t * (W - W.mT) / 20)
+        return E @ B @ E.mT
+
+    Y = follow(A, STEPS[name], 5, 10).dense()
+    assert (Y - Y.mT).norm() < 1e-12
+    assert (Y - A(1.0)).norm() < 0.2  # and it has followed
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -157,6 +160,53 @@ def test_the_adjoint_undoes_a_step_backwards():
     assert torch.allclose(back.dense(), Y.dense(), atol=1e-12)
 
 
+def test_strang_returns_where_the_data_return():
+    """It is symmetric: the way back undoes the way there, whatever was truncated at the start."""
+    A = exponential(0)
+    path = [A(n / 20) for n in range(21)]
+    path += path[-2::-1]
+    for step, bound in ((strang, 1e-12), (STEPS["bug"], None)):
+        Y = start = LowRank.from_dense(path[0], rank=8)
+        for A0, A1, A2 in zip(path[:-2:2], path[1:-1:2], path[2::2], strict=True):
+            Y = step(Y, (A1 - A0, A2 - A1), 8)
+        gap = (Y.dense() - start.dense()).norm()
+        assert gap <= bound if bound else gap > 1e-6
+
+
+def test_an_anchored_step_is_taken_against_the_data():
+    """K1 = A1 V, L1 = A1ᵀ U, S1 = U1ᵀ A1 V1, as if nothing had gone before but the bases."""
+    Y, A1 = LowRank.from_dense(torch.randn(12, 9), rank=3), torch.randn(12, 9)
+    U1, V1 = torch.linalg.qr(A1 @ Y.V).Q, torch.linalg.qr(A1.mT @ Y.U).Q
+    expected = U1 @ U1.mT @ A1 @ V1 @ V1.mT
+    assert torch.allclose(bug(Y, Residual(A1, Y)).dense(), expected, atol=1e-13)
+    U2, V2 = torch.linalg.qr(torch.cat([Y.U, U1], 1)).Q, torch.linalg.qr(torch.cat([Y.V, V1], 1)).Q
+    expected = U2 @ U2.mT @ A1 @ V2 @ V2.mT
+    assert torch.allclose(augmented_bug(Y, Residual(A1, Y)).dense(), expected, atol=1e-13)
+
+
+def test_anchored_projector_splitting_is_a_step_of_subspace_iteration():
+    Y, A1 = LowRank.from_dense(torch.randn(12, 9), rank=3), torch.randn(12, 9)
+    U1 = torch.linalg.qr(A1 @ Y.V).Q
+    assert torch.allclose(projector_splitting(Y, Residual(A1, Y)).dense(), U1 @ U1.mT @ A1, atol=1e-13)
+
+
+def test_anchored_steps_forget_a_poor_start():
+    A = exponential(0)
+    steps = {  # each from Y, A(t) and A(t + h)
+        "increments": lambda Y, A0, A1: bug(Y, A1 - A0),
+        "anchored": lambda Y, A0, A1: bug(Y, Residual(A1, Y)),
+    }
+    best = torch.linalg.svdvals(A(1.0))[8:].norm()
+    errors = {}
+    for name, step in steps.items():
+        Y = LowRank.from_dense(A(0.0) + 0.01 * torch.randn(100, 100), rank=8)
+        for n in range(100):
+            Y = step(Y, A(n / 100), A((n + 1) / 100))
+        errors[name] = (Y.dense() - A(1.0)).norm() / best
+    assert errors["anchored"] < 1.05
+    assert errors["increments"] > 5
+
+
 def test_an_operator_serves_as_well_as_a_matrix():
     Y, F = LowRank.from_dense(torch.randn(9, 7), rank=3), LowRank.from_dense(torch.randn(9, 7))
     for name in ("bug", "augmented_bug", "parallel_bug", "projector_splitting"):
@@ -173,3 +223,25 @@ def test_augmented_bug_finds_the_rank_that_the_tolerance_asks_for():
         Y = augmented_bug(Y, A((n + 1) / 10) - A(n / 10), tau=1e-9)
     assert Y.rank == 4
     assert truncate(Y, 1e-9).rank == 4
+
+
+@pytest.mark.parametrize("tol", [1e-4, 1e-6, 1e-8])
+@pytest.mark.parametrize("seed", range(3))
+def test_an_adaptive_run_keeps_its_tolerance_with_nearly_the_optimal_rank(tol, seed):
+    """Each of n steps may truncate tol / n, and the start tol."""
+    A, n = exponential(seed), 100
+    Y = LowRank.from_dense(A(0.0), tau=tol)
+    for k in range(n):
+        Y = augmented_bug(Y, A((k + 1) / n) - A(k / n), tau=tol / n)
+    assert (Y.dense() - A(1.0)).norm() <= 3 * tol * A(1.0).norm()
+    assert Y.rank <= LowRank.from_dense(A(1.0), tau=tol).rank + 4
+
+
+def test_increments_cannot_bring_back_what_the_start_lacks():
+    A, n = exponential(0), 50
+    Y = LowRank.from_dense(A(0.0), rank=2)
+    missing = (Y.dense() - A(0.0)).norm()
+    for k in range(n):
+        Y = augmented_bug(Y, A((k + 1) / n) - A(k / n), tau=1e-6 / n)
+    assert Y.rank > 10
+    assert (Y.dense() - A(1.0)).norm() > missing / 2

@@ -1,0 +1,88 @@
+"""The integrators for a field, Y' = F(t, Y): one Runge-Kutta step for each of their sub-equations.
+
+In `integrators` F does not change within a step, as an increment or a gradient does not, and a single step of
+Euler's solves each sub-equation exactly. Here F depends on Y, and the equations
+
+    K' = F(t, K Vᵀ) V,    L' = F(t, U Lᵀ)ᵀ U,    S' = Uᵀ F(t, U S Vᵀ) V
+
+take one step of the classical Runge-Kutta method each. F(t, Y) may be whatever has the products F @ V and
+F.T @ U: a matrix, or a `LowRank` where a field makes factors (whose bases need not be orthonormal then).
+It must take a Y with bases that are not orthonormal, too: K Vᵀ and U Lᵀ come as such.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dlrt.integrators import Operator, galerkin, recompress
+from dlrt.lowrank import LowRank, complement
+
+Field = Callable[[float, LowRank], Operator]
+
+
+def bug(Y: LowRank, F: Field, t: float, h: float) -> LowRank:
+    """The basis-update & Galerkin integrator at fixed rank, from t to t + h. Ceruti & Lubich 2022."""
+    U1 = torch.linalg.qr(k_step(Y, F, t, h)).Q
+    V1 = torch.linalg.qr(k_step(Y.T, transposed(F), t, h)).Q
+    projected = LowRank(U1, (U1.mT @ Y.U) @ Y.S @ (Y.V.mT @ V1), V1)
+    return LowRank(U1, s_step(projected, F, t, h), V1)
+
+
+def augmented_bug(
+    Y: LowRank, F: Field, t: float, h: float, tau: float | None = None, max_rank: int | None = None
+) -> LowRank:
+    """The rank-adaptive BUG integrator, from t to t + h. Ceruti, Kusch & Lubich 2022."""
+    U1 = complement(Y.U, k_step(Y, F, t, h))
+    V1 = complement(Y.V, k_step(Y.T, transposed(F), t, h))
+    S = torch.nn.functional.pad(Y.S, (0, V1.shape[1], 0, U1.shape[1]))
+    augmented = LowRank(torch.cat([Y.U, U1], dim=1), S, torch.cat([Y.V, V1], dim=1))
+    return recompress((Y.U, U1), s_step(augmented, F, t, h), (Y.V, V1), tau, 1, max_rank)[0]
+
+
+def projector_splitting(Y: LowRank, F: Field, t: float, h: float, adjoint: bool = False) -> LowRank:
+    """Projector splitting KSL, or LSK with adjoint=True, from t to t + h. Lubich & Oseledets 2014."""
+    if adjoint:
+        return projector_splitting(Y.T, transposed(F), t, h).T
+    U1, S_hat = torch.linalg.qr(k_step(Y, F, t, h))
+    S_tilde = s_step(LowRank(U1, S_hat, Y.V), F, t, h, sign=-1)  # the S-step goes back
+    V1, S1t = torch.linalg.qr(k_step(LowRank(U1, S_tilde, Y.V).T, transposed(F), t, h))
+    return LowRank(U1, S1t.mT, V1)
+
+
+def strang(Y: LowRank, F: Field, t: float, h: float) -> LowRank:
+    """Half a step KSL, half a step LSK: projector splitting of second order. Lubich & Oseledets 2014."""
+    half = projector_splitting(Y, F, t, h / 2)
+    return projector_splitting(half, F, t + h / 2, h / 2, adjoint=True)
+
+
+def k_step(Y: LowRank, F: Field, t: float, h: float) -> Tensor:
+    """K (m, r) at t + h for K' = F(t, K Vᵀ) V from K = U S; that of Yᵀ is the L-step."""
+    identity = torch.eye(Y.V.shape[1], dtype=Y.S.dtype, device=Y.S.device)
+    return rk4(lambda t, K: F(t, LowRank(K, identity, Y.V)) @ Y.V, Y.U @ Y.S, t, h)
+
+
+def s_step(Y: LowRank, F: Field, t: float, h: float, sign: int = 1) -> Tensor:
+    """S (r, r) at t + h for S' = ± Uᵀ F(t, U S Vᵀ) V in the bases of Y."""
+
+    def slope(t: float, S: Tensor) -> Tensor:
+        at = LowRank(Y.U, S, Y.V)
+        return sign * galerkin(F(t, at), at)
+
+    return rk4(slope, Y.S, t, h)
+
+
+def transposed(F: Field) -> Field:
+    """The field of the transpose, (Yᵀ)' = F(t, Y)ᵀ."""
+    return lambda t, Y: F(t, Y.T).T
+
+
+def rk4(slope: Callable[[float, Tensor], Tensor], X: Tensor, t: float, h: float) -> Tensor:
+    """One step of the classical Runge-Kutta method of order four for X' = slope(t, X)."""
+    k1 = slope(t, X)
+    k2 = slope(t + h / 2, X + h / 2 * k1)
+    k3 = slope(t + h / 2, X + h / 2 * k2)
+    k4 = slope(t + h, X + h * k3)
+    return X + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
