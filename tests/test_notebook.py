@@ -1,0 +1,125 @@
+"""The notebook runs from top to bottom, and its numbers keep what the theory and its text promise."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+NAME = "pca_experiments.ipynb"
+COMMAND = re.search(r"^jupyter .*$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)[0]
+GIFS = ("pendulum_cloud.gif", "pendulum_video.gif")
+FIGURES = [
+    "cloud_frames",
+    "cloud_errors",
+    "cloud_law",
+    "moving_pivot",
+    "video_errors",
+    "video_frames",
+    "double_pendulum_frames",
+    "double_pendulum_ranks",
+    "order_and_robustness",
+]
+BETWEEN = {  # experiment, quantity: the least and the largest value
+    ("cloud", "BUG: mean squared error / that of PCA"): (1.01, 2.2),
+    ("cloud", "Strang splitting: mean squared error / that of PCA"): (1.01, 2.2),
+    ("cloud", "BUG: mean velocity error / that of PCA"): (0, 0.95),
+    ("thin cloud", "largest deviation from sqrt(1 + theta^2)"): (0, 1e-3),
+    ("return", "Strang splitting: gap after the pendulum's full swing"): (0, 1e-12),
+    ("return", "Strang splitting: gap with 10 steps a side"): (0, 1e-12),
+    ("return", "Strang splitting: gap with 160 steps a side"): (0, 1e-12),
+    ("return", "BUG: gap with 160 steps a side"): (1e-4, 1e-2),
+    ("return", "BUG: order of the gap"): (0.9, 1.15),
+    ("moving pivot", "BUG, centred: mean squared error / that of PCA"): (1, 2.2),
+    ("moving pivot", "BUG, centred: worst frame, error / that of PCA"): (1, 2.2),
+    ("moving pivot", "BUG, wrong: mean squared error / that of PCA"): (5, 1e4),
+    ("video", "anchored BUG: mean error / best"): (1, 1.02),
+    ("video", "anchored augmented BUG: mean error / best"): (1, 1.02),
+    ("video", "anchored augmented BUG: worst frame, error / best"): (1, 1.02),
+    ("video", "subspace iteration: mean error / best"): (1, 1.02),
+    ("video", "BUG: mean error / best"): (1.5, 10),
+    ("video", "IncrementalPCA: worst frame, error / best"): (1.2, 100),
+    ("video", "anchored splitting against subspace iteration, largest difference"): (0, 1e-10),
+    ("axis", "subspace iteration: mean angle to the axis of PCA in degrees"): (0, 1),
+    ("axis", "IncrementalPCA: mean angle to the axis of PCA in degrees"): (10, 90),
+    ("ensemble", "anchored: worst error / tolerance"): (0, 1.3),
+    ("ensemble", "anchored: largest rank above the optimal"): (-2, 2),
+    ("ensemble", "anchored, started at rank 1: worst error / tolerance"): (0, 1.3),
+    ("ensemble", "increments, started at rank 1: error / tolerance at the end"): (5, 1e3),
+    ("ensemble", "optimal rank at the start"): (1, 6),
+    ("ensemble", "optimal rank at the end"): (20, 100),
+    ("order", "BUG: measured order"): (0.9, 1.1),
+    ("order", "augmented BUG: measured order"): (0.9, 1.1),
+    ("order", "Lie splitting: measured order"): (0.9, 1.1),
+    ("order", "Strang splitting: measured order"): (1.9, 2.15),
+    ("robustness", "BUG: largest error / best, rank 2 to 32"): (1, 1.6),
+    ("robustness", "augmented BUG: largest error / best, rank 2 to 32"): (1, 1.6),
+    ("robustness", "Lie splitting: largest error / best, rank 2 to 32"): (1, 1.6),
+    ("robustness", "Strang splitting: largest error / best, rank 2 to 32"): (1, 1.6),
+    ("robustness", "Runge-Kutta: error / best at rank 2"): (1, 2),
+    ("robustness", "Runge-Kutta: ranks of ten without a usable result"): (4, 9),
+    ("cost", "BUG: times cheaper than the full SVD at 512"): (3, 1e4),
+    ("cost", "BUG: times cheaper than the full SVD at 1024"): (3, 1e4),
+    ("cost", "anchored BUG: times cheaper than the full SVD at 1024"): (3, 1e4),
+}
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    """The folder in which the README's command has run the notebook, on its short films."""
+    folder = tmp_path_factory.mktemp("notebook")
+    shutil.copy(ROOT / NAME, folder)
+    result = subprocess.run(
+        [sys.executable, "-m", *shlex.split(COMMAND)],
+        cwd=folder,
+        env=os.environ | {"FAST": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.fixture(params=["executed", "committed"])
+def folder(request):
+    """Where to look: at what a run has just left, and at what came with the repository."""
+    return ROOT if request.param == "committed" else request.getfixturevalue("executed")
+
+
+@pytest.mark.parametrize(("experiment", "quantity"), BETWEEN)
+def test_a_number_of_the_notebook_lies_where_it_must(folder, experiment, quantity):
+    table = pd.read_csv(folder / "figures/pca_metrics.csv").set_index(["experiment", "quantity"])["value"]
+    least, largest = BETWEEN[experiment, quantity]
+    assert least <= table[experiment, quantity] <= largest
+
+
+def test_every_figure_and_every_gif_is_there_and_small(folder):
+    for figure in FIGURES:
+        assert (folder / f"figures/{figure}.png").stat().st_size < 500_000
+        assert (folder / f"figures/{figure}.pdf").stat().st_size < 500_000
+    for gif in GIFS:
+        assert (folder / gif).stat().st_size <= 1_000_000
+        with Image.open(folder / gif) as picture:
+            assert 5 <= picture.n_frames <= 100
+
+
+def test_the_notebook_is_committed_as_it_ran_from_top_to_bottom():
+    notebook = nbformat.read(ROOT / NAME, as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [
+        output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"
+    ]
+    pictures = [output for output in outputs if {"image/png", "image/gif"} & set(output.get("data", {}))]
+    assert len(pictures) == len(FIGURES) + len(GIFS)
+    assert (ROOT / NAME).stat().st_size < 3_000_000
