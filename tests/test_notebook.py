@@ -10,7 +10,6 @@ from pathlib import Path
 
 import nbformat
 import pandas as pd
-import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -72,37 +71,16 @@ BETWEEN = {  # experiment, quantity: the least and the largest value
 }
 
 
-@pytest.fixture(scope="module")
-def executed(tmp_path_factory):
-    """The folder in which the README's command has run the notebook, on its short films."""
-    folder = tmp_path_factory.mktemp("notebook")
-    shutil.copy(ROOT / NAME, folder)
-    result = subprocess.run(
-        [sys.executable, "-m", *shlex.split(COMMAND)],
-        cwd=folder,
-        env=os.environ | {"FAST": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return folder
-
-
-@pytest.fixture(params=["executed", "committed"])
-def folder(request):
-    """Where to look: at what a run has just left, and at what came with the repository."""
-    return ROOT if request.param == "committed" else request.getfixturevalue("executed")
-
-
-@pytest.mark.parametrize(("experiment", "quantity"), BETWEEN)
-def test_a_number_of_the_notebook_lies_where_it_must(folder, experiment, quantity):
+def outside(folder):
+    """The numbers that a run of the notebook has left in a folder and that lie outside their bounds."""
     table = pd.read_csv(folder / "figures/pca_metrics.csv").set_index(["experiment", "quantity"])["value"]
-    least, largest = BETWEEN[experiment, quantity]
-    assert least <= table[experiment, quantity] <= largest
+    return {
+        key: table[key] for key, (least, largest) in BETWEEN.items() if not least <= table[key] <= largest
+    }
 
 
-def test_every_figure_and_every_gif_is_there_and_small(folder):
+def assert_complete(folder):
+    """Every figure and every gif is there, and small."""
     for figure in FIGURES:
         assert (folder / f"figures/{figure}.png").stat().st_size < 500_000
         assert (folder / f"figures/{figure}.pdf").stat().st_size < 500_000
@@ -110,6 +88,23 @@ def test_every_figure_and_every_gif_is_there_and_small(folder):
         assert (folder / gif).stat().st_size <= 1_000_000
         with Image.open(folder / gif) as picture:
             assert 5 <= picture.n_frames <= 100
+
+
+def test_the_notebook_runs_and_its_numbers_lie_where_they_must(tmp_path):
+    """With the README's command and the short films of FAST=1, in a folder that holds nothing else."""
+    shutil.copy(ROOT / NAME, tmp_path)
+    command = [sys.executable, "-m", *shlex.split(COMMAND)]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"FAST": "1"}, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert_complete(tmp_path)
+    assert not outside(tmp_path)
+
+
+def test_the_numbers_that_are_committed_lie_where_they_must():
+    assert_complete(ROOT)
+    assert not outside(ROOT)
 
 
 def test_the_notebook_is_committed_as_it_ran_from_top_to_bottom():
