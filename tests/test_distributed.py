@@ -1,10 +1,13 @@
 """Two processes are one process on the joined batch; a lost one ends the run, and any number continues it."""
 
+import io
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -173,14 +176,20 @@ def work(rank, folder):
         "averaged": averaged_statistics(),
         "first": (distributed.first(lambda: rank), ends_with(raise_oserror)),
     }
-    torch.save(results, folder / f"{rank}.pt")
-    distributed.stop()
+    with redirect_stdout(io.StringIO()) as printed:
+        runpy.run_path(str(ROOT / "timings" / "communication.py"), run_name="__main__")
+    torch.save({**results, "printed": printed.getvalue()}, folder / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.start_processes(work, (folder,), nprocs=2, start_method="fork")  # no new imports
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "timings")
+        patch.setattr(sys, "argv", ["communication.py", "--width", "64", "--ranks", "2"])
+        torch.multiprocessing.start_processes(
+            work, (folder,), nprocs=2, start_method="fork"
+        )  # no new imports
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
@@ -222,6 +231,14 @@ def test_a_step_communicates_its_products_and_never_a_matrix(both):
         assert reduced < 8 * (m * n + rest)
 
 
+def test_the_networks_of_the_readme_communicate_less_than_dense_ones(both):
+    assert both[1]["printed"] == ""
+    lines = both[0]["printed"].splitlines()
+    assert [line.split()[0] for line in lines] == ["LeNet5", "LeNet5", "MLP", "MLP"]
+    for line in lines:
+        assert float(line.split(" x fewer")[0].split()[-1]) > 1
+
+
 def test_running_statistics_are_averaged(both):
     for results in both:
         assert results["averaged"].tolist() == [0.5, 0.5]  # 0.1 of 0 and of 10
@@ -256,14 +273,11 @@ TRAINING += ["--epochs", str(EPOCHS)]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def launch(folder, launcher, script, *flags):
-    command = [sys.executable, *launcher, str(ROOT / script), *flags]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes)
-
-
 def train(folder, launcher, *flags):
-    return launch(folder, launcher, "mnist/mlp_mnist.py", *TRAINING, "--output-dir", str(folder), *flags)
+    script = [str(ROOT / "mnist" / "mlp_mnist.py"), *TRAINING, "--output-dir", str(folder), *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *launcher, *script], cwd=folder, env=environment, **pipes)
 
 
 def children(pid):
@@ -294,13 +308,3 @@ def test_a_killed_worker_ends_the_run_with_a_message_and_any_number_of_processes
     assert f"epoch {done + 1:3d}/" in out
     assert read_metrics(run)["epoch"].tolist() == list(range(1, EPOCHS + 1))
     assert sorted(path.name for path in run.iterdir()) == ["checkpoint.pt", "config.json", "metrics.csv"]
-
-
-def test_the_networks_of_the_readme_communicate_less_than_dense_ones(tmp_path):
-    with launch(tmp_path, TORCHRUN, "timings/communication.py", "--width", "64", "--ranks", "2") as launched:
-        out, err = launched.communicate(timeout=240)
-    assert launched.returncode == 0, err
-    lines = out.splitlines()
-    assert [line.split()[0] for line in lines] == ["LeNet5", "LeNet5", "MLP", "MLP"]  # one process speaks
-    for line in lines:
-        assert float(line.split(" x fewer")[0].split()[-1]) > 1

@@ -1,6 +1,6 @@
 """How much memory a training step takes at rank r, against the dense network, at its peak.
 
-    python timings/memory.py      about 2 minutes on two CPU cores
+    python timings/memory.py      about a minute on two CPU cores
 
 The peak counts every tensor: weights, the inner optimizer's momentum, activations, gradients, what the layers
 record, and what the step makes of it. On a CPU torch's profiler reports each allocation and release; on a GPU
