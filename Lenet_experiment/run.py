@@ -4,7 +4,7 @@
 
 Two sweeps: "plain", with the whole tolerance from the first step on, bases that move at every step, a
 low-rank first layer, and digits and targets as they are; and "best", with the defaults of the training
-scripts, which were chosen on the validation split. The dense net is trained with both.
+scripts, which were chosen on the validation split, but no weight decay. The dense net is trained with both.
 """
 
 from pathlib import Path
@@ -14,7 +14,8 @@ from dlrt import cli, grid
 HERE = Path(__file__).parent
 TAUS = (0.09, 0.11, 0.13, 0.15, 0.2, 0.3, 0.4, 0.45)
 BEST_TAUS = (0.12, 0.15, 0.18, 0.22, 0.28, 0.35)
-PLAIN = ["--no-augment", "--label-smoothing", 0, "--batch-size", 128, "--lr", 0.05]
+BEST = ["--weight-decay", 0]
+PLAIN = [*BEST, "--no-augment", "--label-smoothing", 0, "--batch-size", 128, "--lr", 0.05]
 PLAIN_DLRT = ["--tau-warmup", 0, "--s-steps", 1, "--skip", "fc2"]
 
 
@@ -29,7 +30,7 @@ def main() -> None:
     plans = []
     for seed in range(args.seeds):
         for sweep, taus, epochs, recipe, of_dlrt in (
-            ("best", args.best_taus, args.best_epochs, [], []),
+            ("best", args.best_taus, args.best_epochs, BEST, []),
             ("plain", args.taus, args.epochs, PLAIN, PLAIN_DLRT),
         ):
             flags = [*cli.shared_flags(args), "--seed", seed, *recipe]
