@@ -82,7 +82,7 @@ def accuracy_against_compression(
         for number, (label, accuracy) in enumerate(dense.items()):
             axes.axhline(accuracy, color=COLOURS[number % len(COLOURS)], lw=1, ls=(0, (1, 1)), label=label)
         axes.set(xlabel="evaluation compression [%]", ylabel="test accuracy [%]")
-        axes.legend(loc="lower left", fontsize="small")
+        axes.legend(loc="lower left", fontsize="small", frameon=True, framealpha=0.9)
     return figure
 
 

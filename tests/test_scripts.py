@@ -105,7 +105,7 @@ def test_an_experiment_goes_from_runs_to_table_and_figures(experiment, tmp_path)
     assert made == {".csv", ".md", ".tex", ".pdf", ".png"}
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if (ROOT / name / "results").exists()])
 def test_every_number_of_an_experiment_follows_from_its_committed_runs(experiment, tmp_path):
     result = run(f"{experiment}/produce_results.py", "--output-dir", tmp_path, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
