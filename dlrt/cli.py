@@ -127,7 +127,7 @@ def _add_low_rank_flags(parser: Parser) -> None:
     add("--tau-warmup", type=number(float, "[0, inf)"), metavar="EPOCHS", help=warmup)
     add("--integrator", choices=INTEGRATORS, default="augmented", help="bug keeps the rank")
     add("--rank", type=rank, default=0.5, help="to begin with: 20 is a rank, 0.5 a share of the full rank")
-    add("--skip", nargs="*", default=(), metavar="LAYER", help="layers that stay dense")
+    add("--skip", nargs="*", default=[], metavar="LAYER", help="layers that stay dense")
     start = "weights to begin with, truncated to --rank: a dense run's folder or checkpoint, or a state dict"
     add("--from-checkpoint", type=Path, metavar="PATH", help=start)
     add("--min-rank", type=NATURAL, default=2, help="of every layer")
@@ -215,9 +215,12 @@ def _check_skip(
     if not getattr(args, "skip", ()):
         return
     with torch.device("meta"):
-        names = [name for name, layer in network(**settings).named_modules() if hasattr(layer, "weight")]
-    if unknown := sorted(set(args.skip) - set(names)):
-        script, layers = Path(sys.argv[0]).name, ", ".join(names)
+        modules = dict(network(**settings).named_modules())
+    if unknown := sorted(set(args.skip) - modules.keys()):
+        layers = ", ".join(
+            name for name, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))
+        )
+        script = Path(sys.argv[0]).name
         print(f"{script}: --skip takes layers of {layers}, got {', '.join(unknown)}", file=sys.stderr)
         sys.exit(2)
 
@@ -242,11 +245,11 @@ def _run(
     run = Run((args.output_dir or results) / args.name)
     dataset = distributed.first_before_others(lambda: load(args.dataset, args.data_dir, args.seed))
     dataset = dataset.to(args.device)
-    distributed.first(lambda: run.start(options, args.resume))
     torch.manual_seed(args.seed)
     model = network(dataset.shape, dataset.classes, **settings)
-    if start:
+    if start and not run.checkpoint.exists():  # a continued run has its own
         _take_weights(model, start)
+    distributed.first(lambda: run.start(options, args.resume))
     if low_rank:
         model = to_low_rank(model, rank=args.rank, skip=args.skip)
     model.to(args.device, memory_format=torch.channels_last)  # on a CPU convolutions take half the time

@@ -46,7 +46,10 @@ def _map(
 @torch.library.custom_op("dlrt::recorded_adjoint", mutates_args=())
 def _backward(g: Tensor, x: Tensor, a: Tensor, S: Tensor, number: int, of_x: bool) -> tuple[Tensor, Tensor]:
     """The gradients for x (empty where nobody asks for it) and for S."""
-    x_grad, S_grad = adjoint(RECORDING[number], g, x, a, S, of_x)
+    gradient = RECORDING[number]
+    if gradient.keep_samples:
+        x, g = x.clone(), g.clone()  # they wait for the step, and the compiler gives their memory to others
+    x_grad, S_grad = adjoint(gradient, g, x, a, S, of_x)
     return _laid_out_as(x, x_grad) if of_x else g.new_empty(0), S_grad.contiguous()
 
 

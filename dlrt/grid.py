@@ -48,7 +48,7 @@ def make(plans: Sequence[Plan], results: Path, jobs: int = 1) -> None:
             while waiting and len(running) < jobs:
                 plan = waiting.pop(0)
                 running[_start(plan.command(results, threads), threads)] = plan
-            time.sleep(0.2)
+            time.sleep(1)
             _show(bar, plans, results, running)
             for process in [process for process in running if process.poll() is not None]:
                 plan, errors = running.pop(process), process.communicate()[1].strip()

@@ -137,7 +137,8 @@ def augment(
     FV, FtU = F @ Y.V, F.T @ Y.U
     U1, V1 = complement(Y.U, _spanning(F, FV)), complement(Y.V, _spanning(F.T, FtU))
     old = Y.U.mT @ FV if old_block is None else old_block
-    new = U1.mT @ (F @ V1) if new_block else Y.S.new_zeros(U1.shape[1], V1.shape[1])
+    grows = U1.shape[1] > 0 and V1.shape[1] > 0  # a basis that is complete already has nothing to add
+    new = U1.mT @ (F @ V1) if new_block and grows else Y.S.new_zeros(U1.shape[1], V1.shape[1])
     D = torch.cat([torch.cat([old, FtU.mT @ V1], dim=1), torch.cat([U1.mT @ FV, new], dim=1)])
     return U1, V1, D
 

@@ -166,9 +166,11 @@ class DLRT(torch.optim.Optimizer):
     @in_full_precision
     def _integrate(self, layers: list[LowRankLayer]) -> None:
         """K-, L- and S-step, or one more S-step in the bases of the last move; truncation where it is due."""
-        added = {layer: self._augment(layer) for layer in layers if self._taken == 0}
+        added = {layer: self._augment(layer) for layer in layers if not layer.gradient.paused}
         self._sum_new_blocks(added)
         self.inner.step()
+        for layer in layers:
+            layer.S.grad = None  # it has done its work, and truncation refuses one that has not
         self._taken += 1
         if self._taken < self.s_steps:
             for layer, (U1, V1) in added.items():
@@ -185,6 +187,11 @@ class DLRT(torch.optim.Optimizer):
         """Truncate now, before the last of `s_steps`, for an evaluation in between. Then the bases move."""
         for layer in self._recording:
             if layer.gradient.paused:
+                if layer.S.grad is not None:
+                    raise RuntimeError(
+                        f"{self.names[layer]} has a gradient for the bases that truncation replaces: "
+                        "call step() or zero_grad() first"
+                    )
                 self._truncate_layer((layer.U,), layer, (layer.V,))
                 layer.gradient.paused = False
         self._taken = 0
@@ -213,9 +220,10 @@ class DLRT(torch.optim.Optimizer):
             )
         U1, V1, D = augment(layer.factors, G, self.integrator == "augmented", old_block=S.grad)
         D = G.scale * D
-        D[: len(S), : len(S)] = S.grad  # scaled already, and with the gradient of a penalty on S, if any
-        identity = torch.eye(max(D.shape), device=D.device, dtype=D.dtype)[: len(S)]
-        change_basis(state, identity[:, : D.shape[0]], identity[:, : D.shape[1]])
+        k, l = S.shape  # noqa: E741
+        D[:k, :l] = S.grad  # scaled already, and with the gradient of a penalty on S, if any
+        identity = torch.eye(max(D.shape), device=D.device, dtype=D.dtype)
+        change_basis(state, identity[:k, : D.shape[0]], identity[:l, : D.shape[1]])
         replace_data(S, pad_like(S, D))
         S.grad = D
         return U1, V1
@@ -260,8 +268,8 @@ class DLRT(torch.optim.Optimizer):
                 f"the state has ranks {own['ranks']}, the model has {ranks}: load the model's state first"
             )
         self.inner.load_state_dict(state_dict)
-        self.tau, self._taken = own["tau"], own["taken"]
-        for layer, paused in zip(self.names, own["paused"], strict=True):
+        self.tau, self._taken = own["tau"], own.get("taken", 0)
+        for layer, paused in zip(self.names, own.get("paused", [False] * len(ranks)), strict=True):
             if layer.gradient is not None:
                 layer.gradient.paused = paused
         self._share_state()

@@ -10,7 +10,7 @@ from dlrt.models import LeNet5
 
 
 def main() -> None:
-    parser = cli.training_parser(__doc__, low_rank=True, tau=0.15, skip=["conv1", "fc2"], weight_decay=3e-4)
+    parser = cli.training_parser(__doc__, low_rank=True, tau=0.15, skip=["conv1", "fc2"], weight_decay=5e-4)
     cli.run_script(cli.parse(parser), LeNet5, Path(__file__).parent / "results" / "lenet5")
 
 

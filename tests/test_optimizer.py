@@ -211,6 +211,64 @@ def test_truncation_between_s_steps_is_within_tau_and_the_bases_move_again():
     assert all(layer.rank > U.shape[1] for layer, U in zip(low_rank_layers(model), bases, strict=True))
 
 
+def test_a_layer_used_in_every_second_step_moves_its_bases_with_several_s_steps():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.always, self.sometimes = LowRankLinear(8, 8, 2), LowRankLinear(8, 8, 2)
+
+        def forward(self, x, both):
+            return self.sometimes(self.always(x)) if both else self.always(x)
+
+    model = Branches()
+    U = model.sometimes.U.clone()
+    optimizer = DLRT(model, torch.optim.SGD, lr=0.1, tau=0.0, s_steps=2)
+    for step in range(4):
+        optimizer.zero_grad()
+        model(torch.randn(6, 8), step % 2 == 1).square().sum().backward()
+        optimizer.step()
+    assert model.sometimes.rank > 2
+    assert not torch.allclose(model.sometimes.U[:, :2], U)
+
+
+def test_an_optimizer_made_between_two_moves_of_the_bases_goes_on_from_a_rectangular_s():
+    model = LowRankLinear(100, 10, 8, bias=False)
+    optimizer = DLRT(model, torch.optim.SGD, lr=0.01, s_steps=3)
+    for made in (optimizer, DLRT):
+        if made is DLRT:
+            assert model.S.shape == (10, 16)
+            optimizer = DLRT(model, torch.optim.Adam, lr=0.01, s_steps=3)
+        optimizer.zero_grad()
+        model(torch.randn(40, 100)).square().sum().backward()
+        optimizer.step()
+    assert model.S.shape[0] == 10
+    assert torch.allclose(model.V.mT @ model.V, torch.eye(model.V.shape[1]), atol=1e-12)
+
+
+def test_truncation_with_a_gradient_that_waits_for_its_step_is_refused():
+    model = LowRankLinear(8, 8, 2)
+    optimizer = DLRT(model, torch.optim.SGD, lr=0.1, s_steps=3)
+    model(torch.randn(6, 8)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    model(torch.randn(6, 8)).square().sum().backward()
+    with pytest.raises(RuntimeError, match=r"call step\(\) or zero_grad\(\) first"):
+        optimizer.truncate()
+
+
+def test_a_convolution_with_one_complete_basis_moves_the_other():
+    """V spans everything and so has nothing to gain, while U has."""
+    conv = LowRankConv2d(6, 20, 1, rank=6)
+    optimizer = DLRT(conv, torch.optim.SGD, lr=0.1, tau=0.0)
+    before, x = conv.weight.clone(), torch.randn(2, 6, 1, 1)
+    dense = conv.to_dense()
+    dense(x).square().sum().backward()
+    conv(x).square().sum().backward()
+    optimizer.step()
+    expected = before - 0.1 * dense.weight.grad
+    assert (conv.weight - expected).norm() <= 1e-10 * expected.norm()
+
+
 @pytest.mark.parametrize("steps", [3, 5])
 def test_state_round_trips_between_two_moves_of_the_bases(steps):
     data = [batch() for _ in range(8)]

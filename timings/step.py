@@ -1,6 +1,6 @@
 """How long a training step and inference take at rank r, against the dense network, in one process.
 
-    python timings/step.py        about 2 minutes on two CPU cores
+    python timings/step.py        about 3 minutes on two CPU cores
 
 Medians over `--repeats` steps; "x faster" is dense / low-rank, and beside it stands the same ratio of the
 counted FLOPs of all matrix products and convolutions, which is the limit that small matrices, memory and
@@ -44,6 +44,14 @@ def training_step(
     return step
 
 
+def repeated(function: Callable, calls: int) -> Callable:
+    def several() -> None:
+        for _ in range(calls):
+            function()
+
+    return several
+
+
 def inference(model: nn.Module, x: torch.Tensor) -> Callable:
     @torch.inference_mode()
     def forward() -> None:
@@ -72,29 +80,47 @@ def flops(function: Callable) -> int:
 
 
 def compare(
-    title: str, dense: nn.Module, others: list[nn.Module], x: torch.Tensor, args: argparse.Namespace
+    title: str,
+    dense: nn.Module,
+    others: list[nn.Module],
+    x: torch.Tensor,
+    args: argparse.Namespace,
+    s_steps: int = 1,
 ) -> None:
-    """Time and count all networks on the same input, and print a line for each low-rank one."""
+    """Time and count all networks on the same input, and print a line for each low-rank one.
+
+    A low-rank training step is the mean of those from one move of the bases to the next.
+    """
     y = torch.randint(0, 10, (len(x),))
     optimizers = [torch.optim.SGD(dense.parameters(), lr=1e-4, momentum=0.9)]
     for model in others:
         # equal singular values, a small lr and tau: the rank stays what it is
         optimizers.append(
-            DLRT(model, torch.optim.SGD, lr=1e-4, momentum=0.9, tau=1e-3, integrator=args.integrator)
+            DLRT(
+                model,
+                torch.optim.SGD,
+                lr=1e-4,
+                momentum=0.9,
+                tau=1e-3,
+                integrator=args.integrator,
+                s_steps=s_steps,
+            )
         )
     models = [dense, *others]
     for what, functions in (
         ("training step", [training_step(m, o, x, y) for m, o in zip(models, optimizers, strict=True)]),
         ("inference", [inference(model, x) for model in models]),
     ):
-        times, counts = medians(functions, args.repeats), [flops(function) for function in functions]
+        calls = s_steps if what == "training step" else 1
+        functions[1:] = [repeated(function, calls) for function in functions[1:]]
+        repeats = max(1, args.repeats // calls)
+        times, counts = medians(functions, repeats), [flops(function) for function in functions]
+        times[1:], counts[1:] = [ms / calls for ms in times[1:]], [count / calls for count in counts[1:]]
         for model, ms, count in zip(others, times[1:], counts[1:], strict=True):
             ranks = "/".join(dict.fromkeys(map(str, compression(model).ranks.values())))
-            print(
-                f"{title:12} {what:14} ranks {ranks:9} dense {times[0]:8.2f} ms  low-rank {ms:8.2f} ms  "
-                f"{times[0] / ms:6.2f} x faster  (FLOPs {counts[0] / count:6.2f} x fewer)",
-                flush=True,
-            )
+            low = f"ranks {ranks:9} S-steps {s_steps:2} dense {times[0]:7.2f} ms  low-rank {ms:7.2f} ms"
+            limit = f"(FLOPs {counts[0] / count:6.2f} x fewer)"
+            print(f"{title:11} {what:13} {low}  {times[0] / ms:6.2f} x faster  {limit}", flush=True)
 
 
 def main() -> None:
@@ -113,11 +139,15 @@ def main() -> None:
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, integrator {args.integrator}")
     lenet = [low_rank(LeNet5(), {"conv1": 10, "conv2": 23, "fc1": 62})]
-    dense = LeNet5().to(memory_format=torch.channels_last)  # as the training scripts do, and twice as fast
-    compare("LeNet5", dense, lenet, torch.randn(128, 1, 28, 28), args)
     names = ("fc1", "fc2", "fc3", "fc4")
     mlps = [low_rank(MLP(width=args.width), dict.fromkeys(names, rank)) for rank in args.ranks]
-    compare(f"MLP {args.width}", MLP(width=args.width), mlps, torch.randn(256, 1, 28, 28), args)
+    for s_steps in (1, 10):
+        # the dense network channels-last, as the training scripts have it, and in torch's default layout
+        for layout, name in ((torch.channels_last, "NHWC"), (torch.contiguous_format, "NCHW")):
+            dense = LeNet5().to(memory_format=layout)
+            compare(f"LeNet5 {name}", dense, lenet, torch.randn(128, 1, 28, 28), args, s_steps)
+    for s_steps in (1, 10):
+        compare(f"MLP {args.width}", MLP(width=args.width), mlps, torch.randn(256, 1, 28, 28), args, s_steps)
 
 
 if __name__ == "__main__":
