@@ -14,10 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision.datasets as tv
 from torch import Tensor
-from torchvision.datasets.mnist import read_image_file, read_label_file
-from torchvision.datasets.utils import check_integrity
 
 MNIST_FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -117,6 +114,9 @@ def mnist(folder: Path, seed: int) -> Dataset:
     Read from folder/MNIST/raw or folder/mnist.npz, downloaded where neither is there. DataError if that
     fails.
     """
+    import torchvision.datasets as tv  # here, since it takes as long to import as the digits to train on
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+
     raw, npz = folder / "MNIST" / "raw", folder / "mnist.npz"
     idx_files_are_there = all((raw / name).is_file() for names in MNIST_FILES.values() for name in names)
     if not idx_files_are_there and npz.is_file():  # a failed download leaves an empty folder behind
@@ -137,6 +137,9 @@ def cifar10(folder: Path, seed: int) -> Dataset:
     Read from folder/cifar-10-batches-py or folder/cifar10.npz, downloaded where neither is there. DataError
     if that fails.
     """
+    import torchvision.datasets as tv
+    from torchvision.datasets.utils import check_integrity
+
     batches, npz = folder / "cifar-10-batches-py", folder / "cifar10.npz"
     if not batches.is_dir() and npz.is_file():
         return _split("cifar10", _read_npz(npz), seed, validation=5_000)
