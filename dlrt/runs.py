@@ -174,12 +174,6 @@ def epochs_done(folder: Path) -> int:
 
 def _surroundings() -> dict[str, Any]:
     """Versions, device and commit: what else a result may depend on."""
-    root = Path(dlrt.__file__).parents[1]
-    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        commit = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.strip()
-    except FileNotFoundError:  # no git here
-        commit = ""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "versions": {
@@ -188,8 +182,25 @@ def _surroundings() -> dict[str, Any]:
             "numpy": np.__version__,
         },
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "gpu": gpu},
-        "commit": commit or None,
+        "commit": _commit(Path(dlrt.__file__).parent),
     }
+
+
+def _commit(folder: Path) -> str | None:
+    """The commit that is checked out, "-dirty" where files differ from it; None without git.
+
+    It reads only: `git describe --dirty` writes the index, and leaves a lock behind where it cannot.
+    """
+    command = ["git", "--no-optional-locks", "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
+    try:
+        lines = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False).stdout
+    except FileNotFoundError:  # no git here
+        return None
+    header, changes = (
+        [line for line in lines.splitlines() if line.startswith("#") == told] for told in (True, False)
+    )
+    commits = [line.split()[-1] for line in header if line.startswith("# branch.oid") and "(" not in line]
+    return commits[0][:12] + ("-dirty" if changes else "") if commits else None
 
 
 def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:

@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import struct
+import subprocess
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -107,6 +108,9 @@ def test_a_script_on_a_full_disk_ends_with_one_line(tmp_path):
         message = script(tmp_path, "--quiet")
     assert f"{tmp_path / 'a' / 'checkpoint.pt'} cannot be written" in message
     assert len(message.splitlines()) == 1
+    lock = ["git", "rev-parse", "--path-format=absolute", "--git-path", "index.lock"]
+    path = subprocess.run(lock, cwd=cli.ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    assert not path or not os.path.exists(path)  # asking for the commit wrote nothing
 
 
 def drop_root_privileges():
