@@ -1,14 +1,13 @@
 """The networks have the parameters that they are known for, and low-rank copies compute the same."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
 import dlrt
+from dlrt.cli import DATA_DIR
 from dlrt.models import MLP, VGG16, AlexNet, LeNet5, ResNet20
 
-TRAINED = Path(__file__).parents[2] / "shared" / "data" / "resnet20-12fca82f.pt"
+TRAINED = DATA_DIR / "resnet20-12fca82f.pt"
 PARAMETERS = {MLP: 1_149_010, LeNet5: 431_080, ResNet20: 269_722, VGG16: 14_724_042, AlexNet: 23_272_266}
 
 
