@@ -94,6 +94,9 @@ def training_parser(description: str, low_rank: bool, **defaults: Any) -> Parser
     add("--label-smoothing", type=TOLERANCE, default=0.1, help=smoothing)
     shifted = "shift training images at random, mirror half of CIFAR-10's"
     add("--augment", action=argparse.BooleanOptionalAction, default=True, help=shifted)
+    start = "weights to begin with, truncated to --rank" if low_rank else "weights to begin with"
+    where = "a dense run's folder or checkpoint, or a state dict"
+    add("--from-checkpoint", type=Path, metavar="PATH", help=f"{start}: {where}")
     if low_rank:
         _add_low_rank_flags(parser)
     add("--dataset", choices=DATASETS, default="mnist", help="digits needs no download")
@@ -128,8 +131,6 @@ def _add_low_rank_flags(parser: Parser) -> None:
     add("--integrator", choices=INTEGRATORS, default="augmented", help="bug keeps the rank")
     add("--rank", type=rank, default=0.5, help="to begin with: 20 is a rank, 0.5 a share of the full rank")
     add("--skip", nargs="*", default=[], metavar="LAYER", help="layers that stay dense")
-    start = "weights to begin with, truncated to --rank: a dense run's folder or checkpoint, or a state dict"
-    add("--from-checkpoint", type=Path, metavar="PATH", help=start)
     add("--min-rank", type=NATURAL, default=2, help="of every layer")
     s_steps = f"steps of S in each move of the bases; by default {S_STEPS}, and 1 where the integrator is bug"
     add("--s-steps", type=NATURAL, help=s_steps)
@@ -236,7 +237,7 @@ def _run(
     low_rank = hasattr(args, "tau")
     options = {key: value for key, value in vars(args).items() if key not in NOT_PART_OF_THE_EXPERIMENT}
     options["network"] = network.__name__
-    if start := getattr(args, "from_checkpoint", None):
+    if start := args.from_checkpoint:
         options["from_checkpoint"] = start.name  # records can be published, paths of a machine cannot
     prefix = "".join(f"{key}{value}_" for key, value in settings.items())
     args.name = options["name"] = (

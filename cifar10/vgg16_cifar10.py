@@ -1,0 +1,21 @@
+"""VGG16 with dynamical low-rank training, on CIFAR-10.
+
+python cifar10/vgg16_cifar10.py --tau 0.1 --epochs 30
+"""
+
+from pathlib import Path
+
+from dlrt import cli
+from dlrt.models import VGG16
+
+
+def main() -> None:
+    defaults = {"dataset": "cifar10", "epochs": 30, "weight_decay": 5e-4}
+    parser = cli.training_parser(
+        __doc__, low_rank=True, tau=0.1, skip=["features.0", "classifier"], **defaults
+    )
+    cli.run_script(cli.parse(parser), VGG16, Path(__file__).parent / "results" / "vgg16")
+
+
+if __name__ == "__main__":
+    main()
