@@ -15,9 +15,9 @@ from dlrt import cli, grid
 HERE = Path(__file__).parent
 TAUS = (0.09, 0.11, 0.13, 0.15, 0.2, 0.3, 0.4, 0.45)
 BEST_TAUS = (0.12, 0.15, 0.18, 0.22, 0.28, 0.35)
-BEST = ["--batch-size", 64, "--lr", 0.03, "--weight-decay", 0]
-PLAIN = ["--weight-decay", 0, "--no-augment", "--label-smoothing", 0]
-PLAIN_DLRT = ["--tau-warmup", 0, "--s-steps", 1, "--skip", "fc2"]
+BEST = {"batch_size": 64, "lr": 0.03, "weight_decay": 0}
+PLAIN = {"weight_decay": 0, "augment": False, "label_smoothing": 0}
+PLAIN_DLRT = {"tau_warmup": 0, "s_steps": 1, "skip": ["fc2"]}
 
 
 def main() -> None:
@@ -31,15 +31,14 @@ def main() -> None:
     plans = []
     for seed in range(args.seeds):
         for sweep, taus, epochs, recipe, of_dlrt in (
-            ("best", args.best_taus, args.best_epochs, BEST, []),
+            ("best", args.best_taus, args.best_epochs, BEST, {}),
             ("plain", args.taus, args.epochs, PLAIN, PLAIN_DLRT),
         ):
-            flags = [*cli.shared_flags(args), "--seed", seed, *recipe]
-            plans.append(grid.Plan(f"{sweep}/dense_seed{seed}", dense, epochs, flags))
-            plans += [
-                grid.Plan(f"{sweep}/tau{tau}_seed{seed}", low_rank, epochs, [*flags, *of_dlrt, "--tau", tau])
-                for tau in taus
-            ]
+            options = {**cli.shared_options(args), "seed": seed, **recipe}
+            plans.append(grid.Plan(f"{sweep}/dense_seed{seed}", dense, epochs, options))
+            for tau in taus:
+                name = f"{sweep}/tau{tau}_seed{seed}"
+                plans.append(grid.Plan(name, low_rank, epochs, {**options, **of_dlrt, "tau": tau}))
     grid.make(plans, args.output_dir, args.jobs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +19,15 @@ DECAY = {
     "default": 1.0,
     "help": "of the singular values, from each to the next",
 }
+
+
+def best_lrs(runs: pd.DataFrame) -> pd.Series:
+    """For every network and decay the step size with which the first seed did best on the validation split.
+
+    runs are those of `dlrt.runs.read_runs`, whole ones only: a run that diverged wins nothing.
+    """
+    whole = runs[(runs["seed"] == runs["seed"].min()) & (runs["epochs_done"] >= runs["epochs"])]
+    return whole.sort_values("validation_accuracy").groupby(["network", "decay"])["lr"].last()
 
 
 class VanillaLinear(nn.Module):

@@ -15,6 +15,8 @@ def main() -> None:
     parser = cli.training_parser(__doc__, low_rank=True, **fixed, **AS_IN_THE_PAPER)
     parser.add_argument("--decay", **DECAY)
     args = cli.parse(parser)
+    if not isinstance(args.rank, int) or args.skip:
+        parser.error("here every layer has the same rank, a whole number, and none stays dense (--skip)")
     args.min_rank = args.max_rank = args.rank
     cli.run_script(
         args, decayed_lenet5, Path(__file__).parent / "results", {"rank": args.rank, "decay": args.decay}

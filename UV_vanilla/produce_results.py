@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from factored import best_lrs
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
@@ -31,8 +32,7 @@ METHODS = {"decayed_lenet5": "DLRT", "vanilla_lenet5": "U Vᵀ"}
 
 def curves(found: pd.DataFrame, folder: Path) -> dict[tuple[str, float], list[pd.DataFrame]]:
     """The metrics of all seeds for each method and decay, with the learning rate that won."""
-    first = found[found["seed"] == found["seed"].min()].sort_values("validation_accuracy")
-    best = first.groupby(["network", "decay"])["lr"].last()
+    best = best_lrs(found)
     won = found[found["lr"] == [best[key] for key in zip(found["network"], found["decay"], strict=True)]]
     return {
         (METHODS[network], decay, lr): [runs.read_metrics(folder / run) for run in rows["run"]]

@@ -12,7 +12,7 @@ from dlrt import cli, grid
 
 HERE = Path(__file__).parent
 TAUS = (0.03, 0.05, 0.07, 0.09, 0.11, 0.13, 0.15, 0.17)
-RETRAINING = ["--lr", 0.01, "--tau", 0, "--tau-warmup", 0]
+RETRAINING = {"lr": 0.01, "tau": 0, "tau_warmup": 0}
 
 
 def main() -> None:
@@ -29,18 +29,20 @@ def main() -> None:
     trained, pruned = [], []
     for width in args.widths:
         for seed in range(args.seeds):
-            shared = [*cli.shared_flags(args), "--width", width, "--seed", seed]
+            shared = {**cli.shared_options(args), "width": width, "seed": seed}
             name = f"width{width}_{{}}_seed{seed}".format
             trained.append(grid.Plan(name("dense"), dense, args.epochs, shared))
             for tau in args.taus:
-                flags = [*shared, "--rank", 0.25, "--tau-warmup", args.epochs / 4, "--tau", tau]
-                trained.append(grid.Plan(name(f"tau{tau}"), low_rank, args.epochs, flags))
+                options = {**shared, "rank": 0.25, "tau_warmup": args.epochs / 4, "tau": tau}
+                trained.append(grid.Plan(name(f"tau{tau}"), low_rank, args.epochs, options))
             if width != args.widths[-1]:
                 continue
-            start = ["--from-checkpoint", args.output_dir / name("dense")]
+            start = {"from_checkpoint": args.output_dir / name("dense")}
+            epochs = max(1, args.epochs // 2)
             for rank in args.pruned_ranks:
-                flags = [*shared, *RETRAINING, *start, "--rank", rank, "--min-rank", rank, "--max-rank", rank]
-                pruned.append(grid.Plan(name(f"pruned{rank}"), low_rank, max(1, args.epochs // 2), flags))
+                fixed = {"rank": rank, "min_rank": rank, "max_rank": rank}
+                options = {**shared, **RETRAINING, **start, **fixed}
+                pruned.append(grid.Plan(name(f"pruned{rank}"), low_rank, epochs, options))
     grid.make(trained, args.output_dir, args.jobs)
     grid.make(pruned, args.output_dir, args.jobs)
 

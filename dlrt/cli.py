@@ -156,9 +156,9 @@ def grid_parser(
     return parser
 
 
-def shared_flags(args: argparse.Namespace) -> list[str]:
-    """The flags of a grid that every one of its runs gets."""
-    return ["--dataset", args.dataset, "--data-dir", str(args.data_dir), "--device", args.device]
+def shared_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of a grid that every one of its runs gets."""
+    return {name: getattr(args, name) for name in ("dataset", "data_dir", "device")}
 
 
 def parse(parser: Parser, arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -99,7 +99,18 @@ def markdown(table: pd.DataFrame, caption: str = "") -> str:
     return "\n".join(f"| {line} |" for line in lines) + (f"\n\n{caption}" if caption else "") + "\n"
 
 
-LATEX = str.maketrans({"%": r"\%", "&": r"\&", "_": r"\_", "#": r"\#", "±": r"$\pm$", "τ": r"$\tau$"})
+LATEX = str.maketrans(
+    {
+        "%": r"\%",
+        "&": r"\&",
+        "_": r"\_",
+        "#": r"\#",
+        "±": r"$\pm$",
+        "τ": r"$\tau$",
+        "^": r"\textasciicircum{}",
+        "ᵀ": r"$^\top$",
+    }
+)
 
 
 def latex(table: pd.DataFrame, caption: str = "") -> str:

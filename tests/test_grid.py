@@ -1,5 +1,6 @@
 """A grid: finished runs are left alone, broken ones go on, a failure is told and stops nobody else."""
 
+import json
 import os
 import signal
 import subprocess
@@ -13,11 +14,11 @@ from dlrt import cli, grid
 from dlrt.runs import epochs_done, read_metrics
 
 SCRIPT = cli.ROOT / "mnist" / "mlp_mnist_baseline.py"
-QUICK = ["--dataset", "digits", "--width", "8"]
+QUICK = {"dataset": "digits", "width": 8}
 
 
-def plan(name, epochs=2, *flags):
-    return grid.Plan(name, SCRIPT, epochs, [*QUICK, *flags])
+def plan(name, epochs=2, finetune_epochs=0, script=SCRIPT, **options):
+    return grid.Plan(name, script, epochs, {**QUICK, **options}, finetune_epochs)
 
 
 def test_what_is_finished_is_left_alone_and_what_broke_off_is_continued(tmp_path, capsys):
@@ -37,9 +38,38 @@ def test_what_is_finished_is_left_alone_and_what_broke_off_is_continued(tmp_path
 
 def test_a_failure_is_told_with_its_reason_and_the_others_go_on(tmp_path, capsys):
     with pytest.raises(SystemExit, match="failed: bad; the same command tries them again"):
-        grid.make([plan("bad", 2, "--lr", "-1"), plan("good", 1)], tmp_path)
+        grid.make([plan("bad", lr=-1), plan("good", 1)], tmp_path)
     assert epochs_done(tmp_path / "good") == 1
-    assert "bad failed: mlp_mnist_baseline.py: argument --lr: must lie in (0, inf)" in capsys.readouterr().out
+    told = "bad failed: mlp_mnist_baseline.py: argument --lr: must lie in (0, inf)"
+    assert told in capsys.readouterr().out
+    grid.make([plan("bad", lr=-1)], tmp_path, may_fail=True)
+    assert told in capsys.readouterr().out
+
+
+def test_a_finished_run_of_other_options_is_not_taken_for_the_one_planned(tmp_path):
+    grid.make([plan("one", 1)], tmp_path)
+    grid.make([plan("one", 1, data_dir=tmp_path, device="cpu")], tmp_path)  # elsewhere, the same
+    for other in (plan("one", 1, width=9), plan("one", 1, augment=False), plan("one", 1, dataset="mnist")):
+        with pytest.raises(SystemExit, match=r"one was made with .* instead of .*: move it away"):
+            grid.make([other], tmp_path)
+
+
+def test_options_of_every_kind_reach_the_script(tmp_path):
+    script = cli.ROOT / "mnist" / "mlp_mnist.py"
+    options = {"augment": False, "skip": ("fc4", "fc5"), "tau": 0.2, "s_steps": 3}
+    planned = plan("one", 1, 1, script, **options)
+    grid.make([planned], tmp_path)
+    was = json.loads((tmp_path / "one" / "config.json").read_text())["options"]
+    assert [was[name] for name in options] == [False, ["fc4", "fc5"], 0.2, 3]
+    assert list(read_metrics(tmp_path / "one")["frozen_bases"]) == [False, True]
+    assert planned.is_finished(tmp_path)
+
+
+def test_a_run_that_says_much_goes_on(tmp_path):
+    talkative = tmp_path / "talk.py"
+    talkative.write_text("import sys\nsys.stderr.write('word ' * 10**5)\nsys.exit('\\nthat was it')")
+    with pytest.raises(SystemExit):
+        grid.make([plan("talk", 1, script=talkative)], tmp_path / "results")
 
 
 def test_control_c_stops_the_runs_and_keeps_their_epochs(tmp_path):

@@ -1,0 +1,41 @@
+"""What fine-tuning adds at high compression: DLRT, then S and the rest trained on in bases that are frozen.
+
+    python cifar10/fine_tune_effects.py --jobs 2        about 2 hours on two CPU cores
+
+The paper has 20 epochs of each; `--epochs 20 --finetune-epochs 20` wants a GPU. `produce_results.py` makes
+the table of accuracy before and after.
+"""
+
+from pathlib import Path
+
+from dlrt import cli, grid
+
+HERE = Path(__file__).parent
+SCRIPTS = {
+    "lenet5": HERE.parent / "mnist" / "lenet5_mnist.py",
+    "alexnet": HERE / "alexnet_cifar10.py",
+    "vgg16": HERE / "vgg16_cifar10.py",
+    "resnet20": HERE / "resnet20_cifar10.py",
+}
+TAUS = {"lenet5": 0.25, "alexnet": 0.2, "vgg16": 0.25, "resnet20": 0.4}
+
+
+def main() -> None:
+    parser = cli.grid_parser(__doc__, HERE, epochs=4, seeds=1)
+    parser.set_defaults(dataset="cifar10")
+    add = parser.add_argument
+    add("--finetune-epochs", type=cli.NATURAL, default=4, help="of every run, after --epochs")
+    add("--networks", choices=SCRIPTS, nargs="+", default=list(SCRIPTS), help="to train")
+    add("--rank", type=cli.rank, default=0.25, help="to begin with, a share of the full rank")
+    args = parser.parse_args()
+    plans = []
+    for seed in range(args.seeds):
+        for network in args.networks:
+            options = {**cli.shared_options(args), "seed": seed, "rank": args.rank, "tau": TAUS[network]}
+            name, epochs = f"fine_tuned/{network}_seed{seed}", (args.epochs, args.finetune_epochs)
+            plans.append(grid.Plan(name, SCRIPTS[network], epochs[0], options, epochs[1]))
+    grid.make(plans, args.output_dir, args.jobs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""The runs behind the tables of CIFAR-10: from scratch, and from trained weights, dense and over tolerances.
+
+    python cifar10/run.py --weights resnet20-12fca82f.pt        about 4 hours on two CPU cores
+
+`--weights` is a file of a trained dense ResNet20. It is first trained on for `--adapt-epochs`, since the
+pictures and their normalisation may be others; from there DLRT begins, with every rank complete, and beside
+it the dense net goes on for as long. Without `--weights` there are the runs from scratch only.
+"""
+
+from pathlib import Path
+
+from dlrt import cli, grid
+
+HERE = Path(__file__).parent
+NETWORKS = ("resnet20", "alexnet", "vgg16")
+GENTLE = {"lr": 0.02}
+
+
+def twins(name: str, epochs: int, options: dict, of_dlrt: dict, taus: list[float]) -> list[grid.Plan]:
+    """A dense run and one for each tolerance; name is "network/start"."""
+    network, seed = name.split("/")[0], options["seed"]
+    low_rank, dense = (HERE / f"{network}_cifar10{end}.py" for end in ("", "_baseline"))
+    plans = [grid.Plan(f"{name}_dense_seed{seed}", dense, epochs, options)]
+    for tau in taus:
+        of_tau = {**options, **of_dlrt, "tau": tau}
+        plans.append(grid.Plan(f"{name}_tau{tau}_seed{seed}", low_rank, epochs, of_tau))
+    return plans
+
+
+def main() -> None:
+    parser = cli.grid_parser(__doc__, HERE, epochs=12, seeds=1, taus=(0.17, 0.23))
+    parser.set_defaults(dataset="cifar10")
+    add = parser.add_argument
+    add("--weights", type=Path, metavar="PATH", help="of a trained dense ResNet20, to begin with")
+    add("--adapt-epochs", type=cli.NATURAL, default=2, help="of the dense net, before all that begin with it")
+    add("--scratch-epochs", type=cli.NATURAL, default=5, help="of the runs from scratch")
+    networks = "to train from scratch; all but resnet20 want a GPU"
+    add("--networks", choices=NETWORKS, nargs="*", default=("resnet20",), help=networks)
+    args = parser.parse_args()
+    if args.weights and not args.weights.is_file():
+        parser.error(f"--weights must be a file of trained weights, got {args.weights}, which is not there")
+    first, then = [], []
+    for seed in range(args.seeds):
+        options = {**cli.shared_options(args), "seed": seed}
+        if args.weights:
+            adapted = f"resnet20/adapted_seed{seed}"
+            script = HERE / "resnet20_cifar10_baseline.py"
+            start = {**options, **GENTLE, "from_checkpoint": args.weights.resolve()}
+            first.append(grid.Plan(adapted, script, args.adapt_epochs, start))
+            start = {**start, "from_checkpoint": args.output_dir / adapted}
+            then += twins("resnet20/adapted", args.epochs, start, {"rank": 1.0}, args.taus)
+        for network in args.networks:
+            then += twins(f"{network}/scratch", args.scratch_epochs, options, {}, args.taus)
+    grid.make(first, args.output_dir, args.jobs)
+    grid.make(then, args.output_dir, args.jobs)
+
+
+if __name__ == "__main__":
+    main()
