@@ -99,7 +99,7 @@ def training_parser(description: str, low_rank: bool, **defaults: Any) -> Parser
     add("--from-checkpoint", type=Path, metavar="PATH", help=f"{start}: {where}")
     if low_rank:
         _add_low_rank_flags(parser)
-    add("--dataset", choices=DATASETS, default="mnist", help="digits needs no download")
+    add("--dataset", choices=DATASETS, default="mnist", help="digits and digits32 need no download")
     add("--data-dir", type=Path, default=DATA_DIR, help="or set DLRT_DATA")
     add(
         "--workers",
@@ -149,7 +149,7 @@ def grid_parser(
     if taus:
         add("--taus", type=TOLERANCE, nargs="*", default=taus, help="tolerances")
     add("--jobs", type=NATURAL, default=1, help="runs at a time, which share the CPU's cores")
-    add("--dataset", choices=DATASETS, default="mnist", help="digits needs no download")
+    add("--dataset", choices=DATASETS, default="mnist", help="digits and digits32 need no download")
     add("--data-dir", type=Path, default=DATA_DIR, help="or set DLRT_DATA")
     add("--device", type=device, default=HERE, help="where to train")
     add("--output-dir", type=Path, default=folder / "results", help="where the run folders go")

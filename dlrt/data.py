@@ -161,18 +161,35 @@ def digits(folder: Path | None, seed: int) -> Dataset:
 
     1,077 / 360 / 360; the last 360 in scikit-learn's order are the test.
     """
+    return _split("digits", _bundled_digits(28, test=360), seed, validation=360)
+
+
+def digits32(folder: Path | None, seed: int) -> Dataset:
+    """500 of the bundled digits in the shape of CIFAR-10, 3 x 32 x 32, to try its networks; needs no folder.
+
+    300 / 100 / 100; the last 100 are the test.
+    """
+    images, labels, test_images, test_labels = _bundled_digits(32, test=100)
+    images, test_images = (part.expand(-1, 3, -1, -1) for part in (images[:400], test_images))
+    return _split("digits32", (images, labels[:400], test_images, test_labels), seed, validation=100)
+
+
+def _bundled_digits(size: int, test: int) -> Arrays:
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
     small = torch.from_numpy(images).float().view(-1, 1, 8, 8) * (255 / 16)
-    large = torch.nn.functional.interpolate(small, size=(28, 28), mode="bilinear", align_corners=False)
+    large = torch.nn.functional.interpolate(small, size=(size, size), mode="bilinear", align_corners=False)
     images, labels = large.round().to(torch.uint8), torch.from_numpy(labels)
-    return _split(
-        "digits", (images[:-360], labels[:-360], images[-360:], labels[-360:]), seed, validation=360
-    )
+    return images[:-test], labels[:-test], images[-test:], labels[-test:]
 
 
-DATASETS: dict[str, Callable[[Path, int], Dataset]] = {"mnist": mnist, "cifar10": cifar10, "digits": digits}
+DATASETS: dict[str, Callable[[Path, int], Dataset]] = {
+    "mnist": mnist,
+    "cifar10": cifar10,
+    "digits": digits,
+    "digits32": digits32,
+}
 
 
 def _split(name: str, arrays: Arrays, seed: int, validation: int) -> Dataset:
@@ -200,7 +217,7 @@ def _split(name: str, arrays: Arrays, seed: int, validation: int) -> Dataset:
         mean=tuple(mean.tolist()),
         std=tuple(std.tolist()),
         shift=2 if images.shape[1] == 1 else 4,
-        flip=images.shape[1] == 3,
+        flip=name == "cifar10",
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torchvision.datasets as tv
 
-from dlrt.data import DataError, Split, augmented_batch, cifar10, digits, load, mnist
+from dlrt.data import DataError, Split, augmented_batch, cifar10, digits, digits32, load, mnist
 
 SAMPLES = 10_050  # MNIST's validation split takes 10,000 of them
 IDX_FILES = {
@@ -147,6 +147,14 @@ def test_digits_need_no_folder_and_keep_the_last_360_for_the_test():
     assert [len(split) for split in (dataset.train, dataset.validation, dataset.test)] == [1_077, 360, 360]
     assert torch.equal(dataset.test.images, other.test.images)
     assert not torch.equal(dataset.validation.labels, other.validation.labels)
+
+
+def test_500_digits_have_the_shape_of_cifar10():
+    dataset = digits32(None, 0)
+    assert dataset.shape == (3, 32, 32)
+    assert [len(split) for split in (dataset.train, dataset.validation, dataset.test)] == [300, 100, 100]
+    assert torch.equal(dataset.test.labels, digits(None, 0).test.labels[-100:])
+    assert not dataset.flip
 
 
 @pytest.mark.parametrize("file", IDX_FILES.values())

@@ -1,0 +1,103 @@
+"""Tables of CIFAR-10: low-rank nets beside their dense twins, and what fine-tuning adds. It trains nothing.
+
+python cifar10/produce_results.py
+"""
+
+from pathlib import Path
+
+import pandas as pd
+
+from dlrt import plots, results, runs, tables
+
+HERE = Path(__file__).parent
+# Schotthöfer et al. 2022: after 20 epochs at 93 to 98 % compression, and after 20 more of S alone
+PUBLISHED = pd.DataFrame({
+    "network": ["LeNet5", "AlexNet", "VGG16", "ResNet20"],
+    "τ": "published",
+    "epochs": "20 + 20",
+    "before [%]": ["44.0", "42.9", "39.5", "45.8"],
+    "after [%]": ["58.7", "58.6", "67.7", "64.2"],
+    "compression [%]": "93 to 98",
+})  # fmt: skip
+CAPTION = (
+    "{}: test accuracy in %, mean and standard deviation over the seeds, at the epoch chosen on 5,000 "
+    "validation pictures and at the last one. below dense: points below the dense net that began alike and "
+    "was trained for as many epochs. Trained weights of others may have seen the validation pictures, dense "
+    f"and low-rank nets that begin with them alike. {tables.COUNTED}"
+)
+FINE_TUNING = (
+    "{}: test accuracy in % before and after fine-tuning of S and all that is dense in frozen bases, each at "
+    "the epoch chosen on the validation pictures; epochs: before + after. published: Schotthöfer et al. "
+    f"2022. {tables.COUNTED}"
+)
+SETTING = ["network", "start", "epochs"]
+
+
+def compared(found: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Means over the seeds of all runs without fine-tuning, as numbers and as text."""
+    summary = tables.over_seeds(found, [*SETTING, "tau"]).sort_values([*SETTING, "tau"], na_position="first")
+    dense = summary[summary["tau"].isna()].set_index(SETTING)["accuracy"]
+    below = summary.join(dense.rename("dense"), on=SETTING)["dense"] - summary["accuracy"]
+    tau = summary["tau"].map("{:g}".format, na_action="ignore").fillna("dense")
+    table = tables.readable(summary, {name: summary[name] for name in SETTING} | {"τ": tau})
+    below = below.where(summary["tau"].notna()).map("{:.2f}".format, na_action="ignore").fillna("")
+    table.insert(table.columns.get_loc("at the last epoch [%]") + 1, "below dense", below)
+    return summary, table
+
+
+def fine_tuned(found: pd.DataFrame, folder: Path) -> pd.DataFrame:
+    """A row per network: the accuracy before and after fine-tuning, chosen alike among the epochs of each."""
+    rows = []
+    for run in found.itertuples():
+        metrics = runs.read_metrics(folder / run.run)
+        parts = [metrics[metrics["frozen_bases"] == frozen].reset_index() for frozen in (False, True)]
+        before, after = (part.loc[runs.chosen_epoch(part)] for part in parts)
+        rows.append({
+            "network": run.network,
+            "τ": f"{run.tau:g}",
+            "seed": run.seed,
+            "epochs": f"{run.epochs} + {run.finetune_epochs}",
+            "before": before["test_accuracy"],
+            "after": after["test_accuracy"],
+            "compression": after["evaluation_compression"],
+            "ranks (first seed)": after["ranks"],
+        })  # fmt: skip
+    groups = pd.DataFrame(rows).sort_values("seed").groupby(["network", "τ", "epochs"], sort=False)
+    mean, std = (getattr(groups[["before", "after"]], name)() for name in ("mean", "std"))
+    table = mean.index.to_frame(index=False)
+    table["seeds"] = groups.size().map(str).to_list()
+    for column in ("before", "after"):
+        table[f"{column} [%]"] = tables.spread(mean[column], std[column])
+    table["compression [%]"] = groups["compression"].mean().map("{:.2f}".format).to_list()
+    table["ranks (first seed)"] = groups["ranks (first seed)"].first().to_list()
+    published = PUBLISHED[PUBLISHED["network"].isin(table["network"])]
+    return pd.concat([table, published]).fillna("").sort_values("network", kind="stable")
+
+
+def main() -> None:
+    args = results.parse(__doc__, HERE)
+    found = results.read(args, "python cifar10/run.py, or the training scripts beside it")
+    data = "CIFAR-10 (JPEG copy)" if args.results == HERE / "results" else "CIFAR-10"  # ours are of a copy
+    found["tau"] = found["tau"].where(found["ranks"] != "")
+    start = found["from_checkpoint"].str.split().str[0].str.replace(r"_seed\d+$", "", regex=True)
+    found["start"] = start.where(found["from_checkpoint"].notna(), "scratch")
+    tuned = found["finetune_epochs"] > 0
+    if tuned.any():
+        table = fine_tuned(found[tuned], args.results)
+        tables.write(table, args.output_dir, FINE_TUNING.format(data), name="fine_tune_effects")
+        print(tables.markdown(table, FINE_TUNING.format(data)))
+    if tuned.all():
+        return
+    summary, table = compared(found[~tuned])
+    curves, lines = {}, {}
+    for (network, start, epochs), rows in summary.groupby(SETTING):
+        if rows["tau"].notna().any():
+            label = f"{network} from {start}, {epochs} epochs"
+            curves[f"DLRT, {label}"] = rows.dropna(subset="tau")
+            lines |= {f"dense, {label}": row.accuracy for row in rows[rows["tau"].isna()].itertuples()}
+    figure = plots.accuracy_against_compression(curves, {}, lines)
+    results.publish(args, table, CAPTION.format(data), {"cifar10_accuracy_vs_compression": figure})
+
+
+if __name__ == "__main__":
+    main()

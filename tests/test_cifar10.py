@@ -1,0 +1,114 @@
+"""The scripts of CIFAR-10, on 500 bundled digits of its shape."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from dlrt import compression
+from dlrt.data import load
+from dlrt.loading import load_network
+from dlrt.training import evaluate
+
+ROOT = Path(__file__).parents[1]
+CIFAR10 = ROOT / "cifar10"
+SMALL = ["--dataset", "digits32", "--epochs", "1"]
+DENSE = {
+    "alexnet": {"conv1", "fc3"},
+    "vgg16": {"features.0", "classifier"},
+    "resnet20": {"conv1", "linear"},
+}
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Run a script as the command line does, in this process, from another folder."""
+
+    def main(script, *flags):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [str(script), *map(str, flags)])
+        monkeypatch.syspath_prepend(str(Path(script).parent))
+        runpy.run_path(str(script), run_name="__main__")
+
+    return main
+
+
+@pytest.mark.parametrize("network", DENSE)
+def test_every_layer_but_the_first_and_the_last_is_low_rank(network, run, tmp_path, capsys):
+    small = ["--rank", 4, "--tau-warmup", 0]
+    run(CIFAR10 / f"{network}_cifar10.py", *SMALL, *small, "--output-dir", tmp_path, "--name", "low")
+    run(CIFAR10 / f"{network}_cifar10_baseline.py", *SMALL, "--output-dir", tmp_path, "--name", "dense")
+    assert capsys.readouterr().out.count("test accuracy") == 2
+    model, about = load_network(tmp_path / "low")
+    twin, _ = load_network(tmp_path / "dense")
+    weighted = {name for name, m in twin.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)}
+    assert compression(model).ranks.keys() == weighted - DENSE[network]
+    assert not compression(twin).ranks
+    accuracy = evaluate(model, load("digits32", None, 0).test)[1]
+    assert accuracy == pytest.approx(pd.read_csv(tmp_path / "low" / "metrics.csv")["test_accuracy"][0])
+    assert about["shape"] == [3, 32, 32]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A file of a dense ResNet20's weights."""
+    from dlrt.models import ResNet20
+
+    path = tmp_path_factory.mktemp("weights") / "resnet20.pt"
+    torch.save(ResNet20().state_dict(), path)
+    return path
+
+
+def test_the_runs_of_cifar10_go_to_tables_and_a_figure(run, weights, tmp_path, capsys):
+    grid = [*SMALL, "--jobs", 2, "--output-dir", tmp_path / "results"]
+    flags = ["--taus", 0.3, "--adapt-epochs", 1, "--scratch-epochs", 1, "--weights", weights]
+    run(CIFAR10 / "run.py", *grid, *flags)
+    run(CIFAR10 / "fine_tune_effects.py", *grid, "--finetune-epochs", 1, "--networks", "lenet5", "resnet20")
+    for _ in range(2):  # it can be run twice
+        run(
+            CIFAR10 / "produce_results.py",
+            "--results",
+            tmp_path / "results",
+            "--output-dir",
+            tmp_path / "out",
+        )
+    table = pd.read_csv(tmp_path / "out" / "table.csv", keep_default_na=False)
+    rows = {(row["start"], row["τ"]): row for _, row in table.iterrows()}
+    starts = [("adapted", "dense"), ("adapted", "0.3"), ("resnet20.pt", "dense"), ("scratch", "0.3")]
+    assert rows.keys() == {*starts, ("scratch", "dense")}
+    for start in ("adapted", "scratch"):
+        dense, low = rows[start, "dense"], rows[start, "0.3"]
+        assert dense["below dense"] == ""
+        points = float(dense["test accuracy [%]"]) - float(low["test accuracy [%]"])
+        assert float(low["below dense"]) == pytest.approx(points, abs=0.011)
+    tuned = pd.read_csv(tmp_path / "out" / "fine_tune_effects.csv")
+    assert list(tuned["network"]) == ["LeNet5", "LeNet5", "ResNet20", "ResNet20"]
+    assert list(tuned["τ"] == "published") == [False, True] * 2
+    metrics = pd.read_csv(tmp_path / "results" / "fine_tuned" / "lenet5_seed0" / "metrics.csv")
+    shown = tuned[["before [%]", "after [%]"]].astype(float).iloc[0]
+    assert list(shown) == pytest.approx(list(metrics["test_accuracy"]), abs=0.01)
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".csv", ".md", ".tex", ".pdf", ".png"}
+    assert "JPEG" not in capsys.readouterr().out  # that is what our own runs are on
+
+
+def test_low_rank_training_begins_with_all_of_the_trained_weights(run, weights, tmp_path):
+    """At full rank epoch 0 of the low-rank run is that of the dense one."""
+    start = [*SMALL, "--from-checkpoint", weights, "--output-dir", tmp_path]
+    run(CIFAR10 / "resnet20_cifar10.py", *start, "--rank", "1.0", "--name", "low")
+    run(CIFAR10 / "resnet20_cifar10_baseline.py", *start, "--name", "dense")
+    low, dense = (pd.read_csv(tmp_path / name / "metrics.csv").iloc[0] for name in ("low", "dense"))
+    assert low["validation_loss"] == pytest.approx(dense["validation_loss"], rel=1e-4)
+    options = json.loads((tmp_path / "low" / "config.json").read_text())["options"]
+    assert options["from_checkpoint"].startswith("resnet20.pt")
+
+
+def test_weights_that_are_not_there_are_told_before_any_work(run, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(CIFAR10 / "run.py", "--weights", "nowhere.pt", "--output-dir", tmp_path / "results")
+    assert ended.value.code == 2
+    assert "--weights must be a file of trained weights, got nowhere.pt" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
