@@ -32,11 +32,10 @@ CAPTION = (
 def published() -> pd.DataFrame:
     """The published rows in the columns of `tables.readable`."""
     both = pd.concat([PAPER.assign(sweep="published"), OTHERS])
-    mean = both["mean"].map(" ({:.2f})".format, na_action="ignore").fillna("")
     return pd.DataFrame({
         "sweep": both["sweep"],
-        "τ": both["tau"].map("{:g}".format, na_action="ignore"),
-        "test accuracy [%]": both["accuracy"].map("{:.2f}".format) + mean,
+        "τ": tables.text(both["tau"], "{:g}"),
+        "test accuracy [%]": both["accuracy"].map("{:.2f}".format) + tables.text(both["mean"], " ({:.2f})"),
         "compression [%]": both["compression"].map("{:.2f}".format),
     })  # fmt: skip
 
@@ -47,7 +46,7 @@ def main() -> None:
     found["sweep"] = found["run"].str.split("/").str[0]
     found["tau"] = found["tau"].where(found["ranks"] != "")
     summary = tables.over_seeds(found, ["sweep", "tau"]).sort_values(["sweep", "tau"], na_position="first")
-    tau = summary["tau"].map("{:g}".format, na_action="ignore").fillna("dense")
+    tau = tables.text(summary["tau"], "{:g}", "dense")
     table = tables.readable(summary, {"sweep": summary["sweep"], "τ": tau})
     table = pd.concat([table, published()]).fillna("")
     low_rank = summary.dropna(subset="tau")

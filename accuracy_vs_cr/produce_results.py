@@ -66,7 +66,7 @@ def main() -> None:
         figures["svd_pruning"] = plots.accuracy_against_compression(
             methods, {}, dict(list(lines.items())[-1:])
         )
-    tau = summary["tau"].map("{:g}".format, na_action="ignore").where(summary["method"] == "DLRT", "")
+    tau = tables.text(summary["tau"], "{:g}").where(summary["method"] == "DLRT", "")
     table = tables.readable(summary, {"width": summary["width"], "method": summary["method"], "τ": tau})
     results.publish(args, table, CAPTION, figures)
 

@@ -38,9 +38,9 @@ def compared(found: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     summary = tables.over_seeds(found, [*SETTING, "tau"]).sort_values([*SETTING, "tau"], na_position="first")
     dense = summary[summary["tau"].isna()].set_index(SETTING)["accuracy"]
     below = summary.join(dense.rename("dense"), on=SETTING)["dense"] - summary["accuracy"]
-    tau = summary["tau"].map("{:g}".format, na_action="ignore").fillna("dense")
+    tau = tables.text(summary["tau"], "{:g}", "dense")
     table = tables.readable(summary, {name: summary[name] for name in SETTING} | {"τ": tau})
-    below = below.where(summary["tau"].notna()).map("{:.2f}".format, na_action="ignore").fillna("")
+    below = tables.text(below.where(summary["tau"].notna()), "{:.2f}")
     table.insert(table.columns.get_loc("at the last epoch [%]") + 1, "below dense", below)
     return summary, table
 
@@ -79,9 +79,13 @@ def main() -> None:
     found = results.read(args, "python cifar10/run.py, or the training scripts beside it")
     data = "CIFAR-10 (JPEG copy)" if args.results == HERE / "results" else "CIFAR-10"  # ours are of a copy
     found["tau"] = found["tau"].where(found["ranks"] != "")
-    start = found["from_checkpoint"].str.split().str[0].str.replace(r"_seed\d+$", "", regex=True)
-    found["start"] = start.where(found["from_checkpoint"].notna(), "scratch")
-    tuned = found["finetune_epochs"] > 0
+    start = (
+        found["from_checkpoint"].astype("string").str.split().str[0].str.replace(r"_seed\d+$", "", regex=True)
+    )
+    found["start"] = start.fillna("scratch")
+    tuned = (
+        found.get("finetune_epochs", pd.Series(0, found.index)) > 0
+    )  # dense runs alone have no such option
     if tuned.any():
         table = fine_tuned(found[tuned], args.results)
         tables.write(table, args.output_dir, FINE_TUNING.format(data), name="fine_tune_effects")
@@ -95,8 +99,10 @@ def main() -> None:
             label = f"{network} from {start}, {epochs} epochs"
             curves[f"DLRT, {label}"] = rows.dropna(subset="tau")
             lines |= {f"dense, {label}": row.accuracy for row in rows[rows["tau"].isna()].itertuples()}
-    figure = plots.accuracy_against_compression(curves, {}, lines)
-    results.publish(args, table, CAPTION.format(data), {"cifar10_accuracy_vs_compression": figure})
+    figures = {}
+    if curves:
+        figures["cifar10_accuracy_vs_cr"] = plots.accuracy_against_compression(curves, {}, lines)
+    results.publish(args, table, CAPTION.format(data), figures)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,11 @@ def readable(summary: pd.DataFrame, settings: dict[str, pd.Series]) -> pd.DataFr
     })  # fmt: skip
 
 
+def text(values: pd.Series, form: str, missing: str = "") -> pd.Series:
+    """Numbers as text in that format, and `missing` where there is none."""
+    return values.map(lambda value: missing if pd.isna(value) else form.format(value)).astype(object)
+
+
 def spread(mean: pd.Series, std: pd.Series) -> list[str]:
     """ "98.71 ± 0.05" for every row; the mean alone where there is one run only."""
     return [f"{m:.2f}" if pd.isna(s) else f"{m:.2f} ± {s:.2f}" for m, s in zip(mean, std, strict=True)]

@@ -1,9 +1,6 @@
 """The scripts of CIFAR-10, on 500 bundled digits of its shape."""
 
 import json
-import runpy
-import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -14,8 +11,6 @@ from dlrt.data import load
 from dlrt.loading import load_network
 from dlrt.training import evaluate
 
-ROOT = Path(__file__).parents[1]
-CIFAR10 = ROOT / "cifar10"
 SMALL = ["--dataset", "digits32", "--epochs", "1"]
 DENSE = {
     "alexnet": {"conv1", "fc3"},
@@ -24,25 +19,20 @@ DENSE = {
 }
 
 
-@pytest.fixture
-def run(monkeypatch, tmp_path):
-    """Run a script as the command line does, in this process, from another folder."""
-
-    def main(script, *flags):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [str(script), *map(str, flags)])
-        monkeypatch.syspath_prepend(str(Path(script).parent))
-        runpy.run_path(str(script), run_name="__main__")
-
-    return main
+def output(result):
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 @pytest.mark.parametrize("network", DENSE)
-def test_every_layer_but_the_first_and_the_last_is_low_rank(network, run, tmp_path, capsys):
+def test_every_layer_but_the_first_and_the_last_is_low_rank(network, run_script, tmp_path):
     small = ["--rank", 4, "--tau-warmup", 0]
-    run(CIFAR10 / f"{network}_cifar10.py", *SMALL, *small, "--output-dir", tmp_path, "--name", "low")
-    run(CIFAR10 / f"{network}_cifar10_baseline.py", *SMALL, "--output-dir", tmp_path, "--name", "dense")
-    assert capsys.readouterr().out.count("test accuracy") == 2
+    for script, flags in (
+        (network + "_cifar10", [*small, "--name", "low"]),
+        (network + "_cifar10_baseline", ["--name", "dense"]),
+    ):
+        flags = [*SMALL, *flags, "--output-dir", tmp_path]
+        assert "test accuracy" in output(run_script(f"cifar10/{script}.py", *flags))
     model, about = load_network(tmp_path / "low")
     twin, _ = load_network(tmp_path / "dense")
     weighted = {name for name, m in twin.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)}
@@ -63,19 +53,15 @@ def weights(tmp_path_factory):
     return path
 
 
-def test_the_runs_of_cifar10_go_to_tables_and_a_figure(run, weights, tmp_path, capsys):
+def test_the_runs_of_cifar10_go_to_tables_and_a_figure(run_script, weights, tmp_path):
     grid = [*SMALL, "--jobs", 2, "--output-dir", tmp_path / "results"]
     flags = ["--taus", 0.3, "--adapt-epochs", 1, "--scratch-epochs", 1, "--weights", weights]
-    run(CIFAR10 / "run.py", *grid, *flags)
-    run(CIFAR10 / "fine_tune_effects.py", *grid, "--finetune-epochs", 1, "--networks", "lenet5", "resnet20")
+    output(run_script("cifar10/run.py", *grid, *flags))
+    flags = ["--finetune-epochs", 1, "--networks", "lenet5", "resnet20"]
+    output(run_script("cifar10/fine_tune_effects.py", *grid, *flags))
     for _ in range(2):  # it can be run twice
-        run(
-            CIFAR10 / "produce_results.py",
-            "--results",
-            tmp_path / "results",
-            "--output-dir",
-            tmp_path / "out",
-        )
+        flags = ["--results", "results", "--output-dir", "out"]
+        printed = output(run_script("cifar10/produce_results.py", *flags))
     table = pd.read_csv(tmp_path / "out" / "table.csv", keep_default_na=False)
     rows = {(row["start"], row["τ"]): row for _, row in table.iterrows()}
     starts = [("adapted", "dense"), ("adapted", "0.3"), ("resnet20.pt", "dense"), ("scratch", "0.3")]
@@ -92,23 +78,22 @@ def test_the_runs_of_cifar10_go_to_tables_and_a_figure(run, weights, tmp_path, c
     shown = tuned[["before [%]", "after [%]"]].astype(float).iloc[0]
     assert list(shown) == pytest.approx(list(metrics["test_accuracy"]), abs=0.01)
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".csv", ".md", ".tex", ".pdf", ".png"}
-    assert "JPEG" not in capsys.readouterr().out  # that is what our own runs are on
+    assert "JPEG" not in printed  # that is what our own runs are on
 
 
-def test_low_rank_training_begins_with_all_of_the_trained_weights(run, weights, tmp_path):
+def test_low_rank_training_begins_with_all_of_the_trained_weights(run_script, weights, tmp_path):
     """At full rank epoch 0 of the low-rank run is that of the dense one."""
     start = [*SMALL, "--from-checkpoint", weights, "--output-dir", tmp_path]
-    run(CIFAR10 / "resnet20_cifar10.py", *start, "--rank", "1.0", "--name", "low")
-    run(CIFAR10 / "resnet20_cifar10_baseline.py", *start, "--name", "dense")
+    output(run_script("cifar10/resnet20_cifar10.py", *start, "--rank", "1.0", "--name", "low"))
+    output(run_script("cifar10/resnet20_cifar10_baseline.py", *start, "--name", "dense"))
     low, dense = (pd.read_csv(tmp_path / name / "metrics.csv").iloc[0] for name in ("low", "dense"))
     assert low["validation_loss"] == pytest.approx(dense["validation_loss"], rel=1e-4)
     options = json.loads((tmp_path / "low" / "config.json").read_text())["options"]
     assert options["from_checkpoint"].startswith("resnet20.pt")
 
 
-def test_weights_that_are_not_there_are_told_before_any_work(run, tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        run(CIFAR10 / "run.py", "--weights", "nowhere.pt", "--output-dir", tmp_path / "results")
-    assert ended.value.code == 2
-    assert "--weights must be a file of trained weights, got nowhere.pt" in capsys.readouterr().err
+def test_weights_that_are_not_there_are_told_before_any_work(run_script, tmp_path):
+    result = run_script("cifar10/run.py", "--weights", "nowhere.pt", "--output-dir", tmp_path / "results")
+    assert result.returncode == 2
+    assert "--weights must be a file of trained weights, got nowhere.pt" in result.stderr
     assert not (tmp_path / "results").exists()
