@@ -117,19 +117,14 @@ def measure(
     beside = {f"dense_{name}": value for name, value in {**quartiles(of_dense), **dense[1]}.items()}
     rows = []
     for setting, (other, counts), its in zip(chosen, others, times, strict=True):
-        row = {
-            **setting._asdict(),
-            "rank": rank,
-            "repeats": len(its),
-            **quartiles(its, other.steps),
-            **counts,
-        }
+        row = {**setting._asdict(), "rank": rank, "repeats": len(its)}
         row["ranks"] = "/".join(map(str, compression(other.model).ranks.values()))
+        row.update({**quartiles(its, other.steps), **counts, **beside})
         if other.optimizer is not None:
             watched = int(np.clip(1e3 / np.median(its), 1, args.repeats)) * other.steps  # about a second
             parts = shares(other.optimizer, other.closure, watched, args.device)
             row.update({f"share_{part}": share for part, share in parts.items()})
-        rows.append({**row, **beside})
+        rows.append(row)
     return rows
 
 
@@ -160,10 +155,8 @@ def make(args: argparse.Namespace) -> str:
     found = read_metrics(run.folder)
     rows = [] if found is None else found.fillna({"integrator": ""}).to_dict("records")
     torch.manual_seed(0)
-    data = tuple(
-        T.to(args.device)
-        for T in (torch.randn(args.batch_size, 1, 28, 28), torch.randint(0, 10, (args.batch_size,)))
-    )
+    x, y = torch.randn(args.batch_size, 1, 28, 28), torch.randint(0, 10, (args.batch_size,))
+    data = x.to(args.device), y.to(args.device)
     among = settings(dict.fromkeys(args.integrators), sorted(set(args.s_steps)))
     if any(wanted(rank, rows, among, args) for rank in ranks):
         network = MLP(width=args.width).to(args.device)
@@ -191,7 +184,7 @@ def main() -> None:
     longest = "after which a point is called no more, once it has been called three times"
     add("--seconds", type=cli.POSITIVE, default=10.0, help=longest)
     enough = "times dense: no larger rank for a setting that needs more, and more than --seconds"
-    add("--slowest", type=cli.POSITIVE, default=1.5, help=enough)
+    add("--slowest", type=cli.POSITIVE, default=1.2, help=enough)
     add("--device", type=cli.device, default=cli.HERE, help="where to train; cpu or a GPU as cuda")
     add("--name", help="of the device's folder; by default what the device calls itself")
     add("--output-dir", type=Path, default=Path(__file__).parent / "results", help="where the folders go")
