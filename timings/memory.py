@@ -78,7 +78,7 @@ def measure(network: Callable[[], nn.Module], data: tuple, integrator: str | Non
         if integrator is None:
             optimizer = torch.optim.SGD(model.parameters(), **options)
         else:
-            # equal singular values, a small lr and tau: the rank stays what it is
+            # a small lr and tau: the rank stays what it is
             optimizer = DLRT(model, torch.optim.SGD, tau=1e-3, integrator=integrator, **options)
         inputs, labels = x.to(device, copy=True), y.to(device, copy=True)
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
-from dlrt import LowRankConv2d, LowRankLinear
+from dlrt import LowRank, LowRankConv2d, LowRankLinear
 from dlrt.cli import NATURAL, HelpFormatter, Parser
 
 LENET5_RANKS = {"conv1": 10, "conv2": 23, "fc1": 62}
 
 
 def low_rank(model: nn.Module, ranks: dict[str, int]) -> nn.Module:
-    """Random low-rank layers in the places named: time does not ask what the weights are.
+    """Random low-rank layers in the places named; one too small for its rank gets its full rank.
 
-    A layer too small for its rank gets its full rank.
+    Their singular values fall to a tenth: where many are equal, LAPACK's SVD may fail and be repeated.
     """
     for name, rank in ranks.items():
         dense = getattr(model, name)
@@ -25,6 +26,9 @@ def low_rank(model: nn.Module, ranks: dict[str, int]) -> nn.Module:
             layer = LowRankConv2d(dense.in_channels, dense.out_channels, dense.kernel_size, rank)
         else:
             layer = LowRankLinear(dense.in_features, dense.out_features, rank)
+        sigma = torch.logspace(0, -1, rank)
+        S = sigma * torch.linalg.vector_norm(layer.S.detach()) / torch.linalg.vector_norm(sigma)
+        layer.factors = LowRank(layer.U, S.diag(), layer.V)
         setattr(model, name, layer)
     return model
 

@@ -82,7 +82,7 @@ def optimizer_of(model: nn.Module, setting: Setting, rank: int | None) -> torch.
     if rank is None:
         return torch.optim.SGD(model.parameters(), **inner)
     bounds = {"tau": 0.0, "min_rank": rank, "max_rank": rank}
-    if setting.adaptive:  # equal singular values, a small lr and tau: this rank stays what it is, too
+    if setting.adaptive:  # lr and tau are so small that this rank stays what it is, too
         bounds = {"tau": 1e-3, "min_rank": 1}
     how = {"integrator": setting.integrator, "s_steps": setting.s_steps}
     return DLRT(model, torch.optim.SGD, **how, **bounds, **inner)

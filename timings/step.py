@@ -44,7 +44,7 @@ def compare(
     y = torch.randint(0, 10, (len(x),))
     optimizers = [torch.optim.SGD(dense.parameters(), lr=1e-4, momentum=0.9)]
     for model in others:
-        # equal singular values, a small lr and tau: the rank stays what it is
+        # a small lr and tau: the rank stays what it is
         optimizers.append(
             DLRT(
                 model,
