@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -30,10 +31,15 @@ def parse(description: str, folder: Path) -> argparse.Namespace:
     return args
 
 
-def read(args: argparse.Namespace, command: str) -> pd.DataFrame:
-    """`runs.read_runs`; where there are no runs the program ends and says which command makes them."""
+def read(
+    args: argparse.Namespace, command: str, reader: Callable[[Path], pd.DataFrame] = read_runs
+) -> pd.DataFrame:
+    """What the reader finds in the results; where it raises FileNotFoundError, the program ends.
+
+    Then it says which command makes the runs.
+    """
     try:
-        return read_runs(args.results)
+        return reader(args.results)
     except FileNotFoundError:
         sys.exit(f"{Path(sys.argv[0]).name}: no runs in {args.results}; make them with: {command}")
 

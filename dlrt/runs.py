@@ -79,9 +79,13 @@ class Run:
 
         The checkpoint comes last: a continuation writes the metrics again, but not those before it.
         """
-        table = pd.DataFrame(state["metrics"])
-        _write(self.folder / "metrics.csv", lambda file: table.to_csv(file, index=False, float_format="%.6g"))
+        self.write_metrics(state["metrics"])
         _write(self.checkpoint, lambda file: torch.save(state, file))
+
+    def write_metrics(self, rows: list[dict[str, Any]]) -> None:
+        """Write metrics.csv, a line for each row."""
+        table = pd.DataFrame(rows)
+        _write(self.folder / "metrics.csv", lambda file: table.to_csv(file, index=False, float_format="%.6g"))
 
     def load(self) -> dict[str, Any] | None:
         """The last checkpoint, or None where no epoch was completed; RunError for a damaged one."""

@@ -15,7 +15,7 @@ COMMANDS = [
     line.split("#")[0].strip() for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()
 ]
 PYTHON = sorted({command for command in COMMANDS if command.startswith("python ")})
-# of these only the flags are tried: test_scripts.py and test_cifar10.py run them, on less
+# of these only the flags are tried: test_scripts.py, test_cifar10.py and test_timings.py run them, on less
 GRIDS = [command for command in PYTHON if "/run.py" in command or re.search("cifar10/(?!produce)", command)]
 SCRIPTS = [command for command in PYTHON if command not in GRIDS]
 QUICK = ["--dataset", "digits", "--epochs", "1"]
@@ -64,7 +64,7 @@ def test_a_command_of_the_readme_runs(command, tmp_path, request):
 @pytest.mark.parametrize("command", GRIDS)
 def test_a_grid_of_the_readme_has_these_flags(command, tmp_path, run_script):
     script, *flags = shlex.split(command)[1:]
-    flags += ["--output-dir", tmp_path / "results", "--data-dir", tmp_path, "--nonsense"]
+    flags += ["--output-dir", tmp_path / "results", "--nonsense"]
     told = "unrecognized arguments: --nonsense (--help lists all options)\n"
     assert run_script(script, *flags).stderr == f"{Path(script).name}: {told}"
 

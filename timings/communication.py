@@ -5,11 +5,10 @@
 Counted where they are handed over, for one step of each network; dense training hands over every gradient.
 """
 
-import argparse
 from collections.abc import Callable
 
 import torch
-from step import low_rank
+from networks import LENET5_RANKS, low_rank, make_parser, mlp_ranks, parse
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -54,20 +53,14 @@ def compare(title: str, network: Callable[[], nn.Module], ranks: list[dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--width", type=int, default=5120, help="of the five-layer net (default %(default)s)")
-    parser.add_argument(
-        "--ranks", type=int, nargs="+", default=[5, 20, 80, 320], help="of the five-layer net"
-    )
-    args = parser.parse_args()
+    parser = make_parser(__doc__)
+    args = parse(parser)
     distributed.start("cpu")
     if distributed.world_size() == 1:
         parser.error("start it with torchrun --nproc-per-node 2: one process has nothing to sum")
     torch.manual_seed(0)
-    compare("LeNet5", LeNet5, [{"conv1": 10, "conv2": 23, "fc1": 62}])
-    choices = [dict.fromkeys(("fc1", "fc2", "fc3", "fc4"), rank) for rank in args.ranks]
+    compare("LeNet5", LeNet5, [LENET5_RANKS])
+    choices = [mlp_ranks(rank) for rank in args.ranks]
     compare(f"MLP {args.width}", lambda: MLP(width=args.width), choices)
     distributed.stop()
 

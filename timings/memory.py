@@ -7,19 +7,20 @@ record, and what the step makes of it. On a CPU torch's profiler reports each al
 the caching allocator keeps count. "recorded" is what waits for the step after the backward pass.
 """
 
-import argparse
+import os
 from collections.abc import Callable, Iterable
 
 import torch
-from step import low_rank
+from networks import LENET5_RANKS, low_rank, make_parser, mlp_ranks, parse
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from dlrt import DLRT, LowRankLayer
+from dlrt import DLRT, LowRankLayer, cli
 from dlrt.models import MLP, LeNet5
 
 WARM_UP = 2  # momentum exists after the first step
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler tells of every start and stop
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
@@ -27,20 +28,21 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
     return sum({T.untyped_storage().data_ptr(): T.untyped_storage().nbytes() for T in tensors}.values())
 
 
-def peak(prepare: Callable[[], Callable[[], None]], device: str) -> int:
+def peak(prepare: Callable[[], Callable[[], None]], device: str, warm_up: int = WARM_UP) -> int:
     """The most bytes in use at one time in a step, where prepare() makes all that it needs and gives it."""
     if device != "cpu":
+        before = torch.cuda.memory_allocated(device)
         step = prepare()
-        for _ in range(WARM_UP):
+        for _ in range(warm_up):
             step()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
         step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step = prepare()
-        for _ in range(WARM_UP):
+        for _ in range(warm_up):
             step()
         with record_function("measured"):
             step()
@@ -76,7 +78,7 @@ def measure(network: Callable[[], nn.Module], data: tuple, integrator: str | Non
         if integrator is None:
             optimizer = torch.optim.SGD(model.parameters(), **options)
         else:
-            # equal singular values, a small lr and tau: the rank stays what it is
+            # a small lr and tau: the rank stays what it is
             optimizer = DLRT(model, torch.optim.SGD, tau=1e-3, integrator=integrator, **options)
         inputs, labels = x.to(device, copy=True), y.to(device, copy=True)
 
@@ -121,19 +123,13 @@ def compare(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--width", type=int, default=5120, help="of the five-layer net (default %(default)s)")
-    parser.add_argument(
-        "--ranks", type=int, nargs="+", default=[5, 20, 80, 320], help="of the five-layer net"
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    parser = make_parser(__doc__)
+    parser.add_argument("--device", type=cli.device, default=cli.HERE, help="where to train")
+    args = parse(parser)
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {args.device}, SGD with momentum")
-    compare("LeNet5", LeNet5, [{"conv1": 10, "conv2": 23, "fc1": 62}], 128, args.device)
-    choices = [dict.fromkeys(("fc1", "fc2", "fc3", "fc4"), rank) for rank in args.ranks]
+    compare("LeNet5", LeNet5, [LENET5_RANKS], 128, args.device)
+    choices = [mlp_ranks(rank) for rank in args.ranks]
     compare(f"MLP {args.width}", lambda: MLP(width=args.width), choices, 256, args.device)
 
 

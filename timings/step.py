@@ -9,74 +9,24 @@ Python keep it from.
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from measure import evaluation, flops, in_turn, inference, training_steps
+from networks import LENET5_RANKS, low_rank, make_parser, mlp_ranks, parse
 from torch import nn
-from torch.nn.functional import cross_entropy
-from torch.utils.flop_counter import FlopCounterMode
 
-from dlrt import DLRT, LowRankConv2d, LowRankLinear, compression
+from dlrt import DLRT, compression
+from dlrt.cli import NATURAL
 from dlrt.models import MLP, LeNet5
 
-
-def low_rank(model: nn.Module, ranks: dict[str, int]) -> nn.Module:
-    """Random low-rank layers in the places named: time does not ask what the weights are."""
-    for name, rank in ranks.items():
-        dense = getattr(model, name)
-        if isinstance(dense, nn.Conv2d):
-            layer = LowRankConv2d(dense.in_channels, dense.out_channels, dense.kernel_size, rank)
-        else:
-            layer = LowRankLinear(dense.in_features, dense.out_features, rank)
-        setattr(model, name, layer)
-    return model
-
-
-def training_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor
-) -> Callable:
-    def step() -> None:
-        optimizer.zero_grad()
-        cross_entropy(model(x), y).backward()
-        optimizer.step()
-
-    return step
-
-
-def repeated(function: Callable, calls: int) -> Callable:
-    def several() -> None:
-        for _ in range(calls):
-            function()
-
-    return several
-
-
-def inference(model: nn.Module, x: torch.Tensor) -> Callable:
-    @torch.inference_mode()
-    def forward() -> None:
-        model.eval()(x)
-        model.train()
-
-    return forward
+WARM_UP = 3
 
 
 def medians(functions: list[Callable], repeats: int) -> list[float]:
-    """Median milliseconds of each, run in turn, so that a slow moment of the machine strikes all alike."""
-    times = [[] for _ in functions]
-    for repeat in range(-3, repeats):  # the first three warm up
-        for function, its in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            function()
-            if repeat >= 0:
-                its.append(1e3 * (time.perf_counter() - start))
-    return [statistics.median(its) for its in times]
-
-
-def flops(function: Callable) -> int:
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops()
+    """Median milliseconds of each, run in turn after a warm-up."""
+    in_turn(functions, WARM_UP)
+    return [statistics.median(its) for its in in_turn(functions, repeats)]
 
 
 def compare(
@@ -94,7 +44,7 @@ def compare(
     y = torch.randint(0, 10, (len(x),))
     optimizers = [torch.optim.SGD(dense.parameters(), lr=1e-4, momentum=0.9)]
     for model in others:
-        # equal singular values, a small lr and tau: the rank stays what it is
+        # a small lr and tau: the rank stays what it is
         optimizers.append(
             DLRT(
                 model,
@@ -107,13 +57,13 @@ def compare(
             )
         )
     models = [dense, *others]
-    for what, functions in (
-        ("training step", [training_step(m, o, x, y) for m, o in zip(models, optimizers, strict=True)]),
-        ("inference", [inference(model, x) for model in models]),
+    closures = [evaluation(m, o, x, y) for m, o in zip(models, optimizers, strict=True)]
+    steps = [1, *(s_steps for _ in others)]
+    training = [training_steps(*each) for each in zip(optimizers, closures, steps, strict=True)]
+    for what, functions, calls, repeats in (
+        ("training step", training, s_steps, max(1, args.repeats // s_steps)),
+        ("inference", [inference(model, x) for model in models], 1, args.repeats),
     ):
-        calls = s_steps if what == "training step" else 1
-        functions[1:] = [repeated(function, calls) for function in functions[1:]]
-        repeats = max(1, args.repeats // calls)
         times, counts = medians(functions, repeats), [flops(function) for function in functions]
         times[1:], counts[1:] = [ms / calls for ms in times[1:]], [count / calls for count in counts[1:]]
         for model, ms, count in zip(others, times[1:], counts[1:], strict=True):
@@ -124,23 +74,16 @@ def compare(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
+    parser.add_argument("--repeats", type=NATURAL, default=20, help="timed steps of each network")
     parser.add_argument(
-        "--repeats", type=int, default=20, help="timed steps of each network (default %(default)s)"
+        "--integrator", choices=("augmented", "parallel"), default="augmented", help="of the low-rank steps"
     )
-    parser.add_argument("--integrator", choices=("augmented", "parallel"), default="augmented")
-    parser.add_argument("--width", type=int, default=5120, help="of the five-layer net (default %(default)s)")
-    parser.add_argument(
-        "--ranks", type=int, nargs="+", default=[5, 20, 80, 320], help="of the five-layer net"
-    )
-    args = parser.parse_args()
+    args = parse(parser)
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, integrator {args.integrator}")
-    lenet = [low_rank(LeNet5(), {"conv1": 10, "conv2": 23, "fc1": 62})]
-    names = ("fc1", "fc2", "fc3", "fc4")
-    mlps = [low_rank(MLP(width=args.width), dict.fromkeys(names, rank)) for rank in args.ranks]
+    lenet = [low_rank(LeNet5(), LENET5_RANKS)]
+    mlps = [low_rank(MLP(width=args.width), mlp_ranks(rank)) for rank in args.ranks]
     for s_steps in (1, 10):
         # the dense network channels-last, as the training scripts have it, and in torch's default layout
         for layout, name in ((torch.channels_last, "NHWC"), (torch.contiguous_format, "NCHW")):

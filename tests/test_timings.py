@@ -1,0 +1,244 @@
+"""Timings: the grid that records them, what is counted beside the times, table and figures made of them."""
+
+import argparse
+import importlib
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from dlrt import DLRT, LowRankLinear
+
+FOLDER = Path(__file__).parents[1] / "timings"
+WIDTH, BATCH, RANKS = 64, 16, (2, 8)
+GRID = ["--width", WIDTH, "--batch-size", BATCH, "--ranks", *RANKS, "--s-steps", 1, 3, "--repeats", 3]
+KEY = ["phase", "integrator", "s_steps", "adaptive", "rank"]
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """The modules of the folder by name; scripts in one folder import each other."""
+    names = ("networks", "measure", "memory", "run", "produce_results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        yield argparse.Namespace(**{name: importlib.import_module(name) for name in names})
+    for name in names:
+        del sys.modules[name]
+
+
+def call(script, *flags):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"timings/{script.__name__}.py", *map(str, flags)])
+        script.main()
+
+
+@pytest.fixture(scope="module")
+def results(scripts, tmp_path_factory):
+    """The folder of a small grid."""
+    folder = tmp_path_factory.mktemp("timings")
+    call(scripts.run, *GRID, "--device", "cpu", "--name", "small", "--output-dir", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(results):
+    return pd.read_csv(results / "small" / "metrics.csv").fillna({"integrator": ""})
+
+
+def test_every_setting_has_a_row_at_every_rank(rows):
+    adaptive = {(name, s_steps, True) for name in ("augmented", "parallel") for s_steps in (1, 3)}
+    fixed = {(name, 1, False) for name in ("augmented", "parallel", "bug")}
+    expected = {("training", *setting, rank) for setting in adaptive | fixed for rank in RANKS}
+    expected |= {("inference", "", 1, False, rank) for rank in RANKS}
+    assert len(rows) == len(expected)
+    assert set(rows[KEY].itertuples(index=False, name=None)) == expected
+    assert (rows["ranks"] == rows["rank"].map(lambda rank: "/".join([str(rank)] * 4))).all()  # to the end
+    assert (rows[["lower_ms", "median_ms", "upper_ms"]].diff(axis=1).iloc[:, 1:] >= 0).all(axis=None)
+
+
+def test_shares_of_a_step_are_parts_of_a_whole(rows, scripts):
+    shares = rows.loc[rows["phase"] == "training", [f"share_{part}" for part in scripts.measure.SHARES]]
+    assert np.allclose(shares.sum(axis=1), 1, atol=1e-4)
+    assert (shares >= 0).all(axis=None)
+    bug = rows["integrator"] == "bug"
+    truncates = rows.loc[rows["phase"] == "training", "share_svd"] > 0
+    assert (truncates == ~bug[truncates.index]).all()
+    assert (shares[["share_forward_backward", "share_qr", "share_s_gradient", "share_rest"]] > 0).all(
+        axis=None
+    )
+
+
+def test_operations_are_those_of_the_matrix_products(rows):
+    w, dense = WIDTH, 784 * WIDTH + 3 * WIDTH**2 + 10 * WIDTH
+    training, inference = (rows[rows["phase"] == phase] for phase in ("training", "inference"))
+    assert np.allclose(1e9 * inference["dense_gflops"], 2 * BATCH * dense, rtol=1e-5)
+    assert np.allclose(1e9 * training["dense_gflops"], 2 * BATCH * (3 * dense - 784 * w), rtol=1e-5)
+    r = inference["rank"]
+    assert np.allclose(1e9 * inference["gflops"], 2 * BATCH * (r * (784 + 7 * w + 4 * r) + 10 * w), rtol=1e-5)
+    # forwards, twice backwards, and more for the bases; all that with other bases between their moves
+    assert (training["gflops"] > 2 * inference["gflops"].min()).all()
+    adaptive = training[training["adaptive"]].set_index(["integrator", "rank", "s_steps"])["gflops"].unstack()
+    assert (adaptive[1] > adaptive[3]).all()
+
+
+def test_peak_memory_holds_weights_gradients_and_momentum(rows):
+    parameters = 784 * WIDTH + 3 * WIDTH**2 + 10 * WIDTH
+    dense = 1e6 * rows.groupby("phase")["dense_peak_mb"].first()
+    assert 4 * 3 * parameters < dense["training"] < 4 * 4 * parameters
+    assert 4 * parameters < dense["inference"] < dense["training"] / 2
+    assert (rows["peak_mb"] < rows["dense_peak_mb"]).all()  # at these ranks
+
+
+def test_what_is_measured_is_not_measured_again(results, scripts, tmp_path):
+    shutil.copytree(results, tmp_path / "results")
+    path = tmp_path / "results" / "small" / "metrics.csv"
+    whole = pd.read_csv(path)
+    flags = [*GRID, "--name", "small", "--output-dir", tmp_path / "results"]
+    written = path.stat().st_mtime_ns
+    call(scripts.run, *flags)
+    assert path.stat().st_mtime_ns == written
+    kept = whole[:11]  # as if the machine had gone down in the training of the last rank
+    kept.to_csv(path, index=False)
+    call(scripts.run, *flags)
+    again = pd.read_csv(path)
+    pd.testing.assert_frame_equal(again[:11], kept)
+    pd.testing.assert_frame_equal(again[KEY], whole[KEY])
+    with pytest.raises(SystemExit, match="was begun with other options \\(width 64 -> 32\\)"):
+        call(scripts.run, *flags, "--width", 32)
+
+
+def test_what_is_slow_is_not_measured_at_larger_ranks(scripts):
+    settings = scripts.run.settings(["augmented", "bug"], [1])
+    args = argparse.Namespace(slowest=1.5, seconds=10)
+    slow = {"repeats": 3, "s_steps": 1, "rank": 40, "median_ms": 4000.0, "dense_median_ms": 2000.0}
+    rows = [{**settings[1]._asdict(), **slow}, {**settings[2]._asdict(), **slow, "median_ms": 2500.0}]
+    rows += [
+        {**settings[3]._asdict(), **slow, "median_ms": 40.0, "dense_median_ms": 20.0}
+    ]  # it costs nothing
+    assert scripts.run.wanted(80, rows, settings, args) == [settings[0], *settings[2:]]
+    assert scripts.run.wanted(40, rows, settings, args) == [settings[0]]
+    assert scripts.run.wanted(20, rows, settings, args) == settings
+
+
+def test_functions_are_called_in_turn_within_their_time(scripts):
+    order = []
+    calls = [
+        lambda: order.append("dense"),
+        lambda: (order.append("slow"), time.sleep(0.02)),
+        lambda: order.append("low"),
+    ]
+    times = scripts.measure.in_turn(calls, repeats=6, seconds=0.03)
+    assert [len(its) for its in times] == [6, 3, 6]
+    assert order[:9] == ["dense", "slow", "low"] * 3
+    assert order[9:] == ["dense", "low"] * 3
+    assert min(times[1]) >= 20  # milliseconds
+
+
+def test_time_counts_for_the_innermost_part(scripts):
+    watch = scripts.measure.Stopwatch("cpu")
+    inner = watch.wrapped("inner", lambda: time.sleep(0.05))
+    start = time.perf_counter()
+    with watch.part("outer"):
+        inner()
+        time.sleep(0.01)
+    assert watch.seconds["inner"] >= 0.05
+    assert 0.01 <= watch.seconds["outer"] < 0.05
+    assert watch.seconds.total() <= time.perf_counter() - start
+
+
+def test_a_watched_step_leaves_the_library_as_it_was(scripts):
+    places = [place for part in scripts.measure.PARTS.values() for place in part]
+    before = [getattr(*place) for place in places]
+    optimizer = DLRT(nn.Sequential(LowRankLinear(8, 8, 2)), torch.optim.SGD, lr=0.1)
+
+    def failing():
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        scripts.measure.shares(optimizer, failing, 1, "cpu")
+    assert [getattr(*place) for place in places] == before
+
+
+@pytest.mark.parametrize("rank", [7, 40, 123.4])
+@pytest.mark.parametrize("power", [0.3, 1, 2])
+def test_break_even_of_a_power_law_is_exact(scripts, rank, power):
+    ranks = np.array([5, 10, 20, 80, 320])
+    assert scripts.produce_results.break_even(ranks, (rank / ranks) ** power) == pytest.approx(rank)
+
+
+def test_break_even_outside_of_what_was_measured(scripts):
+    ranks, told = np.array([5, 10, 20]), scripts.produce_results.told
+    outside = {(3.0, 2.0, 1.1): "above 20", (0.9, 0.5, 0.1): "below 5", (0.5, 2.0, 0.5): "14"}
+    for advantage, text in outside.items():
+        assert told(scripts.produce_results.break_even(ranks, np.array(advantage)), ranks) == text
+
+
+def test_table_and_figures_are_the_same_twice(results, scripts, tmp_path, capsys):
+    made = []
+    for _ in range(2):
+        call(scripts.produce_results, "--results", results, "--output-dir", tmp_path)
+        made.append({path.name: path.read_bytes() for path in tmp_path.iterdir()})
+    assert made[0] == made[1]
+    figures = {f"timings{which}.{kind}" for which in ("", "_shares") for kind in ("pdf", "png")}
+    assert made[0].keys() == {"table.csv", "table.md", "table.tex"} | figures
+    table = pd.read_csv(tmp_path / "table.csv", keep_default_na=False)
+    assert len(table) == 8 + 2
+    assert list(table["break-even rank"][-2:]) == ["about 125", "near 2100"]
+    assert "Rows of a GPU are still to come." in capsys.readouterr().out
+
+
+def test_a_second_device_stands_beside_the_first(results, scripts, tmp_path):
+    for name in ("small", "gpu"):
+        shutil.copytree(results / "small", tmp_path / name)
+    path = tmp_path / "gpu" / "config.json"
+    config = json.loads(path.read_text())
+    config["options"].update({"device": "Some GPU", "kind": "cuda"})
+    path.write_text(json.dumps(config))
+    produce = scripts.produce_results
+    rows = produce.read(tmp_path)
+    assert list(dict.fromkeys(produce.table(rows)["device"]))[1:] == ["Some GPU", "published"]
+    assert "; Some GPU (torch" in produce.caption(rows)
+    assert "still to come" not in produce.caption(rows)
+    for figure, axes in ((produce.times(rows), 3), (produce.shares(rows), 8)):
+        assert [part.get_suptitle() for part in figure.subfigs] == list(rows["device"].unique())
+        assert [len(part.axes) for part in figure.subfigs] == [axes, axes]
+        plt.close(figure)
+
+
+@pytest.mark.skipif(not (FOLDER / "results").exists(), reason="no measurements are committed yet")
+def test_every_number_follows_from_the_committed_measurements(scripts, tmp_path):
+    call(scripts.produce_results, "--output-dir", tmp_path)
+    for suffix in ("csv", "md", "tex"):
+        assert (tmp_path / f"table.{suffix}").read_text() == (FOLDER / f"table.{suffix}").read_text()
+
+
+def test_without_measurements_it_says_which_command_makes_them(scripts, tmp_path):
+    with pytest.raises(SystemExit, match=r"make them with: python timings/run\.py$"):
+        call(scripts.produce_results, "--results", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--ranks", 0], "argument --ranks: must lie in [1, inf), got 0"),
+        (["--width", 64, "--ranks", 8, 128], "--ranks must be at most --width, 64, got 128"),
+        (["--integrators", "euler"], "invalid choice: 'euler'"),
+        (["--seconds", -1], "argument --seconds: must lie in (0, inf), got -1"),
+        (["--device", "meta"], "--device must be cpu or cuda"),
+    ],
+)
+def test_a_bad_flag_costs_one_line(scripts, flags, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        call(scripts.run, *flags, "--output-dir", tmp_path)
+    assert error.value.code == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1

@@ -1,0 +1,170 @@
+"""Times, floating-point operations and shares of a training step or of inference."""
+
+from __future__ import annotations
+
+import math
+import platform
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
+
+from dlrt import integrators, optimizer
+
+AT_LEAST = 3  # calls, however long they take: fewer have no median
+# the functions in which a step spends its time; one that is called by another counts for itself only
+PARTS = {
+    "qr": ((integrators, "complement"), (torch.linalg, "qr")),
+    "s_gradient": ((optimizer, "augment"), (optimizer, "move_bases")),
+    "svd": ((optimizer, "recompress"),),
+}
+SHARES = ("forward_backward", *PARTS, "rest")  # the rest: the inner optimizer, momentum's change of basis
+
+
+def evaluation(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Callable:
+    """A closure for `optimizer.step`: one forward and backward pass."""
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def training_steps(optimizer: torch.optim.Optimizer, closure: Callable, steps: int = 1) -> Callable:
+    """As many steps in one call; a low-rank one is timed from one move of the bases to the next."""
+
+    def several() -> None:
+        for _ in range(steps):
+            optimizer.step(closure)
+
+    return several
+
+
+def inference(model: nn.Module, x: Tensor) -> Callable:
+    @torch.inference_mode()
+    def forward() -> None:
+        model.eval()(x)
+        model.train()
+
+    return forward
+
+
+def wait_for(device: str) -> None:
+    """Let a GPU finish what it was asked to do; a CPU has finished."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def in_turn(
+    functions: list[Callable], repeats: int, seconds: float = math.inf, device: str = "cpu"
+) -> list[list[float]]:
+    """Milliseconds of each call of each function, called in turn: a slow moment strikes all alike.
+
+    A function is called `repeats` times, or less often where that takes longer than `seconds`, but thrice at
+    least. The first one, with which the others are compared, takes part in every round.
+    """
+    times: list[list[float]] = [[] for _ in functions]
+
+    def unfinished(its: list[float]) -> bool:
+        enough = repeats if sum(its) < 1e3 * seconds else min(repeats, AT_LEAST)
+        return len(its) < enough
+
+    while any(map(unfinished, times)):
+        for function, its in zip(functions, times, strict=True):
+            if its is times[0] or unfinished(its):
+                wait_for(device)
+                start = time.perf_counter()
+                function()
+                wait_for(device)
+                its.append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def flops(function: Callable) -> int:
+    """Floating-point operations of all matrix products and convolutions; QR and SVD are not counted."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+class Stopwatch:
+    """Seconds spent in named parts; while an inner part runs, the outer one rests."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.seconds = device, Counter()
+        self._open: list[str] = []
+        self._since = 0.0
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        self._charge()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._open.pop()
+
+    def _charge(self) -> None:
+        wait_for(self.device)
+        now = time.perf_counter()
+        if self._open:
+            self.seconds[self._open[-1]] += now - self._since
+        self._since = now
+
+    def wrapped(self, name: str, function: Callable) -> Callable:
+        @wraps(function)
+        def timed(*args, **options):
+            with self.part(name):
+                return function(*args, **options)
+
+        return timed
+
+    @contextmanager
+    def over(self, parts: dict[str, tuple]) -> Iterator[None]:
+        """Within it, the functions of these modules are timed, whoever calls them."""
+        originals = [(part, *place, getattr(*place)) for part, places in parts.items() for place in places]
+        for part, module, name, function in originals:
+            setattr(module, name, self.wrapped(part, function))
+        try:
+            yield
+        finally:
+            for _, module, name, function in originals:
+                setattr(module, name, function)
+
+
+def shares(optimizer: torch.optim.Optimizer, closure: Callable, steps: int, device: str) -> dict[str, float]:
+    """What share of the time of so many training steps goes into each of `SHARES`.
+
+    It waits for the device at every change of parts, so the whole takes longer than it does unwatched.
+    """
+    watch = Stopwatch(device)
+    with watch.over(PARTS):
+        for _ in range(steps):
+            with watch.part("rest"):
+                optimizer.step(watch.wrapped("forward_backward", closure))
+    return {part: watch.seconds[part] / watch.seconds.total() for part in SHARES}
+
+
+def device_name(device: str) -> str:
+    """What a device calls itself, and how many threads where it is a CPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name, linux = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if linux.exists():
+        models = re.findall(r"^model name\s*:\s*(.+)$", linux.read_text(), flags=re.MULTILINE)
+        name = models[0] if models else name
+    name = " ".join(re.sub(r"\((R|TM)\)|@", " ", name).split())
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"

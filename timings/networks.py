@@ -1,0 +1,54 @@
+"""The networks that all timings are about, with random low-rank layers, and the flags that choose them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from dlrt import LowRank, LowRankConv2d, LowRankLinear
+from dlrt.cli import NATURAL, HelpFormatter, Parser
+
+LENET5_RANKS = {"conv1": 10, "conv2": 23, "fc1": 62}
+
+
+def low_rank(model: nn.Module, ranks: dict[str, int]) -> nn.Module:
+    """Random low-rank layers in the places named; one too small for its rank gets its full rank.
+
+    Their singular values fall to a tenth: where many are equal, LAPACK's SVD may fail and be repeated.
+    """
+    for name, rank in ranks.items():
+        dense = getattr(model, name)
+        rank = min(rank, *dense.weight.flatten(1).shape)
+        if isinstance(dense, nn.Conv2d):
+            layer = LowRankConv2d(dense.in_channels, dense.out_channels, dense.kernel_size, rank)
+        else:
+            layer = LowRankLinear(dense.in_features, dense.out_features, rank)
+        sigma = torch.logspace(0, -1, rank)
+        S = sigma * torch.linalg.vector_norm(layer.S.detach()) / torch.linalg.vector_norm(sigma)
+        layer.factors = LowRank(layer.U, S.diag(), layer.V)
+        setattr(model, name, layer)
+    return model
+
+
+def mlp_ranks(rank: int) -> dict[str, int]:
+    """The same rank in all layers of the five-layer net but the last, which stays dense."""
+    return dict.fromkeys(("fc1", "fc2", "fc3", "fc4"), rank)
+
+
+def make_parser(description: str, ranks: Sequence[int] = (5, 20, 80, 320)) -> Parser:
+    """A parser with the flags that choose the five-layer nets."""
+    parser = Parser(description=description, formatter_class=HelpFormatter)
+    parser.add_argument("--width", type=NATURAL, default=5120, help="of the five-layer net")
+    parser.add_argument("--ranks", type=NATURAL, nargs="+", default=ranks, help="of the five-layer net")
+    return parser
+
+
+def parse(parser: Parser) -> argparse.Namespace:
+    """Parse, and refuse ranks that no layer of the width can have."""
+    args = parser.parse_args()
+    if too_large := [str(rank) for rank in args.ranks if rank > args.width]:
+        parser.error(f"--ranks must be at most --width, {args.width}, got {', '.join(too_large)}")
+    return args

@@ -1,0 +1,208 @@
+"""Time against rank, where it goes, and at which rank low rank and dense break even; it measures nothing.
+
+python timings/produce_results.py
+"""
+
+import json
+import math
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+
+from dlrt import plots, results, runs
+from dlrt.optimizer import INTEGRATORS
+
+# Schotthöfer et al. 2022, the same net
+PUBLISHED = pd.DataFrame({
+    "device": ["published"] * 2,
+    "of": ["training", "inference"],
+    "rank adaptation": ["no", ""],
+    "break-even rank": ["about 125", "near 2100"],
+    "largest speed-up": ["4.5 x", ""],
+})  # fmt: skip
+PARTS = {
+    "share_forward_backward": "forward and backward",
+    "share_s_gradient": "products, gradient of S",
+    "share_qr": "QR",
+    "share_svd": "SVD, truncation",
+    "share_rest": "inner optimizer, rest",
+}
+LIMIT = {"lw": 1.2, "linestyle": (0, (1, 1))}
+SETTING = ["device", "phase", "integrator", "s_steps", "adaptive"]
+
+
+def read(folder: Path) -> pd.DataFrame:
+    """The rows of all devices, with their options; FileNotFoundError where there are none."""
+    found = []
+    for path in sorted(folder.glob("*/config.json")):
+        metrics = runs.read_metrics(path.parent)
+        if metrics is not None:
+            config = json.loads(path.read_text())
+            metrics = metrics.fillna({"integrator": ""}).assign(**config["options"])
+            found.append(metrics.assign(torch=config["versions"]["torch"]))
+    if not found:
+        raise FileNotFoundError(f"no measurements in {folder}")
+    order = {
+        "kind": True,
+        "phase": False,
+        "adaptive": False,
+        "integrator": True,
+        "s_steps": True,
+        "rank": True,
+    }
+    return pd.concat(found).sort_values(list(order), ascending=list(order.values()))
+
+
+def break_even(ranks: np.ndarray, advantage: np.ndarray) -> float:
+    """The rank above which dense is better, where the advantage (dense / low-rank) falls through 1.
+
+    Between two ranks log advantage is taken as linear in log rank. Infinite where the last rank still has an
+    advantage, 0 where none has.
+    """
+    better = np.flatnonzero(advantage > 1)
+    if not len(better):
+        return 0.0
+    i = better[-1]
+    if i == len(ranks) - 1:
+        return np.inf
+    (x, x1), (y, y1) = np.log(ranks[i : i + 2]), np.log(advantage[i : i + 2])
+    return float(np.exp(x + (x1 - x) * y / (y - y1)))
+
+
+def told(rank: float, ranks: np.ndarray) -> str:
+    """A break-even rank in words, where it lies outside the ranks that were measured."""
+    return f"below {ranks[0]}" if rank == 0 else f"above {ranks[-1]}" if np.isinf(rank) else f"{rank:.0f}"
+
+
+def table(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row for each setting: where time, FLOPs and memory break even, and how much faster it gets."""
+    lines = []
+    for (device, phase, integrator, s_steps, adaptive), of in rows.groupby(SETTING, sort=False):
+        ranks = of["rank"].to_numpy()
+        speed_up = (of["dense_median_ms"] / of["median_ms"]).to_numpy()
+        at = {
+            name: told(break_even(ranks, (of[f"dense_{column}"] / of[column]).to_numpy()), ranks)
+            for name, column in (
+                ("break-even rank", "median_ms"),
+                ("by FLOPs", "gflops"),
+                ("by peak memory", "peak_mb"),
+            )
+        }
+        how = {"integrator": integrator, "rank adaptation": "", "S-steps": ""}
+        if integrator:
+            how.update({"rank adaptation": "yes" if adaptive else "no", "S-steps": str(s_steps)})
+        best = {"largest speed-up": f"{speed_up.max():.1f} x", "at rank": str(ranks[speed_up.argmax()])}
+        lines.append({"device": device, "of": phase, **how, **at, **best})
+    return pd.concat([pd.DataFrame(lines), PUBLISHED]).fillna("")
+
+
+def label(integrator: str, s_steps: int, adaptive: bool) -> str:
+    if not integrator:
+        return "low-rank"
+    return f"{integrator}, S-steps {s_steps}" if adaptive else integrator
+
+
+def draw_times(axes: Axes, rows: pd.DataFrame) -> None:
+    """The times of some settings and of dense over the rank, in bands from quartile to quartile."""
+    for (integrator, s_steps, adaptive), of in rows.groupby(SETTING[2:], sort=False):
+        style = plots.STYLES[s_steps > 1]
+        line = {"color": plots.COLOURS[[*INTEGRATORS, ""].index(integrator)], "linestyle": style}
+        axes.plot(of["rank"], of["median_ms"], ".", label=label(integrator, s_steps, adaptive), **line)
+        axes.fill_between(of["rank"], of["lower_ms"], of["upper_ms"], color=line["color"], alpha=0.25, lw=0)
+        limit = of["dense_median_ms"] * of["gflops"] / of["dense_gflops"]
+        axes.plot(of["rank"], limit, **{**line, **LIMIT})
+    of = rows.drop_duplicates("rank").sort_values("rank")
+    axes.plot(of["rank"], of["dense_median_ms"], color="black", lw=2, label="dense")
+    axes.fill_between(of["rank"], of["dense_lower_ms"], of["dense_upper_ms"], color="black", alpha=0.2, lw=0)
+    axes.plot([], [], color="0.4", label="FLOP limit", **LIMIT)
+    axes.set(xscale="log", yscale="log", xlabel="rank")
+
+
+def by_device(rows: pd.DataFrame, height: float) -> tuple[Figure, list[tuple[SubFigure, pd.DataFrame]]]:
+    """A figure with a part for each device, under its name."""
+    devices = list(rows.groupby("device", sort=False))
+    figure = plt.figure(figsize=(11, height * len(devices)))
+    parts = figure.subfigures(len(devices), 1, squeeze=False)[:, 0]
+    for part, (device, _) in zip(parts, devices, strict=True):
+        part.suptitle(device)
+    return figure, [(part, of) for part, (_, of) in zip(parts, devices, strict=True)]
+
+
+def times(rows: pd.DataFrame) -> Figure:
+    """Training, adaptive and at fixed rank, and inference."""
+    with rc_context(plots.LOOK):
+        figure, devices = by_device(rows, height=4.6)
+        for part, of in devices:
+            panels = {
+                title: of[(of["phase"] == phase) & (of["adaptive"] == adaptive)]
+                for title, phase, adaptive in (
+                    ("training step, adaptive rank", "training", True),
+                    ("training step, fixed rank", "training", False),
+                    ("inference", "inference", False),
+                )
+            }
+            panels = {title: panel for title, panel in panels.items() if len(panel)}
+            grid = part.subplots(1, len(panels), squeeze=False)[0]
+            for axes, (title, panel) in zip(grid, panels.items(), strict=True):
+                draw_times(axes, panel)
+                axes.set_title(title, fontsize="medium")
+                axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, fontsize="small")
+                if axes is not grid[0] and title.startswith("training"):
+                    axes.sharey(grid[0])
+            grid[0].set(ylabel="time [ms]")
+    return figure
+
+
+def shares(rows: pd.DataFrame) -> Figure:
+    """Where the time of a training step goes, stacked over the rank, for each setting."""
+    rows = rows[rows["phase"] == "training"]
+    groups = max(of.groupby(SETTING).ngroups for _, of in rows.groupby("device"))
+    columns, lines = min(4, groups), math.ceil(groups / 4)
+    with rc_context({**plots.LOOK, "axes.grid": False}):
+        figure, devices = by_device(rows, height=1 + 2.4 * lines)
+        for part, of in devices:
+            grid = part.subplots(lines, columns, sharey=True, squeeze=False)
+            settings = list(of.groupby(SETTING[2:], sort=False))
+            for axes, (setting, its) in zip(grid.flat, settings, strict=False):
+                values = [100 * its[part] for part in PARTS]
+                axes.stackplot(its["rank"], *values, colors=plots.COLOURS, labels=PARTS.values())
+                axes.set_title(label(*setting) + ("" if setting[-1] else ", fixed rank"), fontsize="small")
+                axes.set(xscale="log", xlabel="rank", ylim=(0, 100))
+            for axes in grid.flat[len(settings) :]:
+                axes.set_axis_off()
+            part.supylabel("share of the step's time [%]")
+            part.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(PARTS))
+    return figure
+
+
+def caption(rows: pd.DataFrame) -> str:
+    devices = rows.drop_duplicates("device").itertuples()
+    where = "; ".join(f"{d.device} (torch {d.torch}, width {d.width}, batch {d.batch_size})" for d in devices)
+    gpu = "" if (rows["kind"] == "cuda").any() else " Rows of a GPU are still to come."
+    return (
+        "Training step and inference of the net 784-w-w-w-w-10 with the last layer dense, float32, SGD with "
+        f"momentum, in one process with the dense net: {where}.{gpu} Medians of {rows['repeats'].min()} to "
+        f"{rows['repeats'].max()} calls; with more S-steps than one a step is the mean of those from a move "
+        "of the bases to the next. Break-even: the rank from which dense needs less time (operations in "
+        "products; peak memory), interpolated between the measured ranks on logarithmic axes; no rank of a "
+        "layer exceeds its full one. A setting is not measured much beyond the rank where it is slower than "
+        "dense. published: Schotthöfer et al. 2022."
+    )
+
+
+def main() -> None:
+    args = results.parse(__doc__, Path(__file__).parent)
+    rows = results.read(args, "python timings/run.py", read)
+    figures = {"timings": times(rows)}
+    if (rows["phase"] == "training").any():
+        figures["timings_shares"] = shares(rows)
+    results.publish(args, table(rows), caption(rows), figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Training step and inference of the net 784-w-w-w-w-10 over ranks, against dense: the figures' records.
+
+    python timings/run.py        about half an hour on two CPU cores that have nothing else to do
+
+Timed are all integrators: adaptive, with bases that move at every step and at every tenth, and at fixed rank.
+Every device has its folder in results/ with a row for each setting and rank. What is there is not measured
+again, so the same command continues a grid that broke off, and a GPU is recorded beside the CPU. A setting
+that was slower than dense by the factor `--slowest`, and used up its `--seconds`, is not measured at larger
+ranks.
+"""
+
+import argparse
+import copy
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from measure import device_name, evaluation, flops, in_turn, inference, shares, training_steps
+from memory import nbytes, peak
+from networks import low_rank, make_parser, mlp_ranks, parse
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dlrt import DLRT, cli, compression
+from dlrt.models import MLP
+from dlrt.optimizer import INTEGRATORS
+from dlrt.runs import Run, RunError, read_metrics
+
+RANKS = (5, 10, 20, 40, 80, 160, 320, 640, 1280, 2560)
+Row = dict[str, Any]
+
+
+class Setting(NamedTuple):
+    """What is timed at every rank; inference has no integrator."""
+
+    phase: str
+    integrator: str = ""
+    s_steps: int = 1
+    adaptive: bool = False
+
+
+def settings(integrators: Iterable[str], s_steps: Iterable[int]) -> list[Setting]:
+    """Inference and all ways to train; at fixed rank the bases move at every step."""
+    adaptive = product([name for name in integrators if name != "bug"], s_steps)
+    training = [Setting("training", *each, adaptive=True) for each in adaptive]
+    return [Setting("inference"), *training, *(Setting("training", name) for name in integrators)]
+
+
+@dataclass
+class Contender:
+    """A network at work: `call` is what is timed, `steps` training steps or one pass of inference."""
+
+    model: nn.Module
+    call: Callable[[], None]
+    steps: int = 1
+    optimizer: torch.optim.Optimizer | None = None
+    closure: Callable[[], Tensor] | None = None
+
+
+def contender(model: nn.Module, data: tuple[Tensor, Tensor], setting: Setting, rank: int | None) -> Contender:
+    """A network in one of the settings, after its first pass or step; rank = None is the dense one."""
+    if setting.phase == "inference":
+        made = Contender(model, inference(model, data[0]))
+        made.call()
+        return made
+    optimizer = optimizer_of(model, setting, rank)
+    closure = evaluation(model, optimizer, *data)
+    optimizer.step(closure)  # now momentum exists
+    if rank is not None:
+        optimizer.truncate()
+    call = training_steps(optimizer, closure, setting.s_steps)
+    return Contender(model, call, setting.s_steps, optimizer, closure)
+
+
+def optimizer_of(model: nn.Module, setting: Setting, rank: int | None) -> torch.optim.Optimizer:
+    inner = {"lr": 1e-4, "momentum": 0.9}
+    if rank is None:
+        return torch.optim.SGD(model.parameters(), **inner)
+    bounds = {"tau": 0.0, "min_rank": rank, "max_rank": rank}
+    if setting.adaptive:  # lr and tau are so small that this rank stays what it is, too
+        bounds = {"tau": 1e-3, "min_rank": 1}
+    how = {"integrator": setting.integrator, "s_steps": setting.s_steps}
+    return DLRT(model, torch.optim.SGD, **how, **bounds, **inner)
+
+
+def counted(
+    network: nn.Module, data: tuple[Tensor, Tensor], setting: Setting, rank: int | None = None
+) -> tuple[Contender, Row]:
+    """A contender with a copy of the network; the FLOPs of one of its steps, and their peak memory."""
+    device, made, counts = str(data[0].device), [], []
+
+    def prepare() -> Callable[[], None]:
+        made.append(contender(copy.deepcopy(network), data, setting, rank))
+        return lambda: counts.append(flops(made[0].call))
+
+    most = peak(prepare, device, warm_up=0) + nbytes(data)
+    return made[0], {"gflops": counts[0] / made[0].steps / 1e9, "peak_mb": most / 1e6}
+
+
+def measure(
+    rank: int,
+    chosen: Sequence[Setting],
+    dense: tuple[Contender, Row],
+    data: tuple[Tensor, Tensor],
+    args: argparse.Namespace,
+) -> list[Row]:
+    """A row for each setting of one phase at one rank, all of them and dense timed in turn."""
+    network = low_rank(MLP(width=args.width), mlp_ranks(rank)).to(args.device)
+    others = [counted(network, data, setting, rank) for setting in chosen]
+    calls = [other.call for other, _ in (dense, *others)]
+    of_dense, *times = in_turn(calls, args.repeats, args.seconds, args.device)
+    beside = {f"dense_{name}": value for name, value in {**quartiles(of_dense), **dense[1]}.items()}
+    rows = []
+    for setting, (other, counts), its in zip(chosen, others, times, strict=True):
+        row = {**setting._asdict(), "rank": rank, "repeats": len(its)}
+        row["ranks"] = "/".join(map(str, compression(other.model).ranks.values()))
+        row.update({**quartiles(its, other.steps), **counts, **beside})
+        if other.optimizer is not None:
+            watched = int(np.clip(1e3 / np.median(its), 1, args.repeats)) * other.steps  # about a second
+            parts = shares(other.optimizer, other.closure, watched, args.device)
+            row.update({f"share_{part}": share for part, share in parts.items()})
+        rows.append(row)
+    return rows
+
+
+def quartiles(times: Sequence[float], steps: int = 1) -> Row:
+    """Median and quartiles of the milliseconds of a step."""
+    lower, median, upper = np.quantile(times, (0.25, 0.5, 0.75)) / steps
+    return {"median_ms": median, "lower_ms": lower, "upper_ms": upper}
+
+
+def wanted(rank: int, rows: list[Row], among: Iterable[Setting], args: argparse.Namespace) -> list[Setting]:
+    """The settings without a row at this rank that were not too slow at a smaller one."""
+
+    def too_slow(row: Row) -> bool:
+        took = row["repeats"] * row["s_steps"] * row["median_ms"] / 1e3
+        return took > args.seconds and row["median_ms"] > args.slowest * row["dense_median_ms"]
+
+    done = [row for row in rows if row["rank"] == rank or (row["rank"] < rank and too_slow(row))]
+    left_out = {Setting(*(row[name] for name in Setting._fields)) for row in done}
+    return [setting for setting in among if setting not in left_out]
+
+
+def make(args: argparse.Namespace) -> str:
+    """Measure all that is missing, and say what there is."""
+    device, ranks = device_name(args.device), sorted(set(args.ranks))
+    run = Run(args.output_dir / (args.name or device.replace(",", "").replace(" ", "_").lower()))
+    options = {"device": device, "kind": torch.device(args.device).type, "width": args.width}
+    run.start({**options, "batch_size": args.batch_size}, resume=True)
+    found = read_metrics(run.folder)
+    rows = [] if found is None else found.fillna({"integrator": ""}).to_dict("records")
+    torch.manual_seed(0)
+    x, y = torch.randn(args.batch_size, 1, 28, 28), torch.randint(0, 10, (args.batch_size,))
+    data = x.to(args.device), y.to(args.device)
+    among = settings(dict.fromkeys(args.integrators), sorted(set(args.s_steps)))
+    if any(wanted(rank, rows, among, args) for rank in ranks):
+        network = MLP(width=args.width).to(args.device)
+        dense = {phase: counted(network, data, Setting(phase)) for phase in ("training", "inference")}
+    with tqdm(total=len(ranks) * len(among), unit="point", disable=None) as bar:
+        for rank in ranks:
+            bar.set_postfix_str(f"rank {rank}")
+            for phase in ("inference", "training"):
+                here = [setting for setting in among if setting.phase == phase]
+                if missing := wanted(rank, rows, here, args):
+                    rows += measure(rank, missing, dense[phase], data, args)
+                    run.write_metrics(rows)
+                bar.update(len(here))
+    return f"{len(rows)} measurements are in {run.folder}"
+
+
+def main() -> None:
+    parser = make_parser(__doc__, RANKS)
+    add = parser.add_argument
+    add("--batch-size", type=cli.NATURAL, default=256, help="samples per step and per inference")
+    add("--integrators", choices=INTEGRATORS, nargs="+", default=INTEGRATORS, help="to train with")
+    every = "steps of S in each move of the bases, of the adaptive integrators"
+    add("--s-steps", type=cli.NATURAL, nargs="+", default=(1, cli.S_STEPS), help=every)
+    add("--repeats", type=cli.NATURAL, default=10, help="timed calls at each point")
+    longest = "after which a point is called no more, once it has been called three times"
+    add("--seconds", type=cli.POSITIVE, default=10.0, help=longest)
+    enough = "times dense: no larger rank for a setting that needs more, and more than --seconds"
+    add("--slowest", type=cli.POSITIVE, default=1.2, help=enough)
+    add("--device", type=cli.device, default=cli.HERE, help="where to train; cpu or a GPU as cuda")
+    add("--name", help="of the device's folder; by default what the device calls itself")
+    add("--output-dir", type=Path, default=Path(__file__).parent / "results", help="where the folders go")
+    args = parse(parser)
+    if torch.device(args.device).type not in ("cpu", "cuda"):
+        parser.error(f"--device must be cpu or cuda, for others memory is not counted, got {args.device}")
+    try:
+        print(make(args))
+    except (RunError, OSError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command measures what is missing", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
