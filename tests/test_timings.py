@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from dlrt import DLRT, LowRankLinear
+from dlrt import DLRT, LowRankLinear, compression
 
 FOLDER = Path(__file__).parents[1] / "timings"
 WIDTH, BATCH, RANKS = 64, 16, (2, 8)
@@ -26,7 +26,7 @@ KEY = ["phase", "integrator", "s_steps", "adaptive", "rank"]
 @pytest.fixture(scope="module")
 def scripts():
     """The modules of the folder by name; scripts in one folder import each other."""
-    names = ("networks", "measure", "memory", "run", "produce_results")
+    names = ("networks", "measure", "memory", "run", "produce_results", "step")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
         yield argparse.Namespace(**{name: importlib.import_module(name) for name in names})
@@ -51,6 +51,12 @@ def results(scripts, tmp_path_factory):
 @pytest.fixture(scope="module")
 def rows(results):
     return pd.read_csv(results / "small" / "metrics.csv").fillna({"integrator": ""})
+
+
+def test_the_low_rank_resnet20_of_the_table_is_compressed_to_60_percent(scripts):
+    [(_, dense, [low], x)] = scripts.step.contenders("resnet20", argparse.Namespace())
+    assert 60 <= compression(low).evaluation_compression < 62
+    assert dense(x[:2]).shape == low(x[:2]).shape == (2, 10)
 
 
 def test_every_setting_has_a_row_at_every_rank(rows):

@@ -1,6 +1,6 @@
 """How long a training step and inference take at rank r, against the dense network, in one process.
 
-    python timings/step.py        about 3 minutes on two CPU cores
+    python timings/step.py        about 4 minutes on two CPU cores
 
 Medians over `--repeats` steps; "x faster" is dense / low-rank, and beside it stands the same ratio of the
 counted FLOPs of all matrix products and convolutions, which is the limit that small matrices, memory and
@@ -16,11 +16,12 @@ from measure import evaluation, flops, in_turn, inference, training_steps
 from networks import LENET5_RANKS, low_rank, make_parser, mlp_ranks, parse
 from torch import nn
 
-from dlrt import DLRT, compression
+from dlrt import DLRT, compression, to_low_rank
 from dlrt.cli import NATURAL
-from dlrt.models import MLP, LeNet5
+from dlrt.models import MLP, LeNet5, ResNet20
 
 WARM_UP = 3
+RESNET20_SHARE = 0.34  # of the full ranks: 60 % compression
 
 
 def medians(functions: list[Callable], repeats: int) -> list[float]:
@@ -79,18 +80,34 @@ def main() -> None:
     parser.add_argument(
         "--integrator", choices=("augmented", "parallel"), default="augmented", help="of the low-rank steps"
     )
+    networks = ("lenet5", "resnet20", "mlp")
+    parser.add_argument("--networks", choices=networks, nargs="+", default=networks, help="to time")
     args = parse(parser)
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, integrator {args.integrator}")
-    lenet = [low_rank(LeNet5(), LENET5_RANKS)]
+    for name in args.networks:
+        for s_steps in (1, 10):
+            for title, dense, others, x in contenders(name, args):
+                compare(title, dense, others, x, args, s_steps)
+
+
+def contenders(
+    name: str, args: argparse.Namespace
+) -> list[tuple[str, nn.Module, list[nn.Module], torch.Tensor]]:
+    """Of a network: a title, the dense one, low-rank ones to compare with it, and a batch for all of them.
+
+    LeNet5 is dense in channels-last, as the training scripts have it, and in torch's default layout.
+    """
+    if name == "lenet5":
+        low, x = [low_rank(LeNet5(), LENET5_RANKS)], torch.randn(128, 1, 28, 28)
+        layouts = {"NHWC": torch.channels_last, "NCHW": torch.contiguous_format}
+        return [(f"LeNet5 {at}", LeNet5().to(memory_format=layout), low, x) for at, layout in layouts.items()]
+    if name == "resnet20":
+        low = to_low_rank(ResNet20(), RESNET20_SHARE, skip=["conv1", "linear"])
+        dense, low = (model.to(memory_format=torch.channels_last) for model in (ResNet20(), low))
+        return [("ResNet20", dense, [low], torch.randn(128, 3, 32, 32))]
     mlps = [low_rank(MLP(width=args.width), mlp_ranks(rank)) for rank in args.ranks]
-    for s_steps in (1, 10):
-        # the dense network channels-last, as the training scripts have it, and in torch's default layout
-        for layout, name in ((torch.channels_last, "NHWC"), (torch.contiguous_format, "NCHW")):
-            dense = LeNet5().to(memory_format=layout)
-            compare(f"LeNet5 {name}", dense, lenet, torch.randn(128, 1, 28, 28), args, s_steps)
-    for s_steps in (1, 10):
-        compare(f"MLP {args.width}", MLP(width=args.width), mlps, torch.randn(256, 1, 28, 28), args, s_steps)
+    return [(f"MLP {args.width}", MLP(width=args.width), mlps, torch.randn(256, 1, 28, 28))]
 
 
 if __name__ == "__main__":
