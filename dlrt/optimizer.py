@@ -150,7 +150,7 @@ class DLRT(torch.optim.Optimizer):
                     f"{self.names[layer]} has a gradient but recorded nothing (in eval mode no layer does): "
                     "call model.train() before it, or freeze_bases() to train S only"
                 )
-            if world_size() > 1 and not (layer.gradient.joined or layer.gradient.empty):
+            if world_size() > 1 and not layer.gradient.summed:
                 raise RuntimeError(
                     f"{self.names[layer]} knows this process's gradient only: call "
                     "dlrt.distributed.reduce_gradients(model) between the backward pass and the step"
