@@ -75,7 +75,9 @@ class DLRT(torch.optim.Optimizer):
         self.tau, self.integrator, self.min_rank, self.max_rank = tau, integrator, min_rank, max_rank
         self.s_steps, self._taken = s_steps, 0  # S-steps from one move of the bases to the next, and so far
         self.names = {
-            module: name for name, module in model.named_modules() if isinstance(module, LowRankLayer)
+            module: name or type(module).__name__
+            for name, module in model.named_modules()
+            if isinstance(module, LowRankLayer)
         }
         if not self.names:
             raise ValueError("the model has no low-rank layer: call dlrt.to_low_rank(model) first")
