@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 
 import dlrt
+from dlrt.distributed import world_size
 
 try:
     import fcntl
@@ -181,7 +182,12 @@ def _surroundings() -> dict[str, Any]:
             "torch": torch.__version__,
             "numpy": np.__version__,
         },
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "gpu": gpu},
+        "machine": {
+            "processor": platform.machine(),
+            "processes": world_size(),
+            "threads": torch.get_num_threads(),
+            "gpu": gpu,
+        },
         "commit": _commit(Path(dlrt.__file__).parent),
     }
 

@@ -1,6 +1,7 @@
 """Two processes are one process on the joined batch; a lost one ends the run, and any number continues it."""
 
 import io
+import json
 import os
 import re
 import runpy
@@ -313,6 +314,7 @@ def test_a_killed_worker_ends_the_run_with_a_message_and_any_number_of_processes
             launched.terminate()
     assert launched.returncode != 0
     assert "another process was lost" in err or "SIGKILL" in err
+    assert json.loads((run / "config.json").read_text())["machine"]["processes"] == 2
     done = len(load_checkpoint(run / "checkpoint.pt")["metrics"])
     assert 1 <= done < EPOCHS
     assert out.count("epoch   1/") == 1  # one process speaks
