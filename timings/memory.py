@@ -1,6 +1,7 @@
 """How much memory a training step takes at rank r, against the dense network, at its peak.
 
-    python timings/memory.py      about a minute on two CPU cores
+    python timings/memory.py                about a minute on two CPU cores
+    python timings/memory.py --vgg16        VGG16 as well, on pictures of 32 x 32 pixels: two minutes more
 
 The peak counts every tensor: weights, the inner optimizer's momentum, activations, gradients, what the layers
 record, and what the step makes of it. On a CPU torch's profiler reports each allocation and release; on a GPU
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from dlrt import DLRT, LowRankLayer
-from dlrt.models import MLP, LeNet5
+from dlrt import DLRT, LowRankLayer, to_low_rank
+from dlrt.models import MLP, VGG16, LeNet5
 
 WARM_UP = 2  # momentum exists after the first step
 
@@ -103,21 +104,32 @@ def records(model: nn.Module) -> list[Tensor]:
 
 
 def compare(
-    title: str, network: Callable[[], nn.Module], ranks: list[dict[str, int]], samples: int, device: str
+    title: str,
+    network: Callable[[], nn.Module],
+    ranks: list[dict[str, int]],
+    samples: int,
+    device: str,
+    shape: tuple[int, int, int] = (1, 28, 28),
+    convert: Callable[[nn.Module, dict], nn.Module] = low_rank,
 ) -> None:
     """A line for the dense network, and one for each choice of ranks and integrator."""
-    data = device, torch.randn(samples, 1, 28, 28), torch.randint(0, 10, (samples,))
+    data = device, torch.randn(samples, *shape), torch.randint(0, 10, (samples,))
     dense, _ = measure(network, data, None)
     print(f"{title:10} {'dense':28} peak {dense / 1e6:8.1f} MB", flush=True)
     for chosen in ranks:
         text = "/".join(dict.fromkeys(map(str, chosen.values())))
         for integrator in ("augmented", "parallel"):
-            most, recorded = measure(lambda chosen=chosen: low_rank(network(), chosen), data, integrator)
+            most, recorded = measure(lambda chosen=chosen: convert(network(), chosen), data, integrator)
             print(
                 f"{title:10} ranks {text:9} {integrator:12} peak {most / 1e6:8.1f} MB, "
                 f"{dense / most:5.2f} x less  (recorded {recorded / 1e6:6.1f} MB)",
                 flush=True,
             )
+
+
+def vgg16_at(model: nn.Module, share: dict[str, float]) -> nn.Module:
+    """VGG16 with the layers low-rank that its training script has."""
+    return to_low_rank(model, skip=["features.0", "classifier"], **share)
 
 
 def main() -> None:
@@ -128,6 +140,7 @@ def main() -> None:
     parser.add_argument(
         "--ranks", type=int, nargs="+", default=[5, 20, 80, 320], help="of the five-layer net"
     )
+    parser.add_argument("--vgg16", action="store_true", help="measure VGG16, too")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -135,6 +148,9 @@ def main() -> None:
     compare("LeNet5", LeNet5, [{"conv1": 10, "conv2": 23, "fc1": 62}], 128, args.device)
     choices = [dict.fromkeys(("fc1", "fc2", "fc3", "fc4"), rank) for rank in args.ranks]
     compare(f"MLP {args.width}", lambda: MLP(width=args.width), choices, 256, args.device)
+    if args.vgg16:
+        shares = [{"rank": share} for share in (0.5, 0.25, 0.1)]  # of the full rank of each layer
+        compare("VGG16", VGG16, shares, 128, args.device, (3, 32, 32), vgg16_at)
 
 
 if __name__ == "__main__":
