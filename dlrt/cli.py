@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -237,8 +238,6 @@ def _run(
     low_rank = hasattr(args, "tau")
     options = {key: value for key, value in vars(args).items() if key not in NOT_PART_OF_THE_EXPERIMENT}
     options["network"] = network.__name__
-    if start := args.from_checkpoint:
-        options["from_checkpoint"] = start.name  # records can be published, paths of a machine cannot
     prefix = "".join(f"{key}{value}_" for key, value in settings.items())
     args.name = options["name"] = (
         args.name or f"{prefix}{f'tau{args.tau}' if low_rank else 'dense'}_seed{args.seed}"
@@ -248,8 +247,8 @@ def _run(
     dataset = dataset.to(args.device)
     torch.manual_seed(args.seed)
     model = network(dataset.shape, dataset.classes, **settings)
-    if start and not run.checkpoint.exists():  # a continued run has its own
-        _take_weights(model, start)
+    if start := args.from_checkpoint:
+        options["from_checkpoint"] = _take_weights(model, start, run)
     distributed.first(lambda: run.start(options, args.resume))
     if low_rank:
         model = to_low_rank(model, rank=args.rank, skip=args.skip)
@@ -291,13 +290,25 @@ def _run(
     )
 
 
-def _take_weights(model: nn.Module, path: Path) -> None:
+def _take_weights(model: nn.Module, path: Path, run: Run) -> str:
+    """Load the weights to begin with; give what the run records of them, a name and a checksum.
+
+    Records can be published, so there is no path in it. A run that continues has weights of its own, and goes
+    on without the file; so does one that recorded no checksum.
+    """
+    recorded = run.options().get("from_checkpoint") or ""
+    if run.checkpoint.exists() and (
+        recorded == path.name or (recorded.startswith(f"{path.name} ") and not path.exists())
+    ):
+        return recorded
     weights = trained_weights(path)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise RunError(f"--from-checkpoint {path} does not fit {type(model).__name__}: {reason}") from error
+    sums = [(name, distributed.checksum(value)) for name, value in model.state_dict().items()]
+    return f"{path.name} {zlib.crc32(repr(sums).encode()):08x}"
 
 
 def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:

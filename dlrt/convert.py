@@ -26,6 +26,7 @@ def to_low_rank(
 ) -> nn.Module:
     """Replace every nn.Linear and nn.Conv2d of a model, in place, by its truncated SVD; give the model back.
 
+    A model that is itself such a layer is left as it is, and what is given back is for its place.
     rank is an int (in a layer too small for it, that layer's full rank), a share in (0, 1] of each layer's
     full rank, or None for the full rank; tau drops singular values up to that share of each weight's norm.
     skip names the modules that stay dense, with all that they contain. Grouped convolutions, layers that
@@ -36,22 +37,22 @@ def to_low_rank(
     """
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     _check(model, rank, skip)
-    if type(model) in LOW_RANK_TYPES:
-        return _convert(model, rank, tau)
+    root = nn.Module()
+    root._modules[""] = model  # so that a model which is a layer itself has a parent, too
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     converted: dict[nn.Module, nn.Module] = {}  # a module that occurs twice stays one module
-    for path, parent in list(model.named_modules()):
+    for path, parent in list(root.named_modules()):
         for name, child in list(parent._modules.items()):  # named_children leaves repetitions out
             whole = f"{path}.{name}" if path else name
             if any(f"{whole}.".startswith(f"{stem}.") for stem in skip):
                 continue
             if reason := _stays_dense(child, owners):
-                warnings.warn(f"{whole} stays dense: {reason}", stacklevel=2)
+                warnings.warn(f"{whole or type(child).__name__} stays dense: {reason}", stacklevel=2)
             elif type(child) in LOW_RANK_TYPES:
                 if child not in converted:
                     converted[child] = _convert(child, rank, tau)
                 setattr(parent, name, converted[child])
-    return model
+    return root._modules[""]
 
 
 def _stays_dense(module: nn.Module, owners: Counter[int]) -> str | None:
@@ -105,9 +106,12 @@ def replace_layers(model: nn.Module, make: Callable[[LowRankLayer], nn.Module]) 
 def load_factors(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     """Load the state_dict of a low-rank network into the dense one that it was made of; give the model back.
 
-    Layers that have factors in the state become low-rank, of the rank there, without a decomposition.
-    RuntimeError where the state belongs to another network, as from load_state_dict.
+    Layers that have factors in the state become low-rank, of the rank there, without a decomposition; what is
+    given back is for the place of a model that is itself such a layer. RuntimeError where the state belongs
+    to another network, as from load_state_dict.
     """
+    if type(model) in LOW_RANK_TYPES and "S" in state:
+        model = LOW_RANK_TYPES[type(model)].in_place_of(model)
     made: dict[nn.Module, LowRankLayer] = {}
     for name, dense in list(model.named_modules(remove_duplicate=False)):
         if type(dense) in LOW_RANK_TYPES and f"{name}.S" in state:

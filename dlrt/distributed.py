@@ -85,22 +85,23 @@ def reduce_gradients(model: nn.Module) -> None:
     """Between backward pass and step: sum all gradients, and what layers recorded, over the processes.
 
     Weigh every process's loss first, as `share` says, and the sum is the gradient of the joined batch. The
-    same parameters must have taken part everywhere. RuntimeError where it was done already.
+    same parameters must have taken part everywhere. RuntimeError where it was done already, and, as long as
+    the bases are not frozen, from a backward pass after it or from a step without it.
     """
     if world_size() == 1:
         return
-    layers = [
-        module
+    operators = [
+        module.gradient
         for module in model.modules()
-        if isinstance(module, LowRankLayer) and module.gradient is not None and not module.gradient.empty
+        if isinstance(module, LowRankLayer) and module.gradient is not None and module.S.grad is not None
     ]
-    if any(layer.gradient.joined for layer in layers):
+    if any(G.summed for G in operators):
         raise RuntimeError("these gradients are summed already: once between the last backward and step")
-    products = [(layer.gradient @ layer.V, layer.gradient.T @ layer.U) for layer in layers]
+    products = {G: (G @ G.layer.V, G.T @ G.layer.U) for G in operators if not G.empty}
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    sum_over_processes([*gradients, *(product for pair in products for product in pair)])
-    for layer, (GV, GtU) in zip(layers, products, strict=True):
-        layer.gradient.join(GV, GtU)
+    sum_over_processes([*gradients, *(product for pair in products.values() for product in pair)])
+    for G in operators:
+        G.join(products.get(G))
 
 
 @torch.no_grad()

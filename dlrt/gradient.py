@@ -149,16 +149,17 @@ class Gradient:
         self.GtU: Tensor | None = None
         self.dense: Tensor | None = None  # the part of G that was cheaper to form
         self._joined: tuple[Tensor, Tensor] | None = None
+        self._summed: Tensor | None = None  # the S.grad that is a sum over all processes
         self._S_grad: Tensor | None = None
 
     @property
-    def joined(self) -> bool:
-        """Whether G V and Gᵀ U are the sums over all processes."""
-        return self._joined is not None
+    def summed(self) -> bool:
+        """Whether S.grad, and G V and Gᵀ U where there are any, are the sums over all processes."""
+        return self._summed is not None
 
-    def join(self, GV: Tensor, GtU: Tensor) -> None:
-        """Take over the sums over all processes, those of S.grad included; `distributed.reduce_gradients`."""
-        self._joined = GV, GtU
+    def join(self, products: tuple[Tensor, Tensor] | None) -> None:
+        """Take over the sums G V, Gᵀ U over all processes; S.grad is one. `distributed.reduce_gradients`."""
+        self._joined, self._summed = products, self.layer.S.grad
         self._S_grad = self.layer.S.grad.clone()
 
     @property
@@ -176,6 +177,12 @@ class Gradient:
         self._pending.append((_backward_pass(), contribution))
 
     def _add_pending(self, S: Tensor) -> None:
+        if self._summed is S.grad:
+            raise RuntimeError(
+                "all backward passes of a step must come before reduce_gradients, and one came after it: "
+                "call zero_grad() and repeat the step"
+            )
+        self._summed = None  # S.grad was reset, and is this process's part again
         dtype = S.dtype
         for made_by, new in self._pending:
             if made_by != _backward_pass():
@@ -202,7 +209,7 @@ class Gradient:
 
     def __matmul__(self, V: Tensor) -> Tensor:
         layer = self.layer
-        if V is layer.V and self.joined:
+        if V is layer.V and self._joined is not None:
             return self._joined[0]
         product = None if self.dense is None else self.dense @ V
         if V is layer.V:
@@ -232,7 +239,7 @@ class Gradient:
         return self._rows(1)
 
     def _rows(self, which: int) -> Tensor | None:
-        if len(self.samples) != 1 or self.dense is not None or self.joined:
+        if len(self.samples) != 1 or self.dense is not None or self._joined is not None:
             return None
         if self.samples[0][which].dim() != 2:
             return None
@@ -252,7 +259,7 @@ class Transposed:
 
     def __matmul__(self, U: Tensor) -> Tensor:
         G, layer = self.T, self.T.layer
-        if U is layer.U and G.joined:
+        if U is layer.U and G._joined is not None:
             return G._joined[1]
         product = None if G.dense is None else G.dense.mT @ U
         if U is layer.U:

@@ -38,7 +38,7 @@ def load_network(run: Path | str, network: type[nn.Module] | None = None) -> tup
     network = network or getattr(models, name)
     model = network(tuple(about["shape"]), about["classes"], **about["settings"])
     try:
-        load_factors(model, state["chosen"])
+        model = load_factors(model, state["chosen"])
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise RunError(f"the weights in {path} do not fit {network.__name__}: {reason}") from error

@@ -75,7 +75,9 @@ class DLRT(torch.optim.Optimizer):
         self.tau, self.integrator, self.min_rank, self.max_rank = tau, integrator, min_rank, max_rank
         self.s_steps, self._taken = s_steps, 0  # S-steps from one move of the bases to the next, and so far
         self.names = {
-            module: name for name, module in model.named_modules() if isinstance(module, LowRankLayer)
+            module: name or type(module).__name__
+            for name, module in model.named_modules()
+            if isinstance(module, LowRankLayer)
         }
         if not self.names:
             raise ValueError("the model has no low-rank layer: call dlrt.to_low_rank(model) first")
@@ -150,7 +152,7 @@ class DLRT(torch.optim.Optimizer):
                     f"{self.names[layer]} has a gradient but recorded nothing (in eval mode no layer does): "
                     "call model.train() before it, or freeze_bases() to train S only"
                 )
-            if world_size() > 1 and not (layer.gradient.joined or layer.gradient.empty):
+            if world_size() > 1 and not layer.gradient.summed:
                 raise RuntimeError(
                     f"{self.names[layer]} knows this process's gradient only: call "
                     "dlrt.distributed.reduce_gradients(model) between the backward pass and the step"

@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 
 import dlrt
+from dlrt.distributed import world_size
 
 try:
     import fcntl
@@ -33,7 +34,7 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.checkpoint = folder / "checkpoint.pt"
+        self.config, self.checkpoint = folder / "config.json", folder / "checkpoint.pt"
 
     def start(self, config: dict[str, Any], resume: bool) -> None:
         """Make the folder, or check that it holds a run of the same options to resume; else RunError.
@@ -42,11 +43,10 @@ class Run:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock()
-        path = self.folder / "config.json"
-        if path.exists() and not resume:
+        was = self.options()
+        if was and not resume:
             raise RunError(f"{self.folder} holds a run: continue it with --resume, or choose another --name")
-        if path.exists():
-            was = json.loads(path.read_text())["options"]
+        if was:
             changed = [
                 key for key in config if was.get(key) != config[key] and key != "name"
             ]  # a folder may move
@@ -57,7 +57,11 @@ class Run:
                 )
             return
         text = json.dumps({"options": config, **_surroundings()}, indent=2) + "\n"
-        _write(path, lambda file: file.write(text.encode()))
+        _write(self.config, lambda file: file.write(text.encode()))
+
+    def options(self) -> dict[str, Any]:
+        """The options that the folder's run was begun with; none where there is no run."""
+        return json.loads(self.config.read_text())["options"] if self.config.exists() else {}
 
     def _lock(self) -> None:
         if fcntl is None:
@@ -185,7 +189,12 @@ def _surroundings() -> dict[str, Any]:
             "torch": torch.__version__,
             "numpy": np.__version__,
         },
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "gpu": gpu},
+        "machine": {
+            "processor": platform.machine(),
+            "processes": world_size(),
+            "threads": torch.get_num_threads(),
+            "gpu": gpu,
+        },
         "commit": _commit(Path(dlrt.__file__).parent),
     }
 

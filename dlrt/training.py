@@ -253,13 +253,14 @@ def evaluate(
 
 
 def describe(row: dict[str, Any], epochs: int) -> str:
-    """One line about an epoch."""
+    """One line about an epoch; nothing was trained in epoch 0."""
     ranks = (
         f"  ranks {row['ranks']}  compression {row['evaluation_compression']:.1f} %" if row["ranks"] else ""
     )
+    validation = f"  validation {row['validation_loss']:.4f} {row['validation_accuracy']:.2f} %{ranks}"
+    if row["epoch"] == 0:
+        return f"epoch {0:3d}/{epochs}{validation}"
     return (
         f"epoch {row['epoch']:3d}/{epochs}  lr {row['lr']:.4g}  tau {row['tau']:.3g}"
-        f"  train {row['train_loss']:.4f} {row['train_accuracy']:.2f} %"
-        f"  validation {row['validation_loss']:.4f} {row['validation_accuracy']:.2f} %"
-        f"{ranks}  {row['seconds']:.1f} s"
+        f"  train {row['train_loss']:.4f} {row['train_accuracy']:.2f} %{validation}  {row['seconds']:.1f} s"
     )

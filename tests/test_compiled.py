@@ -89,11 +89,60 @@ def test_the_operators_keep_what_they_promise_the_compiler(layer, shape):
     _, a = compiled._forward(x, layer.S, layer.bias, gradient.number)
     torch.library.opcheck(compiled._forward, (x.requires_grad_(), layer.S, layer.bias, gradient.number))
     g = torch.randn_like(layer(x))
-    adjoint = (*(T.detach() for T in (g, x, a, layer.S)), gradient.number)
+    adjoint = (*(T.detach() for T in (g, x, a, layer.S)), gradient.number, 0)
     for of_x in (True, False):
         torch.library.opcheck(
             compiled._backward, (*adjoint, of_x), test_utils=("test_schema", "test_faketensor")
         )
+
+
+class Twice(nn.Module):
+    """Two calls that a compiler may take for one: the same layer, the same input, the same gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = LowRankLinear(6, 5, 3)
+
+    def forward(self, x):
+        return self.layer(x) + self.layer(x)
+
+
+@pytest.mark.usefixtures("float64")
+def test_two_equal_calls_of_a_layer_are_recorded_twice():
+    model = Twice()
+    gradient, x = Gradient(model.layer, keep_samples=True), torch.randn(4, 6)
+    products = []
+    for forward in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        model.zero_grad()
+        forward(x).square().sum().backward()
+        U, S, V = model.layer.factors.U, model.layer.S, model.layer.V
+        assert torch.allclose(U.mT @ (gradient @ V), S.grad, atol=1e-12)
+        products.append((gradient @ torch.eye(6), gradient.T @ torch.eye(5)))
+    for eager, compiled_one in zip(*products, strict=True):
+        assert torch.allclose(eager, compiled_one, atol=1e-12)
+
+
+@pytest.mark.usefixtures("float64")
+def test_what_is_recorded_does_not_live_in_memory_that_the_compiler_may_reuse():
+    layer = LowRankLinear(6, 5, 3)
+    gradient, x, g = Gradient(layer, keep_samples=True), torch.randn(4, 6), torch.randn(4, 5)
+    G = g.mT @ x
+    compiled.compiled_map(x, layer.S, layer.bias, gradient.number).backward(g)
+    for reused in (x, g):
+        reused.zero_()
+    assert torch.allclose(gradient @ torch.eye(6), G)
+
+
+def test_freezing_between_a_compiled_forward_and_its_backward_pass_is_refused():
+    model = dlrt.to_low_rank(Network(), rank=4)
+    optimizer = DLRT(model, torch.optim.SGD, lr=0.1)
+    forward = torch.compile(model, backend="aot_eager")
+    loss = forward(torch.randn(16, 1, 4, 4)).sum()
+    optimizer.freeze_bases()
+    with pytest.raises(RuntimeError, match="take the forward pass again"):
+        loss.backward()
+    forward(torch.randn(16, 1, 4, 4)).sum().backward()
+    assert all(layer.S.grad is not None for layer in optimizer.names)
 
 
 def graphs_over_moving_ranks(backend, steps=12, **options):

@@ -88,6 +88,28 @@ def test_grouped_convolutions_stay_dense_and_it_says_so():
     assert [type(module).__name__ for module in network] == ["Conv2d", "LowRankConv2d"]
 
 
+@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 4), lambda: nn.Conv2d(2, 4, 3)])
+def test_a_model_that_is_one_layer_is_given_back_as_one(make):
+    dense, x = make(), torch.randn(3, 6) if isinstance(make(), nn.Linear) else torch.randn(3, 2, 5, 5)
+    model = dlrt.to_low_rank(dense, rank=2)
+    assert list(dlrt.compression(model).ranks.values()) == [2]
+    other = dlrt.load_factors(make(), model.state_dict())
+    assert type(other) is type(model)
+    assert torch.equal(other(x), model(x))
+    assert type(dlrt.load_factors(make(), dense.state_dict())) is type(dense)
+    assert type(dlrt.to_dense(other)) is type(dense)
+    optimizer = dlrt.DLRT(model.eval(), torch.optim.SGD, lr=0.1)
+    model(x).sum().backward()
+    with pytest.raises(RuntimeError, match=f"^{type(model).__name__} has a gradient but recorded nothing"):
+        optimizer.step()
+
+
+def test_a_model_that_is_one_layer_without_a_low_rank_form_stays_dense_and_it_says_so():
+    for model in (nn.Conv2d(4, 4, 3, groups=2), nn.LSTM(4, 4)):
+        with pytest.warns(UserWarning, match=f"{type(model).__name__} stays dense"):
+            assert dlrt.to_low_rank(model, rank=2) is model
+
+
 def test_layers_that_share_a_weight_stay_dense_and_it_says_so():
     network = nn.ModuleDict({"words": nn.Embedding(9, 4), "inner": nn.Linear(4, 4), "head": nn.Linear(4, 9)})
     network["head"].weight = network["words"].weight

@@ -1,7 +1,9 @@
 """Two processes are one process on the joined batch; a lost one ends the run, and any number continues it."""
 
 import io
+import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from test_optimizer import closure_of, low_rank_layers
+from test_optimizer import low_rank_layers
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -27,10 +29,17 @@ from dlrt.training import Recipe, evaluate, train_epoch
 STEPS = {
     "augmented": {},
     "augmented, two S-steps": {"s_steps": 2},
-    "parallel": {"integrator": "parallel"},
+    "parallel, four S-steps": {"integrator": "parallel", "s_steps": 4, "parts": 2},
     "bug": {"integrator": "bug"},
 }
-RECIPE = Recipe(epochs=2, batch_size=12, tau=0.05)
+ORDERS = {  # of the acts of a step, and the error, where there is one
+    "backward step": "RuntimeError: 0 knows this process's gradient only: call dlrt.distributed.reduce",
+    "backward sum sum step": "RuntimeError: these gradients are summed already",
+    "backward sum backward": "RuntimeError: all backward passes of a step must come before reduce_grad",
+    "backward backward sum step backward sum step": "none",
+    "backward sum reset backward sum step": "none",
+}
+RECIPE = Recipe(epochs=2, batch_size=12, tau=0.05, augment=True)
 
 
 def network():
@@ -41,7 +50,7 @@ def network():
 
 
 def batches():
-    """Sizes that two processes share evenly, unevenly, and not at all; the bases move in large ones, too."""
+    """Sizes that two processes share evenly, unevenly, and not at all; the bases move in large ones."""
     generator = torch.Generator().manual_seed(1)
     for size in (16, 7, 17, 3, 16, 2):
         x = torch.randn(size, 1, 8, 8, generator=generator, dtype=torch.float64)
@@ -58,8 +67,8 @@ def optimizer_for(model, integrator="augmented", kind=torch.optim.SGD, **options
     return DLRT(model, kind, **options)
 
 
-def trained(**options):
-    """The network after a step on every batch, of which this process takes its share."""
+def trained(parts=1, **options):
+    """The network after a step on every batch, of which this process takes its share, in so many passes."""
     model, formed = network(), set()
     optimizer = optimizer_for(model, momentum=0.9, **options)
 
@@ -68,8 +77,10 @@ def trained(**options):
 
         def closure(x=x, y=y, weight=weight):
             optimizer.zero_grad()
-            loss = weight * cross_entropy(model(x), y)
-            loss.backward()
+            for inputs, labels in zip(x.tensor_split(parts), y.tensor_split(parts), strict=True):
+                share = weight * len(labels) / len(y)
+                loss = share * cross_entropy(model(inputs), labels, reduction="sum") / max(1, len(labels))
+                loss.backward()
             formed.update(layer.gradient.dense is not None for layer in low_rank_layers(model))
             distributed.reduce_gradients(model)
             return loss
@@ -85,7 +96,9 @@ def epoch_of(data, folder):
     """Losses and accuracies of an epoch of training, and of the network after it."""
     model = network()
     dataset = Dataset("made up", data, data, data, 4, (0.0,), (1.0,), 1, False)
-    measured = train_epoch(model, optimizer_for(model), dataset, RECIPE, 1, Run(folder), quiet=True)
+    measured = train_epoch(
+        model, optimizer_for(model, s_steps=4), dataset, RECIPE, 1, Run(folder), quiet=True
+    )
     return torch.tensor([*measured, *evaluate(model, data, batch_size=5)])
 
 
@@ -104,17 +117,19 @@ def broken_epoch(folder):
     epoch_of(data, folder)
 
 
-def step_without_the_others():
+def error_in(order, s_steps):
+    """What is said where "backward", "sum" and "step" come in that order, after a step as it should be."""
     model = network()
-    closure = closure_of(model, optimizer_for(model), *next(batches()))
-    optimizer_for(model).step(closure)
-
-
-def sum_twice():
-    model = network()
-    closure_of(model, optimizer_for(model), *next(batches()))()
-    distributed.reduce_gradients(model)
-    distributed.reduce_gradients(model)
+    optimizer, (x, y) = optimizer_for(model, s_steps=s_steps), next(batches())
+    acts = {
+        "backward": lambda: cross_entropy(model(x), y).backward(),
+        "sum": lambda: distributed.reduce_gradients(model),
+        "step": lambda: (optimizer.step(), optimizer.zero_grad()),
+        "reset": lambda: model.zero_grad(),  # the optimizer's forgets more
+    }
+    for act in ("backward", "sum", "step"):
+        acts[act]()
+    return error_of(lambda: [acts[act]() for act in order.split()])
 
 
 def checked_with_one_other_bit():
@@ -169,8 +184,7 @@ def work(rank, folder):
     results |= {
         "epoch": epoch_of(split(), folder),
         "broken": error_of(lambda: broken_epoch(folder)),
-        "alone": error_of(step_without_the_others),
-        "twice": error_of(sum_twice),
+        "errors": {(order, n): error_in(order, n) for order in ORDERS for n in (1, 3)},
         "another bit": error_of(checked_with_one_other_bit),
         "bytes": {name: bytes_of_a_step(wide, name) for name in ("parallel", "augmented")},
         "averaged": averaged_statistics(),
@@ -212,10 +226,11 @@ def test_all_processes_see_that_one_has_broken_data(both):
         assert results["broken"].startswith("FloatingPointError: the loss is nan in epoch 1, step 1")
 
 
-def test_gradients_that_were_not_summed_or_twice_are_refused(both):
+@pytest.mark.parametrize("s_steps", [1, 3])
+@pytest.mark.parametrize("order", ORDERS)
+def test_gradients_are_summed_once_between_the_last_backward_pass_and_the_step(both, order, s_steps):
     for results in both:
-        assert "0 knows this process's gradient only: call dlrt.distributed.reduce" in results["alone"]
-        assert results["twice"].startswith("RuntimeError: these gradients are summed already")
+        assert re.match(ORDERS[order], results["errors"][order, s_steps])
 
 
 def test_bases_that_differ_in_one_bit_are_named(both):
@@ -299,6 +314,7 @@ def test_a_killed_worker_ends_the_run_with_a_message_and_any_number_of_processes
             launched.terminate()
     assert launched.returncode != 0
     assert "another process was lost" in err or "SIGKILL" in err
+    assert json.loads((run / "config.json").read_text())["machine"]["processes"] == 2
     done = len(load_checkpoint(run / "checkpoint.pt")["metrics"])
     assert 1 <= done < EPOCHS
     assert out.count("epoch   1/") == 1  # one process speaks

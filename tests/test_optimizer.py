@@ -29,14 +29,16 @@ def low_rank_layers(model):
     return [module for module in model.modules() if isinstance(module, dlrt.LowRankLayer)]
 
 
-def train(model, optimizer, batches):
+def train(model, optimizer, batches, parts=1):
+    """A step on every batch, whose gradient is accumulated over so many parts."""
     for x, y in batches:
         if getattr(optimizer, "integrator", None) == "bug":
             loss = optimizer.step(closure_of(model, optimizer, x, y))
             continue
         optimizer.zero_grad()
-        loss = cross_entropy(model(x), y)  # stays alive into the next forward pass, as in everybody's loop
-        loss.backward()
+        for inputs, labels in zip(x.chunk(parts), y.chunk(parts), strict=True):
+            loss = cross_entropy(model(inputs), labels) / parts
+            loss.backward()  # the loss stays alive into the next forward pass, as in everybody's loop
         optimizer.step()
     return loss
 
@@ -179,7 +181,8 @@ def test_a_step_changes_the_weight_by_at_most_the_truncation_beyond_the_gradient
             assert torch.allclose(basis.mT @ basis, torch.eye(layer.rank), atol=1e-12)
 
 
-def test_with_several_s_steps_the_bases_move_once_and_s_is_trained_in_them():
+@pytest.mark.parametrize(("momentum", "parts"), [(0.0, 1), (0.9, 2)])
+def test_with_several_s_steps_the_bases_move_once_and_s_is_trained_in_them(momentum, parts):
     model = dlrt.to_low_rank(network(), rank=3, skip=["5"])
     data, h, tau = [batch() for _ in range(3)], 0.2, 0.05
     expected = copy.deepcopy(model)
@@ -188,8 +191,10 @@ def test_with_several_s_steps_the_bases_move_once_and_s_is_trained_in_them():
         U1, V1, D = integrators.augment(Y, G)
         U_hat, V_hat = torch.cat([Y.U, U1], 1), torch.cat([Y.V, V1], 1)
         layer.factors = LowRank(U_hat, integrators.pad_like(Y.S, D), V_hat)
-    train(expected, torch.optim.SGD([p for p in expected.parameters() if p.requires_grad], lr=h), data)
-    train(model, DLRT(model, torch.optim.SGD, lr=h, tau=tau, min_rank=1, s_steps=3), data)
+    options = {"lr": h, "momentum": momentum}
+    train(expected, torch.optim.SGD([p for p in expected.parameters() if p.requires_grad], **options), data)
+    optimizer = DLRT(model, torch.optim.SGD, tau=tau, min_rank=1, s_steps=3, **options)
+    train(model, optimizer, data, parts)
     for layer, other in zip(low_rank_layers(model), low_rank_layers(expected), strict=True):
         truncated = dlrt.truncate(other.factors, tau)
         assert layer.rank == truncated.rank

@@ -136,7 +136,7 @@ def test_the_model_ends_with_the_weights_of_the_chosen_epoch(dataset, tmp_path):
     [
         (RECIPE, {"low_rank": False, "momentum": 0.9, "schedule": cosine}),
         (RECIPE, {"schedule": cosine}),
-        (RECIPE, {"momentum": 0.9, "schedule": cosine}),
+        (replace(RECIPE, augment=True), {"momentum": 0.9, "schedule": cosine, "s_steps": 3}),
         (replace(RECIPE, tau_warmup=3.0), {"momentum": 0.9, "schedule": cosine}),
         (RECIPE, {"momentum": 0.9, "schedule": plateau}),
         (RECIPE, {"kind": torch.optim.Adam, "lr": 0.01}),

@@ -1,6 +1,7 @@
 """How much memory a training step takes at rank r, against the dense network, at its peak.
 
-    python timings/memory.py      about a minute on two CPU cores
+    python timings/memory.py                about a minute on two CPU cores
+    python timings/memory.py --vgg16        VGG16 as well, on pictures of 32 x 32 pixels: two minutes more
 
 The peak counts every tensor: weights, the inner optimizer's momentum, activations, gradients, what the layers
 record, and what the step makes of it. On a CPU torch's profiler reports each allocation and release; on a GPU
@@ -9,6 +10,7 @@ the caching allocator keeps count. "recorded" is what waits for the step after t
 
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from networks import LENET5_RANKS, low_rank, make_parser, mlp_ranks, parse
@@ -16,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from dlrt import DLRT, LowRankLayer, cli
-from dlrt.models import MLP, LeNet5
+from dlrt import DLRT, LowRankLayer, cli, to_low_rank
+from dlrt.models import MLP, VGG16, LeNet5
 
 WARM_UP = 2  # momentum exists after the first step
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler tells of every start and stop
@@ -105,32 +107,48 @@ def records(model: nn.Module) -> list[Tensor]:
 
 
 def compare(
-    title: str, network: Callable[[], nn.Module], ranks: list[dict[str, int]], samples: int, device: str
+    title: str,
+    dense: Callable[[], nn.Module],
+    others: dict[str, Callable[[], nn.Module]],
+    data: tuple[str, Tensor, Tensor],
 ) -> None:
-    """A line for the dense network, and one for each choice of ranks and integrator."""
-    data = device, torch.randn(samples, 1, 28, 28), torch.randint(0, 10, (samples,))
-    dense, _ = measure(network, data, None)
-    print(f"{title:10} {'dense':28} peak {dense / 1e6:8.1f} MB", flush=True)
-    for chosen in ranks:
-        text = "/".join(dict.fromkeys(map(str, chosen.values())))
+    """A line for the dense network, and one for each low-rank one, by its ranks, and integrator."""
+    most_dense, _ = measure(dense, data, None)
+    print(f"{title:10} {'dense':28} peak {most_dense / 1e6:8.1f} MB", flush=True)
+    for ranks, network in others.items():
         for integrator in ("augmented", "parallel"):
-            most, recorded = measure(lambda chosen=chosen: low_rank(network(), chosen), data, integrator)
+            most, recorded = measure(network, data, integrator)
             print(
-                f"{title:10} ranks {text:9} {integrator:12} peak {most / 1e6:8.1f} MB, "
-                f"{dense / most:5.2f} x less  (recorded {recorded / 1e6:6.1f} MB)",
+                f"{title:10} ranks {ranks:9} {integrator:12} peak {most / 1e6:8.1f} MB, "
+                f"{most_dense / most:5.2f} x less  (recorded {recorded / 1e6:6.1f} MB)",
                 flush=True,
             )
 
 
+def batch(device: str, samples: int, *shape: int) -> tuple[str, Tensor, Tensor]:
+    return device, torch.randn(samples, *shape), torch.randint(0, 10, (samples,))
+
+
+def vgg16(share: float) -> nn.Module:
+    """VGG16 with the layers low-rank that its training script has, at that share of the full ranks."""
+    return to_low_rank(VGG16(), share, skip=["features.0", "classifier"])
+
+
 def main() -> None:
     parser = make_parser(__doc__)
+    parser.add_argument("--vgg16", action="store_true", help="measure VGG16, too")
     parser.add_argument("--device", type=cli.device, default=cli.HERE, help="where to train")
     args = parse(parser)
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {args.device}, SGD with momentum")
-    compare("LeNet5", LeNet5, [LENET5_RANKS], 128, args.device)
-    choices = [mlp_ranks(rank) for rank in args.ranks]
-    compare(f"MLP {args.width}", lambda: MLP(width=args.width), choices, 256, args.device)
+    lenet5 = {"/".join(map(str, LENET5_RANKS.values())): lambda: low_rank(LeNet5(), LENET5_RANKS)}
+    compare("LeNet5", LeNet5, lenet5, batch(args.device, 128, 1, 28, 28))
+    dense = partial(MLP, width=args.width)
+    mlps = {str(rank): lambda rank=rank: low_rank(dense(), mlp_ranks(rank)) for rank in args.ranks}
+    compare(f"MLP {args.width}", dense, mlps, batch(args.device, 256, 1, 28, 28))
+    if args.vgg16:
+        vggs = {f"x {share}": partial(vgg16, share) for share in (0.5, 0.25, 0.1)}
+        compare("VGG16", VGG16, vggs, batch(args.device, 128, 3, 32, 32))
 
 
 if __name__ == "__main__":
