@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import pandas as pd
 import torch
 from torch import nn
 
@@ -235,37 +236,21 @@ def _run(
 ) -> None:
     if args.workers:
         torch.set_num_threads(args.workers)
-    low_rank = hasattr(args, "tau")
     options = {key: value for key, value in vars(args).items() if key not in NOT_PART_OF_THE_EXPERIMENT}
     options["network"] = network.__name__
-    prefix = "".join(f"{key}{value}_" for key, value in settings.items())
-    args.name = options["name"] = (
-        args.name or f"{prefix}{f'tau{args.tau}' if low_rank else 'dense'}_seed{args.seed}"
-    )
+    args.name = options["name"] = args.name or _name(args, settings)
     run = Run((args.output_dir or results) / args.name)
     dataset = distributed.first_before_others(lambda: load(args.dataset, args.data_dir, args.seed))
     dataset = dataset.to(args.device)
     torch.manual_seed(args.seed)
     model = network(dataset.shape, dataset.classes, **settings)
-    if start := args.from_checkpoint:
-        options["from_checkpoint"] = _take_weights(model, start, run)
+    if args.from_checkpoint:
+        options["from_checkpoint"] = _take_weights(model, args.from_checkpoint, run)
     distributed.first(lambda: run.start(options, args.resume))
-    if low_rank:
+    if hasattr(args, "tau"):
         model = to_low_rank(model, rank=args.rank, skip=args.skip)
     model.to(args.device, memory_format=torch.channels_last)  # on a CPU convolutions take half the time
-    optimizer = make_optimizer(model, args)
-    recipe = Recipe(
-        args.epochs,
-        args.batch_size,
-        args.seed,
-        tau=args.tau if low_rank else 0.0,
-        tau_warmup=args.tau_warmup if low_rank else 0.0,
-        finetune_epochs=args.finetune_epochs if low_rank else 0,
-        label_smoothing=args.label_smoothing,
-        augment=args.augment,
-        measure_first=start is not None,
-        amp=args.amp or None,
-    )
+    optimizer, recipe = make_optimizer(model, args), make_recipe(args)
     scheduler = make_scheduler(optimizer, args.schedule, recipe.epochs + recipe.finetune_epochs)
     about = {
         "network": network.__name__,
@@ -278,15 +263,24 @@ def _run(
     }
     quiet = args.quiet or distributed.process_rank() > 0
     metrics = fit(model, optimizer, scheduler, dataset, recipe, run, about, quiet)
-    row = metrics.loc[chosen_epoch(metrics)]
     accuracy = evaluate(model, dataset.test, recipe.amp)[1]
-    if distributed.process_rank() > 0:
-        return
-    ranks = f", ranks {row['ranks']}" if low_rank else ""
-    print(
+    if distributed.process_rank() == 0:
+        print(_result(metrics, accuracy, run.folder))
+
+
+def _name(args: argparse.Namespace, settings: dict[str, Any]) -> str:
+    """What a run's folder is called where nobody says."""
+    prefix = "".join(f"{key}{value}_" for key, value in settings.items())
+    return f"{prefix}{f'tau{args.tau}' if hasattr(args, 'tau') else 'dense'}_seed{args.seed}"
+
+
+def _result(metrics: pd.DataFrame, accuracy: float, folder: Path) -> str:
+    row = metrics.loc[chosen_epoch(metrics)]
+    ranks = f", ranks {row['ranks']}" if row["ranks"] else ""
+    return (
         f"test accuracy {accuracy:.2f} % (epoch {row['epoch']}, chosen on the validation split){ranks}, "
         f"evaluation parameters {row['evaluation_parameters']:,}, "
-        f"compression {row['evaluation_compression']:.2f} %; {run.folder}"
+        f"compression {row['evaluation_compression']:.2f} %; {folder}"
     )
 
 
@@ -323,6 +317,21 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Op
         return kind(model.parameters(), **inner)
     ranks = {"min_rank": args.min_rank, "max_rank": args.max_rank, "s_steps": args.s_steps}
     return DLRT(model, kind, tau=args.tau, integrator=args.integrator, **ranks, **inner)
+
+
+def make_recipe(args: argparse.Namespace) -> Recipe:
+    """How to train as the flags describe it; a dense network has no tolerance and no bases to freeze."""
+    of_dlrt = ("tau", "tau_warmup", "finetune_epochs")
+    return Recipe(
+        args.epochs,
+        args.batch_size,
+        args.seed,
+        label_smoothing=args.label_smoothing,
+        augment=args.augment,
+        measure_first=args.from_checkpoint is not None,
+        amp=args.amp or None,
+        **{name: getattr(args, name) for name in of_dlrt if hasattr(args, name)},
+    )
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, schedule: str, epochs: int):
