@@ -7,7 +7,7 @@ from pathlib import Path
 
 from factored import AS_IN_THE_PAPER, DECAY, decayed_lenet5
 
-from dlrt import cli
+from dlrt import cli, script
 
 
 def main() -> None:
@@ -18,7 +18,7 @@ def main() -> None:
     if not isinstance(args.rank, int) or args.skip:
         parser.error("here every layer has the same rank, a whole number, and none stays dense (--skip)")
     args.min_rank = args.max_rank = args.rank
-    cli.run_script(
+    script.run(
         args, decayed_lenet5, Path(__file__).parent / "results", {"rank": args.rank, "decay": args.decay}
     )
 

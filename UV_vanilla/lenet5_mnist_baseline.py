@@ -7,7 +7,7 @@ from pathlib import Path
 
 from factored import AS_IN_THE_PAPER, DECAY, vanilla_lenet5
 
-from dlrt import cli
+from dlrt import cli, script
 
 
 def main() -> None:
@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument("--rank", type=cli.NATURAL, default=20, help="of every layer large enough")
     parser.add_argument("--decay", **DECAY)
     args = cli.parse(parser)
-    cli.run_script(
+    script.run(
         args, vanilla_lenet5, Path(__file__).parent / "results", {"rank": args.rank, "decay": args.decay}
     )
 

@@ -5,14 +5,14 @@ python cifar10/resnet20_cifar10.py --tau 0.1 --epochs 30
 
 from pathlib import Path
 
-from dlrt import cli
+from dlrt import cli, script
 from dlrt.models import ResNet20
 
 
 def main() -> None:
     defaults = {"dataset": "cifar10", "epochs": 30, "weight_decay": 5e-4}
     parser = cli.training_parser(__doc__, low_rank=True, tau=0.1, skip=["conv1", "linear"], **defaults)
-    cli.run_script(cli.parse(parser), ResNet20, Path(__file__).parent / "results" / "resnet20")
+    script.run(cli.parse(parser), ResNet20, Path(__file__).parent / "results" / "resnet20")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ python cifar10/vgg16_cifar10.py --tau 0.1 --epochs 30
 
 from pathlib import Path
 
-from dlrt import cli
+from dlrt import cli, script
 from dlrt.models import VGG16
 
 
@@ -14,7 +14,7 @@ def main() -> None:
     parser = cli.training_parser(
         __doc__, low_rank=True, tau=0.1, skip=["features.0", "classifier"], **defaults
     )
-    cli.run_script(cli.parse(parser), VGG16, Path(__file__).parent / "results" / "vgg16")
+    script.run(cli.parse(parser), VGG16, Path(__file__).parent / "results" / "vgg16")
 
 
 if __name__ == "__main__":

@@ -5,14 +5,14 @@ python cifar10/vgg16_cifar10_baseline.py --epochs 30
 
 from pathlib import Path
 
-from dlrt import cli
+from dlrt import cli, script
 from dlrt.models import VGG16
 
 
 def main() -> None:
     defaults = {"dataset": "cifar10", "epochs": 30, "weight_decay": 5e-4}
     parser = cli.training_parser(__doc__, low_rank=False, **defaults)
-    cli.run_script(cli.parse(parser), VGG16, Path(__file__).parent / "results" / "vgg16")
+    script.run(cli.parse(parser), VGG16, Path(__file__).parent / "results" / "vgg16")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,11 @@ LOOK = {
 }
 
 
+def style(number: int) -> dict[str, str]:
+    """Colour and line style of the curve of that number."""
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number % len(STYLES)]}
+
+
 def save(figure: Figure, folders: list[Path], name: str) -> Path:
     """Write name.pdf and name.png into every folder and close the figure; give the first PNG's path."""
     for folder in folders:
@@ -46,7 +51,7 @@ def learning_curves(metrics: dict[str, pd.DataFrame]) -> Figure:
     with mpl.rc_context(LOOK):
         figure, (accuracy, compression) = plt.subplots(1, 2, figsize=(9, 3.6))
         for number, (label, rows) in enumerate(metrics.items()):
-            line = {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number % len(STYLES)]}
+            line = style(number)
             accuracy.plot(rows["epoch"], rows["validation_accuracy"], label=label, **line)
             compression.plot(rows["epoch"], rows["evaluation_compression"], **line)
         accuracy.set(xlabel="epoch", ylabel="validation accuracy [%]")
@@ -76,11 +81,11 @@ def accuracy_against_compression(
             axes.plot(rows["compression"], rows["accuracy"], marker, color="0.55", ms=6, label=label)
         for number, (label, rows) in enumerate(curves.items()):
             rows = rows.sort_values("compression")
-            line = {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number % len(STYLES)]}
+            line = style(number)
             errors = {"yerr": rows["accuracy_std"].fillna(0), "capsize": 3, "marker": "o", "ms": 4}
             axes.errorbar(rows["compression"], rows["accuracy"], label=label, **errors, **line)
         for number, (label, accuracy) in enumerate(dense.items()):
-            axes.axhline(accuracy, color=COLOURS[number % len(COLOURS)], lw=1, ls=(0, (1, 1)), label=label)
+            axes.axhline(accuracy, color=style(number)["color"], lw=1, ls=(0, (1, 1)), label=label)
         axes.set(xlabel="evaluation compression [%]", ylabel="test accuracy [%]")
         axes.legend(loc="lower left", fontsize="small", frameon=True, framealpha=0.9)
     return figure
@@ -90,9 +95,10 @@ def bands(axes: Axes, runs: list[pd.DataFrame], column: str, label: str, number:
     """The mean of a column of metrics over runs, epoch by epoch, in a band of one standard deviation."""
     values = pd.concat([rows.set_index("epoch")[column] for rows in runs], axis=1)
     mean, std = values.mean(axis=1), values.std(axis=1).fillna(0)
-    colour = COLOURS[number % len(COLOURS)]
-    axes.plot(mean.index, mean, color=colour, linestyle=STYLES[number % len(STYLES)], label=label)
-    axes.fill_between(mean.index, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
+    axes.plot(mean.index, mean, label=label, **style(number))
+    axes.fill_between(
+        mean.index, mean - std, mean + std, color=style(number)["color"], alpha=0.2, linewidth=0
+    )
 
 
 def singular_values(values: dict[str, Tensor]) -> Figure:
@@ -100,8 +106,7 @@ def singular_values(values: dict[str, Tensor]) -> Figure:
     with mpl.rc_context(LOOK):
         figure, axes = plt.subplots(figsize=(5.6, 3.6))
         for number, (name, sigma) in enumerate(values.items()):
-            style = {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number % len(STYLES)]}
-            axes.plot(range(1, len(sigma) + 1), sigma / sigma[0], label=name, marker=".", **style)
+            axes.plot(range(1, len(sigma) + 1), sigma / sigma[0], label=name, marker=".", **style(number))
         axes.set(xlabel="number of the singular value", ylabel="singular value / largest")
         axes.set(xscale="log", yscale="log")
         figure.legend(loc="outside right upper", ncols=1 + len(values) // 24, fontsize="small")

@@ -5,7 +5,7 @@ python mnist/mlp_mnist_baseline.py --width 500 --epochs 20
 
 from pathlib import Path
 
-from dlrt import cli
+from dlrt import cli, script
 from dlrt.models import MLP
 
 
@@ -14,7 +14,7 @@ def main() -> None:
     parser.add_argument("--width", type=cli.NATURAL, default=500, help="of the hidden layers")
     args = cli.parse(parser)
     results = Path(__file__).parent / "results" / "mlp"
-    cli.run_script(args, MLP, results, settings={"width": args.width})
+    script.run(args, MLP, results, settings={"width": args.width})
 
 
 if __name__ == "__main__":

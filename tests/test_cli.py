@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from dlrt import cli
+from dlrt import cli, script
 from dlrt.data import DATASETS
 from dlrt.models import LeNet5
 from dlrt.runs import load_checkpoint, read_metrics
@@ -255,7 +255,7 @@ def run(folder, *flags, low_rank=True):
     parser = cli.training_parser("", low_rank=low_rank)
     settings = ["--dataset", "digits", "--epochs", "1", "--device", "cpu", "--output-dir", folder, *flags]
     try:
-        cli.run_script(cli.parse(parser, [str(flag) for flag in settings]), LeNet5, folder)
+        script.run(cli.parse(parser, [str(flag) for flag in settings]), LeNet5, folder)
     except SystemExit as error:
         return error.code
     return None

@@ -18,7 +18,7 @@ from test_training import RECIPE, assert_equal_weights, dataset, network, one_th
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from dlrt import DLRT, LowRankConv2d, LowRankLinear, cli, to_low_rank
+from dlrt import DLRT, LowRankConv2d, LowRankLinear, cli, script, to_low_rank
 from dlrt.data import DataError, Split, _split
 from dlrt.models import MLP
 from dlrt.runs import Run, RunError, load_checkpoint
@@ -28,12 +28,12 @@ __all__ = ["dataset", "one_thread"]  # fixtures
 QUICK = ["--dataset", "digits", "--epochs", "1", "--batch-size", "128", "--device", "cpu", "--name", "a"]
 
 
-def script(folder, *flags):
+def trained(folder, *flags):
     """A training script, in this process; its exit code or last words."""
     parser = cli.training_parser("", low_rank=True, skip=["fc5"])
     args = cli.parse(parser, [*QUICK, "--output-dir", str(folder), *flags])
     try:
-        cli.run_script(args, MLP, folder, settings={"width": 8})
+        script.run(args, MLP, folder, settings={"width": 8})
     except SystemExit as error:
         return error.code
     return 0
@@ -105,7 +105,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_how_to_go_on(dataset, t
 
 def test_a_script_on_a_full_disk_ends_with_one_line(tmp_path):
     with files_up_to(5_000):
-        message = script(tmp_path, "--quiet")
+        message = trained(tmp_path, "--quiet")
     assert f"{tmp_path / 'a' / 'checkpoint.pt'} cannot be written" in message
     assert len(message.splitlines()) == 1
     lock = ["git", "rev-parse", "--path-format=absolute", "--git-path", "index.lock"]
@@ -126,7 +126,7 @@ def test_a_folder_that_may_not_be_written_costs_one_line(tmp_path):
     def run():
         if os.geteuid() == 0:
             drop_root_privileges()
-        message.write_text(script(folder))
+        message.write_text(trained(folder))
 
     os.waitpid(in_a_child(run), 0)
     assert "Permission denied" in message.read_text()
@@ -173,7 +173,7 @@ def test_a_checkpoint_of_another_network_is_refused_in_one_line(dataset, tmp_pat
 
 
 def test_a_rank_larger_than_possible_is_the_full_rank(tmp_path, capsys):
-    assert script(tmp_path, "--rank", "99999", "--tau", "0", "--quiet") == 0
+    assert trained(tmp_path, "--rank", "99999", "--tau", "0", "--quiet") == 0
     assert "ranks 8/8/8/8" in capsys.readouterr().out
 
 

@@ -25,7 +25,7 @@ ORDER = [
     ],
     ["training", "loading"],
     ["cli"],
-    ["grid", "results"],
+    ["script", "grid", "results"],
     ["__main__"],
 ]
 

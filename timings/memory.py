@@ -137,7 +137,7 @@ def vgg16(share: float) -> nn.Module:
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--vgg16", action="store_true", help="measure VGG16, too")
-    parser.add_argument("--device", type=cli.device, default=cli.HERE, help="where to train")
+    parser.add_argument("--device", type=cli.device, default=cli.DEFAULT_DEVICE, help="where to train")
     args = parse(parser)
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {args.device}, SGD with momentum")

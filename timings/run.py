@@ -185,7 +185,7 @@ def main() -> None:
     add("--seconds", type=cli.POSITIVE, default=10.0, help=longest)
     enough = "times dense: no larger rank for a setting that needs more, and more than --seconds"
     add("--slowest", type=cli.POSITIVE, default=1.2, help=enough)
-    add("--device", type=cli.device, default=cli.HERE, help="where to train; cpu or a GPU as cuda")
+    add("--device", type=cli.device, default=cli.DEFAULT_DEVICE, help="where to train; cpu or a GPU as cuda")
     add("--name", help="of the device's folder; by default what the device calls itself")
     add("--output-dir", type=Path, default=Path(__file__).parent / "results", help="where the folders go")
     args = parse(parser)

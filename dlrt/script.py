@@ -1,0 +1,186 @@
+"""What a training script does once its flags are read: train a network and leave a run's folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+from dlrt import distributed
+from dlrt.cli import OPTIMIZERS
+from dlrt.convert import to_low_rank
+from dlrt.data import DataError, load
+from dlrt.distributed import ProcessError
+from dlrt.optimizer import DLRT
+from dlrt.runs import Run, RunError, chosen_epoch, trained_weights
+from dlrt.training import Recipe, evaluate, fit
+
+NOT_PART_OF_THE_EXPERIMENT = ("data_dir", "output_dir", "resume", "quiet", "device", "workers")
+
+
+def run(
+    args: argparse.Namespace,
+    network: Callable[..., nn.Module],
+    results: Path,
+    settings: dict[str, Any] | None = None,
+) -> None:
+    """Train a network as the flags say, print the result and leave a run's folder.
+
+    network is called with the data's shape, its number of classes and `settings`. Ctrl-C exits with 130.
+    """
+    _check_skip(args, network, settings or {})
+    try:
+        args.device = distributed.start(args.device)
+        _train(args, network, results, settings or {})
+        distributed.stop()
+    except FloatingPointError as error:  # all processes have the same loss
+        sys.exit(1 if distributed.process_rank() else f"{Path(sys.argv[0]).name}: {error}")
+    except (DataError, RunError, OSError, ProcessError) as error:
+        process = f", process {distributed.process_rank()}" if distributed.world_size() > 1 else ""
+        sys.exit(f"{Path(sys.argv[0]).name}{process}: {error}")
+    except KeyboardInterrupt:
+        if distributed.process_rank() == 0:
+            print(
+                "\ninterrupted; the epochs that were completed are kept: continue with --resume",
+                file=sys.stderr,
+            )
+        sys.exit(130)
+
+
+def _check_skip(
+    args: argparse.Namespace, network: Callable[..., nn.Module], settings: dict[str, Any]
+) -> None:
+    """End with 2 where --skip names no layer of the network."""
+    if not getattr(args, "skip", ()):
+        return
+    with torch.device("meta"):
+        modules = dict(network(**settings).named_modules())
+    if unknown := sorted(set(args.skip) - modules.keys()):
+        layers = ", ".join(
+            name for name, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))
+        )
+        script = Path(sys.argv[0]).name
+        print(f"{script}: --skip takes layers of {layers}, got {', '.join(unknown)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _train(
+    args: argparse.Namespace,
+    network: Callable[..., nn.Module],
+    results: Path,
+    settings: dict[str, Any],
+) -> None:
+    if args.workers:
+        torch.set_num_threads(args.workers)
+    options = {key: value for key, value in vars(args).items() if key not in NOT_PART_OF_THE_EXPERIMENT}
+    options["network"] = network.__name__
+    args.name = options["name"] = args.name or _name(args, settings)
+    run = Run((args.output_dir or results) / args.name)
+    dataset = distributed.first_before_others(lambda: load(args.dataset, args.data_dir, args.seed))
+    dataset = dataset.to(args.device)
+    torch.manual_seed(args.seed)
+    model = network(dataset.shape, dataset.classes, **settings)
+    if args.from_checkpoint:
+        options["from_checkpoint"] = _take_weights(model, args.from_checkpoint, run)
+    distributed.first(lambda: run.start(options, args.resume))
+    if hasattr(args, "tau"):
+        model = to_low_rank(model, rank=args.rank, skip=args.skip)
+    model.to(args.device, memory_format=torch.channels_last)  # on a CPU convolutions take half the time
+    optimizer, recipe = make_optimizer(model, args), make_recipe(args)
+    scheduler = make_scheduler(optimizer, args.schedule, recipe.epochs + recipe.finetune_epochs)
+    about = {
+        "network": network.__name__,
+        "settings": settings,
+        "shape": list(dataset.shape),
+        "classes": dataset.classes,
+        "dataset": dataset.name,
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
+    }
+    quiet = args.quiet or distributed.process_rank() > 0
+    metrics = fit(model, optimizer, scheduler, dataset, recipe, run, about, quiet)
+    accuracy = evaluate(model, dataset.test, recipe.amp)[1]
+    if distributed.process_rank() == 0:
+        print(_result(metrics, accuracy, run.folder))
+
+
+def _name(args: argparse.Namespace, settings: dict[str, Any]) -> str:
+    """What a run's folder is called where nobody says."""
+    prefix = "".join(f"{key}{value}_" for key, value in settings.items())
+    return f"{prefix}{f'tau{args.tau}' if hasattr(args, 'tau') else 'dense'}_seed{args.seed}"
+
+
+def _result(metrics: pd.DataFrame, accuracy: float, folder: Path) -> str:
+    row = metrics.loc[chosen_epoch(metrics)]
+    ranks = f", ranks {row['ranks']}" if row["ranks"] else ""
+    return (
+        f"test accuracy {accuracy:.2f} % (epoch {row['epoch']}, chosen on the validation split){ranks}, "
+        f"evaluation parameters {row['evaluation_parameters']:,}, "
+        f"compression {row['evaluation_compression']:.2f} %; {folder}"
+    )
+
+
+def _take_weights(model: nn.Module, path: Path, run: Run) -> str:
+    """Load the weights to begin with; give what the run records of them, a name and a checksum.
+
+    Records can be published, so there is no path in it. A run that continues has weights of its own, and goes
+    on without the file; so does one that recorded no checksum.
+    """
+    recorded = run.options().get("from_checkpoint") or ""
+    if run.checkpoint.exists() and (
+        recorded == path.name or (recorded.startswith(f"{path.name} ") and not path.exists())
+    ):
+        return recorded
+    weights = trained_weights(path)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise RunError(f"--from-checkpoint {path} does not fit {type(model).__name__}: {reason}") from error
+    sums = [(name, distributed.checksum(value)) for name, value in model.state_dict().items()]
+    return f"{path.name} {zlib.crc32(repr(sums).encode()):08x}"
+
+
+def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+    """The optimizer that the flags describe: DLRT around it for a low-rank run."""
+    inner = {"lr": args.lr, "weight_decay": args.weight_decay}
+    if args.optimizer == "sgd":
+        inner["momentum"] = args.momentum
+    else:
+        inner["betas"] = (args.momentum, 0.999)
+    kind = OPTIMIZERS[args.optimizer]
+    if not hasattr(args, "tau"):
+        return kind(model.parameters(), **inner)
+    ranks = {"min_rank": args.min_rank, "max_rank": args.max_rank, "s_steps": args.s_steps}
+    return DLRT(model, kind, tau=args.tau, integrator=args.integrator, **ranks, **inner)
+
+
+def make_recipe(args: argparse.Namespace) -> Recipe:
+    """How to train as the flags describe it; a dense network has no tolerance and no bases to freeze."""
+    of_dlrt = ("tau", "tau_warmup", "finetune_epochs")
+    return Recipe(
+        args.epochs,
+        args.batch_size,
+        args.seed,
+        label_smoothing=args.label_smoothing,
+        augment=args.augment,
+        measure_first=args.from_checkpoint is not None,
+        amp=args.amp or None,
+        **{name: getattr(args, name) for name in of_dlrt if hasattr(args, name)},
+    )
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, schedule: str, epochs: int):
+    """The learning rate over the epochs; plateau divides it by ten where the validation loss rests."""
+    if schedule == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
+    if schedule == "plateau":
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=3)
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
