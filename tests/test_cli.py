@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +11,8 @@ import time
 import pytest
 import torch
 
-from dlrt import cli, script
+from dlrt import cli
 from dlrt.data import DATASETS
-from dlrt.models import LeNet5
 from dlrt.runs import load_checkpoint, read_metrics
 
 SCRIPT = cli.ROOT / "mnist" / "lenet5_mnist.py"
@@ -250,59 +248,49 @@ def test_an_unknown_layer_to_skip_is_named_before_any_data_is_read(tmp_path):
     assert result.stderr == "lenet5_mnist.py: --skip takes layers of conv1, conv2, fc1, fc2, got fc9\n"
 
 
-def run(folder, *flags, low_rank=True):
-    """An epoch of LeNet5 on the digits, in this process: its last words, or None."""
-    parser = cli.training_parser("", low_rank=low_rank)
-    settings = ["--dataset", "digits", "--epochs", "1", "--device", "cpu", "--output-dir", folder, *flags]
-    try:
-        script.run(cli.parse(parser, [str(flag) for flag in settings]), LeNet5, folder)
-    except SystemExit as error:
-        return error.code
-    return None
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    """The folder of two dense runs, a and b."""
-    folder = tmp_path_factory.mktemp("dense")
-    for seed, name in enumerate("ab"):
-        assert run(folder, "--quiet", "--name", name, "--seed", seed, low_rank=False) is None
-    return folder
-
-
-def test_a_run_starts_from_the_truncated_weights_of_a_dense_run(dense, tmp_path, capsys):
-    start = ["--from-checkpoint", dense / "a", "--tau-warmup", "0"]
-    assert run(tmp_path, *start, "--name", "full", "--rank", "1.0") is None
-    line = capsys.readouterr().out.splitlines()[0]
-    assert re.fullmatch(r"epoch   0/1  validation \S+ \S+ %  ranks \S+  compression \S+ %", line)
-    assert run(tmp_path, *start, "--name", "cut", "--rank", "2", "--quiet") is None
-    full, cut, trained = (
-        read_metrics(folder) for folder in (tmp_path / "full", tmp_path / "cut", dense / "a")
+@pytest.fixture
+def lenet5(run_script, tmp_path):
+    """One epoch of LeNet5 on the digits."""
+    flags = ["--dataset", "digits", "--epochs", "1", "--device", "cpu", "--output-dir", tmp_path]
+    return lambda *more, dense=False: run_script(
+        f"mnist/lenet5_mnist{'_baseline' if dense else ''}.py", *flags, *more
     )
+
+
+def test_a_run_starts_from_the_truncated_weights_of_a_dense_run(lenet5, tmp_path):
+    assert lenet5("--name", "dense", dense=True).returncode == 0
+    start = ["--from-checkpoint", tmp_path / "dense", "--tau-warmup", "0"]
+    line = lenet5(*start, "--name", "full", "--rank", "1.0").stdout.splitlines()[0]
+    assert re.fullmatch(r"epoch   0/1  validation \S+ \S+ %  ranks \S+  compression \S+ %", line)
+    assert lenet5(*start, "--name", "cut", "--rank", "2", "--quiet").returncode == 0
+    full, cut, trained = (read_metrics(tmp_path / name) for name in ("full", "cut", "dense"))
     assert full["epoch"].tolist() == [0, 1]
     assert full["test_accuracy"][0] == trained["test_accuracy"][0]
     assert full["test_loss"][0] == pytest.approx(trained["test_loss"][0], rel=1e-4)
-    assert cut["ranks"][0] == "2/2/2/2"
+    assert cut["ranks"][0] == "2/2"
     assert cut["validation_loss"][0] > full["validation_loss"][0]
-    assert "give a run's folder" in run(tmp_path, "--from-checkpoint", tmp_path / "nowhere", "--name", "c")
-    other = run(tmp_path, "--from-checkpoint", tmp_path / "full", "--name", "d")
-    assert "does not fit LeNet5" in other
-    assert len(other.splitlines()) == 1
+    missing = lenet5("--from-checkpoint", tmp_path / "nowhere", "--name", "a")
+    assert missing.returncode == 1
+    assert "give a run's folder" in missing.stderr
+    other = lenet5("--from-checkpoint", tmp_path / "full", "--name", "b")
+    assert "does not fit LeNet5" in other.stderr
+    assert other.stderr.count("\n") == 1
 
 
-def test_a_run_knows_the_weights_it_began_with_and_goes_on_without_their_file(dense, tmp_path):
-    start = tmp_path / "start"
-    flags = [tmp_path, "--from-checkpoint", start, "--name", "c", "--quiet"]
-    shutil.copytree(dense / "a", start)
-    assert run(*flags) is None
-    assert run(*flags, "--resume") is None
-    config = tmp_path / "c" / "config.json"
+def test_a_run_knows_the_weights_it_began_with_and_goes_on_without_their_file(lenet5, tmp_path):
+    for seed, name in enumerate(("start", "another")):
+        assert lenet5("--name", name, "--seed", seed, dense=True).returncode == 0
+    flags = ["--from-checkpoint", tmp_path / "start", "--name", "a", "--quiet"]
+    assert lenet5(*flags).returncode == 0
+    assert lenet5(*flags, "--resume").returncode == 0
+    config = tmp_path / "a" / "config.json"
     recorded = json.loads(config.read_text())["options"]["from_checkpoint"]
     assert re.fullmatch("start [0-9a-f]{8}", recorded)
-    shutil.rmtree(start)
-    assert run(*flags, "--resume") is None
-    shutil.copytree(dense / "b", start)
-    refused = run(*flags, "--resume")
-    assert f"was begun with other options (from_checkpoint '{recorded}' -> 'start " in refused
+    (tmp_path / "start").rename(tmp_path / "gone")
+    assert lenet5(*flags, "--resume").returncode == 0
+    (tmp_path / "another").rename(tmp_path / "start")
+    refused = lenet5(*flags, "--resume")
+    assert refused.returncode == 1
+    assert f"was begun with other options (from_checkpoint '{recorded}' -> 'start " in refused.stderr
     config.write_text(config.read_text().replace(recorded, "start"))  # as it was recorded without a checksum
-    assert run(*flags, "--resume") is None
+    assert lenet5(*flags, "--resume").returncode == 0
