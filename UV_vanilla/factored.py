@@ -24,10 +24,10 @@ DECAY = {
 def best_lrs(runs: pd.DataFrame) -> pd.Series:
     """For every network and decay the step size with which the first seed did best on the validation split.
 
-    runs are those of `dlrt.runs.read_runs`, whole ones only: a run that diverged wins nothing.
+    runs are those of `dlrt.runs.read_runs`, which has finished ones only: one that diverged wins nothing.
     """
-    whole = runs[(runs["seed"] == runs["seed"].min()) & (runs["epochs_done"] >= runs["epochs"])]
-    return whole.sort_values("validation_accuracy").groupby(["network", "decay"])["lr"].last()
+    first = runs[runs["seed"] == runs["seed"].min()]
+    return first.sort_values("validation_accuracy").groupby(["network", "decay"])["lr"].last()
 
 
 class VanillaLinear(nn.Module):

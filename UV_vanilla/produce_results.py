@@ -33,7 +33,7 @@ METHODS = {"decayed_lenet5": "DLRT", "vanilla_lenet5": "U Vᵀ"}
 def curves(found: pd.DataFrame, folder: Path) -> dict[tuple[str, float], list[pd.DataFrame]]:
     """The metrics of all seeds for each method and decay, with the learning rate that won."""
     best = best_lrs(found)
-    won = found[found["lr"] == [best[key] for key in zip(found["network"], found["decay"], strict=True)]]
+    won = found[found["lr"] == [best.get(key) for key in zip(found["network"], found["decay"], strict=True)]]
     return {
         (METHODS[network], decay, lr): [runs.read_metrics(folder / run) for run in rows["run"]]
         for (network, decay, lr), rows in won.groupby(["network", "decay", "lr"])

@@ -6,6 +6,7 @@ DLRT has the step size of the paper, 0.01. The plain factors have the one that i
 is run with each of `--lrs` and the first seed, and with the winner of the validation split for the others.
 """
 
+import sys
 from pathlib import Path
 
 from factored import DECAY, best_lrs
@@ -33,8 +34,12 @@ def main() -> None:
 
     grid.make([plan(d, seed) for seed in range(args.seeds) for d in args.decays], args.output_dir, args.jobs)
     tried = [plan(decay, 0, lr) for decay in args.decays for lr in args.lrs]
-    grid.make(tried, args.output_dir, args.jobs, may_fail=True)  # a step size may be too large to live
-    best = best_lrs(read_runs(args.output_dir))["vanilla_lenet5"]
+    grid.make(tried, args.output_dir, args.jobs, may_diverge=True)  # a step size may be too large
+    best = best_lrs(read_runs(args.output_dir)).get("vanilla_lenet5", {})
+    if hopeless := [f"{decay:g}" for decay in args.decays if decay not in best]:
+        sys.exit(
+            f"run.py: with every one of --lrs U Vᵀ diverges at decay {', '.join(hopeless)}: add smaller ones"
+        )
     others = range(1, args.seeds)
     grid.make([plan(d, seed, best[d]) for d in args.decays for seed in others], args.output_dir, args.jobs)
 

@@ -32,8 +32,8 @@ def main() -> None:
     for seed in range(args.seeds):
         for network in args.networks:
             options = {**cli.shared_options(args), "seed": seed, "rank": args.rank, "tau": TAUS[network]}
-            name, epochs = f"fine_tuned/{network}_seed{seed}", (args.epochs, args.finetune_epochs)
-            plans.append(grid.Plan(name, SCRIPTS[network], epochs[0], options, epochs[1]))
+            name = f"fine_tuned/{network}_seed{seed}"
+            plans.append(grid.Plan(name, SCRIPTS[network], args.epochs, options, args.finetune_epochs))
     grid.make(plans, args.output_dir, args.jobs)
 
 

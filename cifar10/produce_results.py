@@ -19,16 +19,17 @@ PUBLISHED = pd.DataFrame({
     "after [%]": ["58.7", "58.6", "67.7", "64.2"],
     "compression [%]": "93 to 98",
 })  # fmt: skip
+DATA = "CIFAR-10 (the runs that are committed: a JPEG copy of it)"
 CAPTION = (
-    "{}: test accuracy in %, mean and standard deviation over the seeds, at the epoch chosen on 5,000 "
+    f"{DATA}: test accuracy in %, mean and standard deviation over the seeds, at the epoch chosen on 5,000 "
     "validation pictures and at the last one. below dense: points below the dense net that began alike and "
     "was trained for as many epochs. Trained weights of others may have seen the validation pictures, dense "
     f"and low-rank nets that begin with them alike. {tables.COUNTED}"
 )
 FINE_TUNING = (
-    "{}: test accuracy in % before and after fine-tuning of S and all that is dense in frozen bases, each at "
-    "the epoch chosen on the validation pictures; epochs: before + after. published: Schotthöfer et al. "
-    f"2022. {tables.COUNTED}"
+    f"{DATA}: test accuracy in % before and after fine-tuning of S and all that is dense in frozen bases, "
+    "each at the epoch chosen on the validation pictures; epochs: before + after. published: Schotthöfer et "
+    f"al. 2022. {tables.COUNTED}"
 )
 SETTING = ["network", "start", "epochs"]
 
@@ -77,19 +78,15 @@ def fine_tuned(found: pd.DataFrame, folder: Path) -> pd.DataFrame:
 def main() -> None:
     args = results.parse(__doc__, HERE)
     found = results.read(args, "python cifar10/run.py, or the training scripts beside it")
-    data = "CIFAR-10 (JPEG copy)" if args.results == HERE / "results" else "CIFAR-10"  # ours are of a copy
     found["tau"] = found["tau"].where(found["ranks"] != "")
-    start = (
-        found["from_checkpoint"].astype("string").str.split().str[0].str.replace(r"_seed\d+$", "", regex=True)
-    )
-    found["start"] = start.fillna("scratch")
-    tuned = (
-        found.get("finetune_epochs", pd.Series(0, found.index)) > 0
-    )  # dense runs alone have no such option
+    start = found["from_checkpoint"].astype("string").str.replace(r" [0-9a-f]{8}$", "", regex=True)
+    found["start"] = start.str.replace(r"_seed\d+$", "", regex=True).fillna("scratch")
+    none = pd.Series(0, found.index)  # of dense runs alone, which have no such option
+    tuned = found.get("finetune_epochs", none) > 0
     if tuned.any():
         table = fine_tuned(found[tuned], args.results)
-        tables.write(table, args.output_dir, FINE_TUNING.format(data), name="fine_tune_effects")
-        print(tables.markdown(table, FINE_TUNING.format(data)))
+        tables.write(table, args.output_dir, FINE_TUNING, name="fine_tune_effects")
+        print(tables.markdown(table, FINE_TUNING))
     if tuned.all():
         return
     summary, table = compared(found[~tuned])
@@ -102,7 +99,7 @@ def main() -> None:
     figures = {}
     if curves:
         figures["cifar10_accuracy_vs_cr"] = plots.accuracy_against_compression(curves, {}, lines)
-    results.publish(args, table, CAPTION.format(data), figures)
+    results.publish(args, table, CAPTION, figures)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from dlrt import cli, grid
 
 HERE = Path(__file__).parent
 NETWORKS = ("resnet20", "alexnet", "vgg16")
-GENTLE = {"lr": 0.02}
+GENTLE = {"lr": 0.02}  # more would first undo what the weights have learned
 
 
 def twins(name: str, epochs: int, options: dict, of_dlrt: dict, taus: list[float]) -> list[grid.Plan]:

@@ -120,7 +120,8 @@ class Gradient:
     as a matrix.
 
     It goes with S.grad: what a backward pass contributes counts once it has reached S.grad, so a gradient
-    for inputs alone (torch.autograd.grad) adds nothing; and it is forgotten when S.grad is reset to None.
+    for inputs alone (torch.autograd.grad) adds nothing; and the next forward pass forgets it if S.grad was
+    reset to None.
 
     With several processes the products with the layer's own bases become the sums over all of them (`join`);
     any other product stays this process's part of the sum.

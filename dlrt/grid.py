@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,9 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dlrt.runs import epochs_done
-
-WHERE = ("data_dir", "device", "from_checkpoint")  # a run may be looked at where its data are not
+from dlrt.runs import DIVERGED, NOT_PART_OF_THE_EXPERIMENT, epochs_done
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,12 @@ class Plan:
         return self.epochs + self.finetune_epochs
 
     def command(self, results: Path, threads: int) -> list[str]:
+        """The command that begins the run or goes on with it."""
         folder = results / self.name
-        options = {**self._options(), "output_dir": folder.parent, "name": folder.name, "workers": threads}
-        command = [sys.executable, str(self.script), "--resume", "--quiet"]
+        options = {**self.options, "epochs": self.epochs, "output_dir": folder.parent, "name": folder.name}
+        if self.finetune_epochs:  # a dense run has no such flag
+            options["finetune_epochs"] = self.finetune_epochs
+        command = [sys.executable, str(self.script), "--resume", "--quiet", "--workers", str(threads)]
         for name, value in options.items():
             flag = f"--{name.replace('_', '-')}"
             if isinstance(value, bool):
@@ -50,46 +52,55 @@ class Plan:
                 command += [flag, *map(str, value if isinstance(value, list | tuple) else [value])]
         return command
 
-    def is_finished(self, results: Path) -> bool:
-        """Whether all epochs are there; ends the program where the run was made with other options."""
-        folder = results / self.name
-        if epochs_done(folder) < self.all_epochs:
-            return False
-        was = json.loads((folder / "config.json").read_text())["options"]
-        other = [
+    def other_options(self, results: Path) -> list[str]:
+        """In which options the run that is there differs from this plan."""
+        path = results / self.name / "config.json"
+        if not path.exists():
+            return []
+        was = {"finetune_epochs": 0, **json.loads(path.read_text())["options"]}
+        options = {**self.options, "epochs": self.epochs, "finetune_epochs": self.finetune_epochs}
+        return [
             f"{name} {was.get(name)!r} instead of {value!r}"
-            for name, value in self._options().items()
-            if name not in WHERE and was.get(name) != (list(value) if isinstance(value, tuple) else value)
+            for name, value in options.items()
+            if name not in NOT_PART_OF_THE_EXPERIMENT and not _same(name, was.get(name), value)
         ]
-        if other:
-            sys.exit(f"{folder} was made with {', '.join(other)}: move it away, or take another --output-dir")
-        return True
-
-    def _options(self) -> dict[str, Any]:
-        finetuning = {"finetune_epochs": self.finetune_epochs} if self.finetune_epochs else {}
-        return {**self.options, "epochs": self.epochs, **finetuning}
 
 
-def make(plans: Sequence[Plan], results: Path, jobs: int = 1, may_fail: bool = False) -> None:
+def _same(name: str, recorded: Any, value: Any) -> bool:
+    """Whether a value of config.json is the planned one; of weights it has the file's name and a checksum."""
+    if name == "from_checkpoint":
+        return re.sub(r" [0-9a-f]{8}$", "", str(recorded)) == Path(value).name
+    if name == "rank" and type(recorded) is not type(value):  # 1 is a rank, 1.0 the full one
+        return False
+    return recorded == (list(value) if isinstance(value, tuple) else value)
+
+
+def make(plans: Sequence[Plan], results: Path, jobs: int = 1, may_diverge: bool = False) -> None:
     """Make every run that is not finished yet, `jobs` at a time, each with its share of the CPU's cores.
 
-    A run that fails is told and the others go on; then the program ends with 1, unless they may fail. Ctrl-C
-    stops the runs, whose last complete epochs are kept, and ends with 130. A finished run of other options
-    ends the program with 1 before anything is made.
+    A run that fails is told and the others go on; then the program ends with 1, unless it was for a loss that
+    is not finite and runs may diverge. Ctrl-C stops the runs, whose last complete epochs are kept, and ends
+    with 130. A run that is there with other options ends the program with 1 before any of these is made.
     """
-    waiting = [plan for plan in plans if not plan.is_finished(results)]
+    for plan in plans:
+        if other := plan.other_options(results):
+            folder = results / plan.name
+            sys.exit(f"{folder} was made with {', '.join(other)}: move it, or take another --output-dir")
+    if not plans:
+        return
     with tempfile.TemporaryDirectory() as logs:
-        failed = _run_all(plans, waiting, results, jobs, Path(logs))
+        failed = _run_all(plans, results, jobs, Path(logs), may_diverge)
     print(f"{len(plans) - len(failed)} of {len(plans)} runs are in {results}")
-    if failed and not may_fail:
+    if failed:
         sys.exit(f"failed: {', '.join(failed)}; the same command tries them again")
 
 
-def _run_all(plans: Sequence[Plan], waiting: list[Plan], results: Path, jobs: int, logs: Path) -> list[str]:
-    """Make the waiting runs, with a bar over the epochs of all plans; the names of those that failed."""
+def _run_all(plans: Sequence[Plan], results: Path, jobs: int, logs: Path, may_diverge: bool) -> list[str]:
+    """Make what is missing, with a bar over the epochs of all plans; the names of those that failed."""
     failed: list[str] = []
     running: dict[subprocess.Popen, Plan] = {}
     done = {plan.name: epochs_done(results / plan.name) for plan in plans}
+    waiting = [plan for plan in plans if done[plan.name] < plan.all_epochs]
     threads = max(1, (os.cpu_count() or 1) // jobs)
     there = sum(done.values())
     bar = tqdm(total=sum(plan.all_epochs for plan in plans), initial=there, unit="epoch", disable=None)
@@ -97,24 +108,28 @@ def _run_all(plans: Sequence[Plan], waiting: list[Plan], results: Path, jobs: in
         while waiting or running:
             while waiting and len(running) < jobs:
                 plan = waiting.pop(0)
-                log = logs / plan.name.replace("/", " ")
-                running[_start(plan.command(results, threads), threads, log)] = plan
+                running[_start(plan.command(results, threads), threads, _log(logs, plan))] = plan
             time.sleep(1)
             for process, plan in list(running.items()):
                 ended = process.poll() is not None
                 done[plan.name] = epochs_done(results / plan.name)
-                if ended and running.pop(process) and process.returncode:
-                    failed.append(plan.name)
-                    log = logs / plan.name.replace("/", " ")
-                    tqdm.write(f"{plan.name} failed: {_last_line(log)}")
+                if not ended:
+                    continue
+                del running[process]
+                if process.returncode:
+                    tqdm.write(f"{plan.name} failed: {_last_line(_log(logs, plan))}")
+                    if not (may_diverge and process.returncode == DIVERGED):
+                        failed.append(plan.name)
             bar.set_postfix_str(", ".join(plan.name for plan in running.values()), refresh=False)
             bar.update(sum(done.values()) - bar.n)
-    except KeyboardInterrupt:
+    except BaseException as error:  # whatever ends this program ends its runs
         for process in running:
             process.send_signal(signal.SIGINT)
         for process in running:
             process.wait()
-        sys.exit(130)
+        if isinstance(error, KeyboardInterrupt):
+            sys.exit(130)
+        raise
     finally:
         bar.close()
     return failed
@@ -124,6 +139,10 @@ def _start(command: list[str], threads: int, log: Path) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with log.open("wb") as errors:  # a pipe that nobody reads would stop the run when it is full
         return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
+
+
+def _log(logs: Path, plan: Plan) -> Path:
+    return logs / plan.name.replace("/", " ")
 
 
 def _last_line(log: Path) -> str:

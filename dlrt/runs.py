@@ -25,6 +25,10 @@ except ImportError:  # not on Windows
     fcntl = None
 
 
+NOT_PART_OF_THE_EXPERIMENT = ("data_dir", "output_dir", "resume", "quiet", "device", "workers")
+DIVERGED = 3  # the exit code of a run whose loss is not finite
+
+
 class RunError(RuntimeError):
     """A run's folder cannot be used as asked; the message says why and what to do."""
 
@@ -145,26 +149,34 @@ def chosen_epoch(metrics: pd.DataFrame) -> int:
 def read_runs(results: Path) -> pd.DataFrame:
     """A row per run below a folder: its options, the metrics of its chosen epoch, and the folder's name.
 
-    The column last_test_accuracy is that of the last epoch, seconds_per_epoch the median. FileNotFoundError
-    where there are no runs.
+    The column last_test_accuracy is that of the last epoch, seconds_per_epoch the median. A run that is not
+    finished is left out with a warning. FileNotFoundError where there are no finished runs.
     """
-    rows = []
+    rows, unfinished = [], []
     for path in sorted(results.glob("**/config.json")):
         metrics = read_metrics(path.parent)
         if metrics is None:
             continue
         options = json.loads(path.read_text())["options"]
+        name = str(path.parent.relative_to(results))
+        done, planned = epochs_done(path.parent), options["epochs"] + options.get("finetune_epochs", 0)
+        if done < planned:
+            unfinished.append(f"{name} ({done} of {planned} epochs)")
+            continue
         chosen = metrics.loc[chosen_epoch(metrics)].to_dict()
         rows.append({
             **chosen,
             **options,  # lr is the one that was asked for, not that of the epoch
-            "run": str(path.parent.relative_to(results)),
-            "epochs_done": len(metrics),
+            "run": name,
             "last_test_accuracy": metrics["test_accuracy"].iloc[-1],
             "seconds_per_epoch": metrics["seconds"].median(),
         })  # fmt: skip
+    if unfinished:
+        warnings.warn(f"left out, since unfinished: {', '.join(unfinished)}; see --resume", stacklevel=2)
     if not rows:
-        raise FileNotFoundError(f"no runs in {results}; make them with the training scripts beside it")
+        raise FileNotFoundError(
+            f"no finished runs in {results}; make them with the training scripts beside it"
+        )
     return pd.DataFrame(rows)
 
 

@@ -19,10 +19,8 @@ from dlrt.convert import to_low_rank
 from dlrt.data import DataError, load
 from dlrt.distributed import ProcessError
 from dlrt.optimizer import DLRT
-from dlrt.runs import Run, RunError, chosen_epoch, trained_weights
+from dlrt.runs import DIVERGED, NOT_PART_OF_THE_EXPERIMENT, Run, RunError, chosen_epoch, trained_weights
 from dlrt.training import Recipe, evaluate, fit
-
-NOT_PART_OF_THE_EXPERIMENT = ("data_dir", "output_dir", "resume", "quiet", "device", "workers")
 
 
 def run(
@@ -33,15 +31,18 @@ def run(
 ) -> None:
     """Train a network as the flags say, print the result and leave a run's folder.
 
-    network is called with the data's shape, its number of classes and `settings`. Ctrl-C exits with 130.
+    network is called with the data's shape, its number of classes and `settings`. Exit codes: 130 after
+    Ctrl-C, 3 where the loss is not finite, 1 where something else is in the way.
     """
     _check_skip(args, network, settings or {})
     try:
         args.device = distributed.start(args.device)
         _train(args, network, results, settings or {})
         distributed.stop()
-    except FloatingPointError as error:  # all processes have the same loss
-        sys.exit(1 if distributed.process_rank() else f"{Path(sys.argv[0]).name}: {error}")
+    except FloatingPointError as error:
+        if distributed.process_rank() == 0:  # all processes have the same loss
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(DIVERGED)
     except (DataError, RunError, OSError, ProcessError) as error:
         process = f", process {distributed.process_rank()}" if distributed.world_size() > 1 else ""
         sys.exit(f"{Path(sys.argv[0]).name}{process}: {error}")

@@ -3,6 +3,7 @@
 import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -31,13 +32,16 @@ def run_script(monkeypatch, tmp_path, capsys):
         threads, loaded, code = torch.get_num_threads(), set(sys.modules), 0
         capsys.readouterr()
         try:
-            runpy.run_path(str(path), run_name="__main__")
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # a user would see it
+                runpy.run_path(str(path), run_name="__main__")
         except SystemExit as ended:
             code = ended.code or 0
-        torch.set_num_threads(threads)
-        for name in set(sys.modules) - loaded:  # another script may have another sibling of that name
-            if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == path.parent:
-                del sys.modules[name]
+        finally:
+            torch.set_num_threads(threads)
+            for name in set(sys.modules) - loaded:  # another script may have another sibling of that name
+                if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == path.parent:
+                    del sys.modules[name]
         out, err = capsys.readouterr()
         if isinstance(code, str):
             code, err = 1, f"{err}{code}\n"

@@ -61,7 +61,7 @@ def test_the_runs_of_cifar10_go_to_tables_and_a_figure(run_script, weights, tmp_
     output(run_script("cifar10/fine_tune_effects.py", *grid, *flags))
     for _ in range(2):  # it can be run twice
         flags = ["--results", "results", "--output-dir", "out"]
-        printed = output(run_script("cifar10/produce_results.py", *flags))
+        output(run_script("cifar10/produce_results.py", *flags))
     table = pd.read_csv(tmp_path / "out" / "table.csv", keep_default_na=False)
     rows = {(row["start"], row["τ"]): row for _, row in table.iterrows()}
     starts = [("adapted", "dense"), ("adapted", "0.3"), ("resnet20.pt", "dense"), ("scratch", "0.3")]
@@ -78,7 +78,6 @@ def test_the_runs_of_cifar10_go_to_tables_and_a_figure(run_script, weights, tmp_
     shown = tuned[["before [%]", "after [%]"]].astype(float).iloc[0]
     assert list(shown) == pytest.approx(list(metrics["test_accuracy"]), abs=0.01)
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".csv", ".md", ".tex", ".pdf", ".png"}
-    assert "JPEG" not in printed  # that is what our own runs are on
 
 
 def test_low_rank_training_begins_with_all_of_the_trained_weights(run_script, weights, tmp_path):

@@ -42,16 +42,38 @@ def test_a_failure_is_told_with_its_reason_and_the_others_go_on(tmp_path, capsys
     assert epochs_done(tmp_path / "good") == 1
     told = "bad failed: mlp_mnist_baseline.py: argument --lr: must lie in (0, inf)"
     assert told in capsys.readouterr().out
-    grid.make([plan("bad", lr=-1)], tmp_path, may_fail=True)
-    assert told in capsys.readouterr().out
 
 
-def test_a_finished_run_of_other_options_is_not_taken_for_the_one_planned(tmp_path):
-    grid.make([plan("one", 1)], tmp_path)
-    grid.make([plan("one", 1, data_dir=tmp_path, device="cpu")], tmp_path)  # elsewhere, the same
-    for other in (plan("one", 1, width=9), plan("one", 1, augment=False), plan("one", 1, dataset="mnist")):
-        with pytest.raises(SystemExit, match=r"one was made with .* instead of .*: move it away"):
-            grid.make([other], tmp_path)
+def test_a_run_that_diverges_may_be_a_result(tmp_path, capsys):
+    diverging = plan("wild", lr=1e9, batch_size=32)
+    with pytest.raises(SystemExit, match="failed: wild"):
+        grid.make([diverging], tmp_path)
+    grid.make([diverging], tmp_path, may_diverge=True)
+    assert capsys.readouterr().out.count("wild failed: mlp_mnist_baseline.py: the loss is") == 2
+    with pytest.raises(SystemExit, match="failed: bad"):  # that is another reason
+        grid.make([plan("bad", lr=-1)], tmp_path, may_diverge=True)
+
+
+def test_a_run_of_other_options_is_not_taken_for_the_one_planned(tmp_path):
+    """Whether it is finished or not; nothing is trained here."""
+    options = {"width": 8, "augment": True, "skip": ["fc5"], "rank": 1.0, "weight_decay": 0.0, "epochs": 3}
+    options |= {"finetune_epochs": 1, "from_checkpoint": "a b.pt 0123abcd"}
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "config.json").write_text(json.dumps({"options": options}))
+    same = {"width": 8, "augment": True, "skip": ("fc5",), "rank": 1.0, "weight_decay": 0}
+    same |= {"from_checkpoint": tmp_path / "a b.pt", "data_dir": tmp_path, "device": "cuda"}
+
+    def other(epochs=3, finetune_epochs=1, **changed):
+        return grid.Plan("one", SCRIPT, epochs, {**same, **changed}, finetune_epochs).other_options(tmp_path)
+
+    assert other() == []
+    for changed in ({"width": 9}, {"augment": False}, {"skip": ()}, {"rank": 1}, {"from_checkpoint": "b.pt"}):
+        (told,) = other(**changed)
+        assert told.startswith(next(iter(changed)))
+    assert other(epochs=4) == ["epochs 3 instead of 4"]
+    assert other(finetune_epochs=0) == ["finetune_epochs 1 instead of 0"]
+    with pytest.raises(SystemExit, match=r"one was made with epochs 3 instead of 4: move it"):
+        grid.make([grid.Plan("one", SCRIPT, 4, same, 1)], tmp_path)
 
 
 def test_options_of_every_kind_reach_the_script(tmp_path):
@@ -62,14 +84,15 @@ def test_options_of_every_kind_reach_the_script(tmp_path):
     was = json.loads((tmp_path / "one" / "config.json").read_text())["options"]
     assert [was[name] for name in options] == [False, ["fc4", "fc5"], 0.2, 3]
     assert list(read_metrics(tmp_path / "one")["frozen_bases"]) == [False, True]
-    assert planned.is_finished(tmp_path)
+    assert not planned.other_options(tmp_path)
 
 
-def test_a_run_that_says_much_goes_on(tmp_path):
+def test_a_run_that_says_much_goes_on(tmp_path, capsys):
     talkative = tmp_path / "talk.py"
     talkative.write_text("import sys\nsys.stderr.write('word ' * 10**5)\nsys.exit('\\nthat was it')")
     with pytest.raises(SystemExit):
         grid.make([plan("talk", 1, script=talkative)], tmp_path / "results")
+    assert "talk failed: that was it" in capsys.readouterr().out
 
 
 def test_control_c_stops_the_runs_and_keeps_their_epochs(tmp_path):

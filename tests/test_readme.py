@@ -48,11 +48,8 @@ def test_a_command_of_the_readme_runs(command, tmp_path, request):
         flags += ["--repeats", "1", "--width", "64", "--ranks", "2", "7", "--networks", "lenet5", "mlp"]
     elif script == "timings/memory.py":
         flags += ["--width", "64", "--ranks", "2"]
-    elif script == "mnist/produce_results.py":
-        run(
-            [str(ROOT / "mnist/lenet5_mnist.py"), *QUICK, "--output-dir", str(tmp_path / "results")], tmp_path
-        )
-        flags += ["--results", str(tmp_path / "results"), "--output-dir", str(tmp_path)]
+    elif script.endswith("produce_results.py"):  # of the runs that are committed
+        flags += ["--output-dir", str(tmp_path)]
     result = run([script if script == "-m" else str(ROOT / script), *flags], tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout

@@ -182,26 +182,32 @@ def test_the_test_split_has_no_say():
 
 
 def test_no_runs_are_an_error_that_names_the_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no runs") as error:
+    with pytest.raises(FileNotFoundError, match="no finished runs") as error:
         read_runs(tmp_path)
     assert str(tmp_path) in str(error.value)
     started(tmp_path / "begun")  # no epoch was completed
-    with pytest.raises(FileNotFoundError, match="no runs"):
+    with pytest.raises(FileNotFoundError, match="no finished runs"):
         read_runs(tmp_path)
 
 
 def test_many_runs_are_one_table_with_a_row_each(tmp_path):
-    started(tmp_path / "lenet5" / "a", row(1, 92.0, test=40.0), row(2, 90.0, test=60.0), seed=0)
+    started(tmp_path / "lenet5" / "a", row(1, 92.0, test=40.0), row(2, 90.0, test=60.0), seed=0, epochs=2)
     rows = [row(1, 99.0, tau=0.0), row(2, 90.0), row(6, 91.0, test=70.0)]
-    started(tmp_path / "lenet5" / "b", *rows, name="b", seed=1)
+    started(tmp_path / "lenet5" / "b", *rows, name="b", seed=1, epochs=6)
     table = read_runs(tmp_path)
     assert table["run"].tolist() == ["lenet5/a", "lenet5/b"]
     assert table["seed"].tolist() == [0, 1]
     assert table["epoch"].tolist() == [1, 6]  # the chosen ones
     assert table["test_accuracy"].tolist() == [40.0, 70.0]
     assert table["last_test_accuracy"].tolist() == [60.0, 70.0]
-    assert table["epochs_done"].tolist() == [2, 3]
     assert table["seconds_per_epoch"].tolist() == [1.5, 2.0]
+
+
+def test_an_unfinished_run_is_left_out_and_told(tmp_path):
+    started(tmp_path / "whole", row(1, 92.0), row(2, 93.0), epochs=2)
+    started(tmp_path / "half", row(1, 99.0), row(2, 99.0), epochs=2, finetune_epochs=2)
+    with pytest.warns(UserWarning, match=r"left out, since unfinished: half \(2 of 4 epochs\)"):
+        assert read_runs(tmp_path)["run"].tolist() == ["whole"]
 
 
 def test_metrics_stay_numbers_where_one_is_not_finite(tmp_path):
