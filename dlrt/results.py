@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,14 +35,22 @@ def parse(description: str, folder: Path) -> argparse.Namespace:
 def read(
     args: argparse.Namespace, command: str, reader: Callable[[Path], pd.DataFrame] = read_runs
 ) -> pd.DataFrame:
-    """What the reader finds in the results; where it raises FileNotFoundError, the program ends.
+    """What the reader finds, and a line for each of its warnings.
 
-    Then it says which command makes the runs.
+    Where there is nothing the program ends and says which command makes the runs.
     """
-    try:
-        return reader(args.results)
-    except FileNotFoundError:
-        sys.exit(f"{Path(sys.argv[0]).name}: no runs in {args.results}; make them with: {command}")
+    script = Path(sys.argv[0]).name
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            found = reader(args.results)
+        except FileNotFoundError:
+            found = None
+    for warning in told:
+        print(f"{script}: {warning.message}", file=sys.stderr)
+    if found is None:
+        sys.exit(f"{script}: no finished runs in {args.results}; make them with: {command}")
+    return found
 
 
 def publish(args: argparse.Namespace, table: pd.DataFrame, caption: str, figures: dict[str, Figure]) -> None:

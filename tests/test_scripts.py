@@ -63,7 +63,7 @@ def test_without_runs_it_says_where_they_come_from(tmp_path, run_script):
     result = run_script("mnist/produce_results.py", "--results", tmp_path)
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1
-    assert "no runs in" in result.stderr
+    assert "no finished runs in" in result.stderr
 
 
 def test_quiet_prints_the_result_only(tmp_path):
