@@ -1,6 +1,8 @@
 """ResNet20 with dynamical low-rank training, on CIFAR-10.
 
-python cifar10/resnet20_cifar10.py --tau 0.1 --epochs 30
+python cifar10/resnet20_cifar10.py --tau 0.17 --epochs 30
+
+About two minutes an epoch on two CPU cores that do nothing else.
 """
 
 from pathlib import Path
@@ -11,7 +13,7 @@ from dlrt.models import ResNet20
 
 def main() -> None:
     defaults = {"dataset": "cifar10", "epochs": 30, "weight_decay": 5e-4}
-    parser = cli.training_parser(__doc__, low_rank=True, tau=0.1, skip=["conv1", "linear"], **defaults)
+    parser = cli.training_parser(__doc__, low_rank=True, tau=0.17, skip=["conv1", "linear"], **defaults)
     script.run(cli.parse(parser), ResNet20, Path(__file__).parent / "results" / "resnet20")
 
 

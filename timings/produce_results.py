@@ -169,7 +169,7 @@ def shares(rows: pd.DataFrame) -> Figure:
             grid = part.subplots(lines, columns, sharey=True, squeeze=False)
             settings = list(of.groupby(SETTING[2:], sort=False))
             for axes, (setting, its) in zip(grid.flat, settings, strict=False):
-                values = [100 * its[part] for part in PARTS]
+                values = [100 * its[share] for share in PARTS]
                 axes.stackplot(its["rank"], *values, colors=plots.COLOURS, labels=PARTS.values())
                 axes.set_title(label(*setting) + ("" if setting[-1] else ", fixed rank"), fontsize="small")
                 axes.set(xscale="log", xlabel="rank", ylim=(0, 100))
