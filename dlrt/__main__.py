@@ -9,6 +9,7 @@ RUN is the folder of a run, or its checkpoint.pt.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,7 +58,11 @@ def _info(args: argparse.Namespace) -> None:
         f"compression {count.evaluation_compression:.2f} %"
     )
     figure = plots.singular_values(dlrt.singular_values(model))
-    print(f"figure: {plots.save(figure, [args.output_dir or _folder(args.run)], 'singular_values')}")
+    folder = args.output_dir or _folder(args.run)
+    try:
+        print(f"figure: {plots.save(figure, [folder], 'singular_values')}")
+    except OSError as error:
+        raise RunError(f"no figure in {folder} ({error.strerror}): give another --output-dir") from error
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -65,14 +70,18 @@ def _export(args: argparse.Namespace) -> None:
     model, about = load_network(args.run)
     default = _folder(args.run) / f"{about['network'].lower()}{SUFFIXES[args.format]}"
     path = args.output or default
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise RunError(f"{path} cannot be written: give --output a file in a folder that can be written to")
     plain = dlrt.export(model)
     images = torch.zeros(2, *about["shape"])  # of two, since torch takes a dimension of one for a constant
+    part = path.with_name(f"unfinished-{path.name}")  # a file appears whole or not at all
     if args.format == "state_dict":
-        torch.save(plain.state_dict(), path)
+        torch.save(plain.state_dict(), part)
     elif args.format == "pt2":
-        torch.export.save(torch.export.export(plain, (images,), dynamic_shapes=_any_batch()), path)
+        torch.export.save(torch.export.export(plain, (images,), dynamic_shapes=_any_batch()), part)
     else:
-        _to_onnx(plain, images, path)
+        _to_onnx(plain, images, part)
+    part.replace(path)
     print(f"{_describe(about)}\n{path}")
 
 

@@ -59,7 +59,13 @@ TOLERANCE, POSITIVE = number(float, "[0, 1)"), number(float, "(0, inf)")
 
 def rank(text: str) -> int | float:
     """An argparse type: a whole number is a rank, a number with a point a share of the full rank."""
-    return NATURAL(text) if text.isdigit() else number(float, "(0, 1]")(text)
+    if text.isdigit():
+        return NATURAL(text)
+    try:
+        return number(float, "(0, 1]")(text)
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        told = f"must be a whole number from 1 on, or a share with a point in (0, 1], got {text}"
+        raise argparse.ArgumentTypeError(told) from error
 
 
 def device(text: str) -> str:

@@ -61,6 +61,14 @@ def _stays_dense(module: nn.Module, owners: Counter[int]) -> str | None:
         return "it is a grouped convolution"
     if type(module) in LOW_RANK_TYPES and owners[id(module.weight)] > 1:
         return "another module shares its weight"
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    if type(module) in LOW_RANK_TYPES and any(hooks):
+        return "it has hooks, as of spectral_norm or pruning, which would be lost: register them afterwards"
     return next((reason for kind, reason in OTHER_KINDS.items() if isinstance(module, kind)), None)
 
 

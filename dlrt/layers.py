@@ -72,7 +72,8 @@ class LowRankLayer(nn.Module):
         records = self.gradient is not None and not self.gradient.paused
         records = records and self.training and torch.is_grad_enabled()
         if not records or torch.compiler.is_exporting():
-            return self.lift(self.project(x, self.V), self.U, self.S, self.bias)
+            U, V = self.U.detach(), self.V.detach()  # model.requires_grad_() reaches them, gradients must not
+            return self.lift(self.project(x, V), U, self.S, self.bias)
         if torch.compiler.is_compiling():
             return compiled_map(x, self.S, self.bias, self.gradient.number)
         self.gradient.expect()

@@ -65,8 +65,8 @@ class DLRT(torch.optim.Optimizer):
     ) -> None:
         if integrator not in INTEGRATORS:
             raise ValueError(f"integrator must be one of {', '.join(INTEGRATORS)}, got {integrator!r}")
-        if s_steps < 1 or (s_steps > 1 and integrator == "bug"):
-            raise ValueError(f'every move of the bases needs 1 or more S-steps, 1 with "bug", got {s_steps}')
+        if not isinstance(s_steps, int) or s_steps < 1 or (s_steps > 1 and integrator == "bug"):
+            raise ValueError(f's_steps must be a whole number from 1 on, and 1 with "bug", got {s_steps!r}')
         if not isinstance(model, nn.Module):
             raise TypeError(f"the first argument must be the model itself, not {type(model).__name__}")
         check_tolerance(tau)
@@ -80,7 +80,12 @@ class DLRT(torch.optim.Optimizer):
             if isinstance(module, LowRankLayer)
         }
         if not self.names:
-            raise ValueError("the model has no low-rank layer: call dlrt.to_low_rank(model) first")
+            raise ValueError(
+                "the model has no low-rank layer: call dlrt.to_low_rank(model) first, and skip fewer layers"
+            )
+        for layer in self.names:  # model.requires_grad_() may have reached them
+            layer.U.requires_grad_(False)
+            layer.V.requires_grad_(False)
         self.inner = optimizer_class([p for p in model.parameters() if p.requires_grad], **inner)
         super().__init__(self.inner.param_groups, self.inner.defaults)
         self._share_state()

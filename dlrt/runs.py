@@ -48,16 +48,18 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock()
         was = self.options()
-        if was and not resume:
+        begun = self.checkpoint.exists() or (self.folder / "metrics.csv").exists()
+        if begun and not resume:
             raise RunError(f"{self.folder} holds a run: continue it with --resume, or choose another --name")
-        if was:
+        if was and begun:  # else no epoch was completed, and nothing is lost
             changed = [
                 key for key in config if was.get(key) != config[key] and key != "name"
             ]  # a folder may move
             other = [f"{key} {was.get(key)!r} -> {config[key]!r}" for key in changed]
             if other:
                 raise RunError(
-                    f"{self.folder} was begun with other options ({', '.join(other)}): repeat those"
+                    f"{self.folder} was begun with other options ({', '.join(other)}): "
+                    "repeat those, or choose another --name"
                 )
             return
         text = json.dumps({"options": config, **_surroundings()}, indent=2) + "\n"
@@ -97,7 +99,12 @@ class Run:
 
     def load(self) -> dict[str, Any] | None:
         """The last checkpoint, or None where no epoch was completed; RunError for a damaged one."""
-        return load_checkpoint(self.checkpoint) if self.checkpoint.exists() else None
+        if not self.checkpoint.exists():
+            return None
+        try:
+            return load_checkpoint(self.checkpoint)
+        except RunError as error:
+            raise RunError(f"{error}: delete it to begin anew") from error
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -111,10 +118,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def _load(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types on damaged bytes; whichever it was, it is told
-        reason = " ".join(f"{type(error).__name__} {error}".splitlines()[0].split())
+    except Exception as error:  # torch raises many types, with long texts, on bytes that it cannot read
         raise RunError(
-            f"{path} is not a checkpoint, or a damaged one ({reason}): delete it to begin anew"
+            f"{path} is not a checkpoint, or a damaged one: it holds no tensors that torch.load reads"
         ) from error
     if not isinstance(state, dict):
         raise RunError(f"{path} holds a {type(state).__name__}, not a checkpoint")
@@ -236,12 +242,15 @@ def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-    except (OSError, RuntimeError) as error:
-        reasons = [reason for reason in (error, error.__context__) if isinstance(reason, OSError)]
-        if not reasons:  # a full disk is a RuntimeError of torch.save, with its OSError behind it
-            raise
+    except BaseException as error:
         if part.is_file():
             part.unlink()
+        # torch.save raises a RuntimeError of its own, with a full disk or Ctrl-C behind it
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        reasons = [reason for reason in (error, error.__context__) if isinstance(reason, OSError)]
+        if not reasons:
+            raise
         raise OSError(
             f"{path} cannot be written ({reasons[0].strerror}): once it can be, --resume continues from the "
             "last epoch"

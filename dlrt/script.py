@@ -58,17 +58,17 @@ def run(
 def _check_skip(
     args: argparse.Namespace, network: Callable[..., nn.Module], settings: dict[str, Any]
 ) -> None:
-    """End with 2 where --skip names no layer of the network."""
+    """End with 2 where --skip names no layer of the network, or all that could be low-rank."""
     if not getattr(args, "skip", ()):
         return
     with torch.device("meta"):
         modules = dict(network(**settings).named_modules())
-    if unknown := sorted(set(args.skip) - modules.keys()):
-        layers = ", ".join(
-            name for name, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))
-        )
-        script = Path(sys.argv[0]).name
-        print(f"{script}: --skip takes layers of {layers}, got {', '.join(unknown)}", file=sys.stderr)
+    layers = [name for name, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    unknown = sorted(set(args.skip) - modules.keys())
+    if unknown or all(f"{name}.".startswith(tuple(f"{stem}." for stem in args.skip)) for name in layers):
+        wrong = f"takes layers of {', '.join(layers)}" if unknown else "must leave a layer that is low-rank"
+        got = ", ".join(unknown or args.skip)
+        print(f"{Path(sys.argv[0]).name}: --skip {wrong}, got {got}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -140,10 +140,12 @@ def _take_weights(model: nn.Module, path: Path, run: Run) -> str:
     ):
         return recorded
     weights = trained_weights(path)
+    if any(name.split(".")[-1] == "S" for name in weights):
+        raise RunError(f"--from-checkpoint {path} is of a low-rank network: give a dense one's")
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(" ".join(str(error).splitlines()[1:2]).split())
         raise RunError(f"--from-checkpoint {path} does not fit {type(model).__name__}: {reason}") from error
     sums = [(name, distributed.checksum(value)) for name, value in model.state_dict().items()]
     return f"{path.name} {zlib.crc32(repr(sums).encode()):08x}"

@@ -248,6 +248,24 @@ def test_an_unknown_layer_to_skip_is_named_before_any_data_is_read(tmp_path):
     assert result.stderr == "lenet5_mnist.py: --skip takes layers of conv1, conv2, fc1, fc2, got fc9\n"
 
 
+def test_a_low_rank_run_without_a_low_rank_layer_is_refused(run_script, tmp_path):
+    flags = [
+        "--skip",
+        "conv1",
+        "conv2",
+        "fc1",
+        "fc2",
+        "--dataset",
+        "digits",
+        "--output-dir",
+        tmp_path / "runs",
+    ]
+    result = run_script("mnist/lenet5_mnist.py", *flags)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "--skip must leave a layer that is low-rank" in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.fixture
 def lenet5(run_script, tmp_path):
     """One epoch of LeNet5 on the digits."""

@@ -146,6 +146,14 @@ def test_the_command_runs_from_any_folder_and_names_the_file(low_rank, tmp_path)
     assert (folder / "mlp.pt").exists()
 
 
+@pytest.mark.parametrize("kind", ["pt2", "onnx", "state_dict"])
+def test_a_file_that_cannot_be_written_is_told_before_any_work(low_rank, tmp_path, kind):
+    for output in (tmp_path, tmp_path / "nowhere" / "file"):
+        with pytest.raises(SystemExit, match="cannot be written: give --output a file"):
+            main(["export", str(low_rank[0]), "--format", kind, "--output", str(output)])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_impossible_commands_cost_one_line(capsys):
     for arguments in ([], ["fly"], ["export", "somewhere"], ["export", "somewhere", "--format", "exe"]):
         with pytest.raises(SystemExit) as error:

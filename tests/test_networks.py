@@ -140,6 +140,16 @@ def test_every_grouped_convolution_of_mobilenet_is_named():
     assert all(type(model.get_submodule(name)) is nn.Conv2d for name in grouped)
 
 
+def test_a_layer_with_hooks_stays_dense_since_they_would_be_lost():
+    model = nn.Sequential(nn.utils.spectral_norm(nn.Linear(6, 6)), nn.Linear(6, 6), nn.Linear(6, 4))
+    model[1].register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="stays dense: it has hooks") as told:
+        dlrt.to_low_rank(model)
+    assert [str(warning.message).split()[0] for warning in told] == ["0", "1"]
+    assert [type(layer) for layer in model[:2]] == [nn.Linear, nn.Linear]
+    assert isinstance(model[2], dlrt.LowRankLinear)
+
+
 def test_attention_and_recurrent_layers_are_left_as_they_were():
     for model, kind in ((vision_transformer(), nn.MultiheadAttention), (Recurrent(), nn.LSTM)):
         before = {

@@ -29,6 +29,29 @@ def low_rank_layers(model):
     return [module for module in model.modules() if isinstance(module, dlrt.LowRankLayer)]
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_unfreezing_the_whole_model_leaves_the_bases_to_the_integrator(when):
+    """Freezing and unfreezing by model.requires_grad_() reaches U and V as well."""
+    start, batches = dlrt.to_low_rank(network(), rank=3), [batch() for _ in range(6)]
+    norms = []
+    for unfrozen in (False, True):
+        model = copy.deepcopy(start)
+        if unfrozen and when == "before":
+            model.requires_grad_(True)
+        optimizer = DLRT(model, torch.optim.SGD, lr=0.1, momentum=0.9, tau=0.05, s_steps=3)
+        if unfrozen and when == "after":
+            model.requires_grad_(True)
+        norms.append([])
+        for x, y in batches:
+            optimizer.zero_grad()
+            cross_entropy(model(x), y).backward()
+            norms[-1].append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5).item())
+            optimizer.step()
+        for layer in low_rank_layers(model):
+            assert torch.allclose(layer.U.mT @ layer.U, torch.eye(layer.U.shape[1]), atol=1e-12)
+    assert norms[0] == norms[1]
+
+
 def train(model, optimizer, batches, parts=1):
     """A step on every batch, whose gradient is accumulated over so many parts."""
     for x, y in batches:
@@ -518,7 +541,7 @@ def test_mistakes_are_named():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(RuntimeError, match=r"step\(closure\)"):
         DLRT(model, torch.optim.SGD, lr=0.1, integrator="bug").step()
-    with pytest.raises(ValueError, match=r"1 or more S-steps, 1 with .bug., got 2"):
+    with pytest.raises(ValueError, match=r"whole number from 1 on, and 1 with .bug., got 2"):
         DLRT(model, torch.optim.SGD, lr=0.1, integrator="bug", s_steps=2)
     with pytest.raises(ValueError, match="augmented, parallel, bug, got 'foo'"):
         DLRT(model, torch.optim.SGD, lr=0.1, integrator="foo")

@@ -69,7 +69,7 @@ def test_a_folder_that_holds_a_run_is_refused_and_stays_as_it_was(tmp_path):
 
 
 def test_a_run_resumes_with_equal_options_only_and_the_difference_is_told(tmp_path):
-    started(tmp_path)
+    started(tmp_path, row(1, 80.0))
     Run(tmp_path).start(dict(OPTIONS), resume=True)
     for key, value in (("lr", 0.1), ("max_rank", 20), ("amp", True), ("new", 1)):
         with pytest.raises(RunError, match=f"{key} .* -> {value!r}"):
@@ -105,6 +105,32 @@ def test_a_checkpoint_that_fails_half_way_leaves_the_old_one(tmp_path):
     assert len(Run(tmp_path).load()["metrics"]) == 1
     run.save(state(row(1, 80.0), row(2, 81.0)))
     assert len(run.load()["metrics"]) == 2
+
+
+def test_control_c_while_a_file_is_written_is_control_c(tmp_path, monkeypatch):
+    """torch's writer makes a RuntimeError of it."""
+    run = started(tmp_path, row(1, 80.0))
+    before = run.checkpoint.read_bytes()
+
+    def interrupted(state, file):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("unexpected pos 124288 vs 124240")
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.save(state(row(1, 80.0), row(2, 81.0)))
+    assert run.checkpoint.read_bytes() == before
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_run_that_never_completed_an_epoch_can_be_begun_anew(tmp_path):
+    started(tmp_path, lr=1e6)
+    started(tmp_path, row(1, 80.0), lr=0.05)
+    assert json.loads((tmp_path / "config.json").read_text())["options"]["lr"] == 0.05
+    with pytest.raises(RunError, match="holds a run"):
+        started(tmp_path, lr=0.05)
 
 
 def test_the_checkpoint_is_never_ahead_of_the_metrics(tmp_path):
