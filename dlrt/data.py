@@ -1,6 +1,6 @@
-"""MNIST, CIFAR-10 and the digits bundled with scikit-learn: one function each, the same return type.
+"""MNIST, CIFAR-10, the digits bundled with scikit-learn and those in clutter: one function each, one return type.
 
-All three are small enough to live in memory as one tensor, so a batch is one indexing operation and no loader
+All are small enough to live in memory as one tensor, so a batch is one indexing operation and no loader
 fetches single samples.
 """
 
@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+
+from dlrt.clutter import clutter
 
 MNIST_FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -184,12 +186,22 @@ def _bundled_digits(size: int, test: int) -> Arrays:
     return images[:-test], labels[:-test], images[-test:], labels[-test:]
 
 
+def digits_in_clutter(folder: Path | None, seed: int) -> Dataset:
+    """`clutter.clutter`, made on the spot: 4,000 / 500 / 500 pictures of 32 x 32 pixels; needs no folder."""
+    trained, test = clutter(4500, seed=0), clutter(500, seed=0, test=True)
+    arrays = [torch.from_numpy(its) for part in (trained, test) for its in (part.images[:, None], part.labels)]
+    return _split("clutter", tuple(arrays), seed, validation=500)
+
+
 DATASETS: dict[str, Callable[[Path, int], Dataset]] = {
     "mnist": mnist,
     "cifar10": cifar10,
     "digits": digits,
     "digits32": digits32,
+    "clutter": digits_in_clutter,
 }
+CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CLASS_NAMES = {"cifar10": CIFAR10_CLASSES}  # of the others a class's number is its name
 
 
 def _split(name: str, arrays: Arrays, seed: int, validation: int) -> Dataset:

@@ -1,9 +1,10 @@
 """The networks of the experiments: plain torch modules, made for an input shape and a number of classes."""
 
 from dlrt.models.alexnet import AlexNet
+from dlrt.models.convnet import ConvNet
 from dlrt.models.lenet5 import LeNet5
 from dlrt.models.mlp import MLP
 from dlrt.models.resnet import ResNet20
 from dlrt.models.vgg import VGG16
 
-__all__ = ["MLP", "VGG16", "AlexNet", "LeNet5", "ResNet20"]
+__all__ = ["MLP", "VGG16", "AlexNet", "ConvNet", "LeNet5", "ResNet20"]

@@ -1,0 +1,242 @@
+"""Maps of what a network looked at, dense or low-rank; the network is afterwards what it was before."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from pytorch_grad_cam.base_cam import BaseCAM
+from torch import Tensor, nn
+
+import dlrt
+from dlrt.cams.methods import METHODS, NOT_SMOOTHED, PROGRESS_BARS, Record, inner, make
+from dlrt.cams.targets import SumOfTargets, Target, finer, per_picture
+from dlrt.layers import LowRankConv2d, LowRankLayer
+
+FLAT = 1e-6  # a map that varies by less than this share of its largest value is flat to float32
+
+
+@dataclass(frozen=True)
+class Maps:
+    """What `explain` gives for N pictures of H x W pixels.
+
+    raw (N, h, w): the map as the method defines it, before negative values are cut off and before scaling, of
+    the target layer's size where the method has one; SESS, which puts scaled maps together, has no other.
+    displayed (N, H, W): scaled to [0, 1], NaN where it is undefined: nothing positive, or nothing that varies.
+    logits (N, classes). milliseconds: per picture, of the stages forward, backward and assembly.
+    """
+
+    raw: np.ndarray
+    displayed: np.ndarray
+    logits: Tensor
+    milliseconds: dict[str, float]
+
+    @property
+    def defined(self) -> np.ndarray:
+        return np.isfinite(self.displayed).all((1, 2))
+
+    @property
+    def probabilities(self) -> Tensor:
+        return self.logits.softmax(1)
+
+
+def explain(
+    model: nn.Module,
+    images: Tensor,
+    targets: Sequence[Sequence[Target]] | None = None,
+    method: str = "gradcam",
+    layer: str | None = None,
+    aug_smooth: bool = False,
+    eigen_smooth: bool = False,
+    seed: int = 0,
+) -> Maps:
+    """Explain a network's logits on normalised images (N, C, H, W).
+
+    targets is a list of targets for each image, which are summed; None explains the predicted classes. method
+    is a key of `METHODS`, layer the name of a module (by default the output of the last convolutional block),
+    seed that of RandomCAM. The gradient stops at the layer wherever the method lets it. ValueError for
+    targets, a method or a layer that cannot be used.
+    """
+    check_options(method, aug_smooth, eigen_smooth)
+    parameter = next(model.parameters())
+    images = images.to(parameter.device, parameter.dtype)
+    if method == "fullgrad" and any(isinstance(module, LowRankLayer) for module in model.modules()):
+        model = dlrt.export(model)  # it looks for the biases of torch's own layers
+    # ShapleyCAM differentiates gradients, of which a frozen network has no graph
+    with _undisturbed(model, trainable=method == "shapleycam"), torch.enable_grad():
+        with torch.no_grad():
+            logits = model(images)
+        lists = per_picture(targets, logits)
+        if method == "finercam":
+            lists = finer(lists, logits)
+        if layer is None and method != "fullgrad":
+            layer = default_layer(model, images[:1])
+        record = Record(images.device)
+        summed = [SumOfTargets(its) for its in lists]
+        target_layer = model if method == "fullgrad" else model.get_submodule(layer)
+        with _hooked(model, target_layer, method, record) as explainer, _random_numbers(seed):
+            displayed, raw = _maps(explainer, images, summed, method, record, aug_smooth, eigen_smooth)
+    displayed = np.where(_defined(raw)[:, None, None], displayed, np.nan).astype(np.float32)
+    return Maps(
+        raw=raw,
+        displayed=displayed,
+        logits=logits,
+        milliseconds={stage: 1e3 * seconds / len(images) for stage, seconds in record.seconds.items()},
+    )
+
+
+def _maps(
+    explainer: object,
+    images: Tensor,
+    targets: list[Target],
+    method: str,
+    record: Record,
+    aug_smooth: bool,
+    eigen_smooth: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The displayed maps (N, H, W), and the raw ones (N, h, w); with aug_smooth means over all passes."""
+    options = {"eigen_smooth": eigen_smooth} | ({"aug_smooth": True} if aug_smooth else {})
+    bars = contextlib.redirect_stderr(io.StringIO()) if method in PROGRESS_BARS else contextlib.nullcontext()
+    record.start()
+    with bars:
+        displayed = explainer(images.clone(), targets, **options)
+    record.lap("assembly")
+    if method == "sess":
+        return displayed, displayed
+    raws = [np.float32(raw) for raw in record.raws]
+    if aug_smooth:  # some passes saw the mirror image
+        transforms = list(explainer.tta_transforms)
+        raws = [
+            transform.deaugment_mask(torch.from_numpy(raw)[:, None])[:, 0].numpy()
+            for transform, raw in zip(transforms, raws, strict=True)
+        ]
+    return displayed, np.mean(raws, axis=0)
+
+
+def _defined(raw: np.ndarray) -> np.ndarray:
+    """Whether each map has something positive that varies: scaling would make a picture of rounding errors."""
+    positive = np.maximum(raw, 0)
+    spread = positive.max((1, 2)) - positive.min((1, 2))
+    return np.isfinite(raw).all((1, 2)) & (spread > FLAT * np.abs(raw).max((1, 2)))
+
+
+def check_options(method: str, aug_smooth: bool = False, eigen_smooth: bool = False) -> None:
+    """ValueError where there is no such method, or where it does not have an option."""
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
+    if aug_smooth and not issubclass(METHODS[method], BaseCAM):
+        raise ValueError(f"{method} has no smoothing by augmentation: leave it out, or take another method")
+    if eigen_smooth and method in NOT_SMOOTHED:
+        raise ValueError(f"{method} has no eigen-smoothing: leave it out, or take another method")
+
+
+@contextlib.contextmanager
+def _hooked(model: nn.Module, layer: nn.Module, method: str, record: Record) -> Iterator[object]:
+    """An explainer whose hooks are released whatever happens.
+
+    The package's own `with` swallows every IndexError inside it, so it is not used.
+    """
+    handles = [model.register_forward_hook(lambda *_: record.lap("forward"))]
+    through_all = method in ("fullgrad", "shapleycam")  # they need the gradient of the image itself
+    if not through_all:
+        handles.append(layer.register_forward_hook(lambda module, x, y: y.detach().requires_grad_()))
+    explainer = None
+    try:
+        explainer = make(method, model, layer, record)
+        yield explainer
+    finally:
+        if explainer is not None:
+            inner(explainer).activations_and_grads.release()
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _undisturbed(model: nn.Module, trainable: bool) -> Iterator[None]:
+    """Evaluation mode, parameters trainable or frozen, nothing in place; then all is as it was.
+
+    A ReLU in place after the target layer would change the activations that were kept. AblationCAM puts
+    another module in the layer's place, and leaves it there if it fails.
+    """
+    modules = list(model.modules())
+    modes = [(module, module.training, getattr(module, "inplace", None)) for module in modules]
+    children = [(module, dict(module._modules)) for module in modules]
+    gradients = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    try:
+        model.eval()
+        model.requires_grad_(trainable)
+        for module, _, inplace in modes:
+            if inplace:
+                module.inplace = False
+        yield
+    finally:
+        for module, its in children:
+            module._modules.update(its)
+        for module, training, inplace in modes:
+            module.training = training
+            if inplace is not None:
+                module.inplace = inplace
+        for parameter, requires_grad, grad in gradients:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+
+
+@contextlib.contextmanager
+def _random_numbers(seed: int) -> Iterator[None]:
+    """RandomCAM draws from numpy's global generator: the same numbers every time, and none taken away."""
+    state = np.random.get_state()  # noqa: NPY002
+    np.random.seed(seed)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        np.random.set_state(state)  # noqa: NPY002
+
+
+def spatial_layers(model: nn.Module, image: Tensor) -> dict[str, tuple[int, int]]:
+    """The modules that can be explained on an image (1, C, H, W), by name, in the order in which they end.
+
+    Those that are called once and give feature maps of more than one pixel, with (height, width).
+    """
+    return {name: size for name, size, _ in _called_once(model, image)}
+
+
+def default_layer(model: nn.Module, image: Tensor) -> str:
+    """The name of the module that gives the output of the last convolutional block.
+
+    The last one to end, of those at or after the last convolution whose output is as large as that of the
+    convolution. ValueError where there is none.
+    """
+    layers = _called_once(model, image)
+    kinds = (nn.Conv2d, LowRankConv2d)
+    last = max((number for number, (_, _, module) in enumerate(layers) if isinstance(module, kinds)), default=-1)
+    if last < 0:
+        raise ValueError(f"{type(model).__name__} has no convolution with an output larger than one pixel")
+    return [name for name, size, _ in layers[last:] if size == layers[last][1]][-1]
+
+
+def _called_once(model: nn.Module, image: Tensor) -> list[tuple[str, tuple[int, int], nn.Module]]:
+    calls: list[tuple[str, object, nn.Module]] = []
+    handles = [
+        module.register_forward_hook(lambda module, x, y, name=name: calls.append((name, y, module)))
+        for name, module in model.named_modules()
+        if name
+    ]
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            model.eval()(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in training:
+            module.training = mode
+    names = [name for name, _, _ in calls]
+    return [
+        (name, tuple(y.shape[2:]), module)
+        for name, y, module in calls
+        if names.count(name) == 1 and isinstance(y, Tensor) and y.dim() == 4 and y[0, 0].numel() > 1
+    ]

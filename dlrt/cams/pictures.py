@@ -1,0 +1,139 @@
+"""Pictures as people have them: any size, grey or transparent, rotated by a tag, with labels and boxes."""
+
+from __future__ import annotations
+
+import csv
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from pytorch_grad_cam.utils.image import show_cam_on_image
+from torch import Tensor
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+DEEP = ("I", "F")  # modes with more than eight bits, which PIL would cut off and not scale
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels; right and bottom are outside
+
+
+class PictureError(ValueError):
+    """A picture, or a file about pictures, cannot be used; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An upright picture, grey (mode L) or in colour (RGB), its classes where they are known, and boxes."""
+
+    name: str
+    image: Image.Image
+    classes: tuple[int, ...] = ()
+    boxes: tuple[Box, ...] = ()
+
+    def pixels(self) -> np.ndarray:
+        """(height, width, 3) float32 in [0, 1]."""
+        return np.asarray(self.image.convert("RGB"), dtype=np.float32) / 255
+
+    def tensor(self, shape: tuple[int, int, int], mean: Sequence[float], std: Sequence[float]) -> Tensor:
+        """The whole picture as a network sees it, (channels, height, width): resized and normalised."""
+        channels, height, width = shape
+        image = self.image.convert("L" if channels == 1 else "RGB")
+        image = image.resize((width, height), Image.Resampling.BICUBIC)  # it averages where it makes smaller
+        x = torch.from_numpy(np.array(image, dtype=np.float32)).reshape(height, width, -1).permute(2, 0, 1) / 255
+        return (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+
+def read(path: Path) -> Picture:
+    """A picture from a file, upright, transparency on white. PictureError where it cannot be read."""
+    try:
+        with warnings.catch_warnings(), Image.open(path) as file:
+            warnings.simplefilter("ignore")  # of odd metadata; a picture that is shown is good enough
+            image = ImageOps.exif_transpose(file)
+            image.load()
+            return Picture(path.name, _plain(image))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).replace(str(path), "the file").split())
+        raise PictureError(f"{path} cannot be read ({reason}): it is left out") from error
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(DEEP):
+        values = np.asarray(image, dtype=np.float64)
+        largest = 65535 if values.max() > 255 else 255
+        return Image.fromarray(np.uint8(np.clip(values / largest, 0, 1) * 255))
+    if "A" in image.mode or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+
+
+def files(path: Path) -> list[Path]:
+    """A file, or all pictures of a folder in sorted order. PictureError where there are none."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise PictureError(f"{path} is not there: give a picture or a folder of pictures")
+    found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+    if not found:
+        raise PictureError(f"{path} holds no pictures ({' '.join(SUFFIXES)})")
+    return found
+
+
+def read_labels(path: Path, number: Callable[[str], int]) -> dict[str, tuple[tuple[int, ...], tuple[Box, ...]]]:
+    """Classes and boxes of pictures by file name, from lines "file,class[,class...][,box=x y x y...]".
+
+    number makes a class of a name, and raises a ValueError for one that there is not. A box is left, top,
+    right, bottom in pixels of the upright picture. A first line "file,class" is a title. PictureError where a
+    line makes no sense.
+    """
+    try:
+        lines = list(csv.reader(path.read_text().splitlines()))
+    except (OSError, UnicodeDecodeError) as error:
+        raise PictureError(f"{path} cannot be read ({error})") from error
+    labels: dict[str, tuple[tuple[int, ...], tuple[Box, ...]]] = {}
+    for count, cells in enumerate(lines, start=1):
+        cells = [cell.strip() for cell in cells]
+        if not any(cells) or cells[0].startswith("#") or (count == 1 and cells[:2] == ["file", "class"]):
+            continue
+        name, *rest = cells
+        try:
+            boxes = tuple(_box(cell) for cell in rest if cell.startswith("box="))
+            classes = tuple(number(cell) for cell in rest if cell and not cell.startswith("box="))
+        except ValueError as error:
+            raise PictureError(f"{path}, line {count}: {error}") from error
+        if name in labels:
+            raise PictureError(f"{path}, line {count}: {name} is there twice; put its classes in one line")
+        labels[name] = classes, boxes
+    return labels
+
+
+def _box(cell: str) -> Box:
+    values = cell.removeprefix("box=").split()
+    if len(values) != 4:
+        raise ValueError(f"a box is box=LEFT TOP RIGHT BOTTOM, got {cell}")
+    left, top, right, bottom = map(float, values)
+    if not (left < right and top < bottom):
+        raise ValueError(f"a box needs left < right and top < bottom, got {cell}")
+    return left, top, right, bottom
+
+
+def labelled(picture: Picture, labels: dict[str, tuple[tuple[int, ...], tuple[Box, ...]]]) -> Picture:
+    """A picture with what a file of labels says about it."""
+    classes, boxes = labels.get(picture.name, ((), ()))
+    return replace(picture, classes=classes, boxes=boxes)
+
+
+def overlay(pixels: np.ndarray, shown: np.ndarray) -> np.ndarray:
+    """A map (H, W) in [0, 1] over a picture (height, width, 3) in [0, 1], as 8 bits.
+
+    Where the map is undefined (NaN), the picture alone: no colour would be true.
+    """
+    if not np.isfinite(shown).all():
+        return np.uint8(pixels * 255)
+    height, width = pixels.shape[:2]
+    large = np.clip(cv2.resize(shown, (width, height), interpolation=cv2.INTER_LINEAR), 0, 1)
+    return show_cam_on_image(pixels, large, use_rgb=True, colormap=cv2.COLORMAP_INFERNO)

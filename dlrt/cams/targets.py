@@ -1,0 +1,82 @@
+"""What a map explains: a class, or several on one picture."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget, FinerWeightedTarget
+from torch import Tensor
+
+Target = Callable[[Tensor], Tensor]
+
+
+class SumOfTargets:
+    """The sum of several targets on one picture; of a list the package would take the first alone."""
+
+    def __init__(self, targets: Iterable[Target]) -> None:
+        self.targets = list(targets)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return sum(target(logits) for target in self.targets)
+
+
+def of_classes(classes: Iterable[Iterable[int]]) -> list[list[Target]]:
+    """A list of targets for each picture, from a list of its classes."""
+    return [[ClassifierOutputTarget(number) for number in numbers] for numbers in classes]
+
+
+def per_picture(targets: Sequence[Iterable[Target]] | None, logits: Tensor) -> list[list[Target]]:
+    """As many lists of targets as there are logits (N, classes); None stands for the predicted classes.
+
+    ValueError where they are fewer or more, where a picture has none, or where a class does not exist.
+    """
+    if targets is None:
+        return of_classes([[number] for number in logits.argmax(1).tolist()])
+    lists = [[its] if callable(its) else list(its) for its in targets]
+    if len(lists) != len(logits):
+        raise ValueError(
+            f"as many lists of targets as pictures are needed, got {len(lists)} for {len(logits)}"
+        )
+    if empty := [number for number, its in enumerate(lists) if not its]:
+        raise ValueError(f"every picture needs a target, picture {empty[0]} has none")
+    classes = logits.shape[1]
+    for target in (target for its in lists for target in its):
+        number = getattr(target, "category", 0)
+        if not -classes <= number < classes:
+            raise ValueError(f"a class must lie in [0, {classes - 1}], got {number}")
+    return lists
+
+
+def finer(targets: list[list[Target]], logits: Tensor, others: int = 3) -> list[list[Target]]:
+    """In place of each class the difference between it and those with the nearest logits, for FinerCAM."""
+    result = []
+    for its, row in zip(targets, logits, strict=True):
+        new = []
+        for target in its:
+            if not isinstance(target, ClassifierOutputTarget):
+                new.append(target)
+                continue
+            distance = (row - row[target.category]).abs()
+            distance[target.category] = torch.inf
+            nearest = distance.argsort()[: min(others, len(row) - 1)].tolist()
+            new.append(FinerWeightedTarget(target.category, nearest, 1.0))
+        result.append(new)
+    return result
+
+
+def class_number(text: str, names: Sequence[str]) -> int:
+    """The number of a class from its name or its number; ValueError where there is none of that name."""
+    text = text.strip()
+    if text in names:
+        return names.index(text)
+    lower = [name.lower() for name in names]
+    if text.lower() in lower:
+        return lower.index(text.lower())
+    if text.isdigit() and int(text) < len(names):
+        return int(text)
+    within = [name for name in names if text.lower() in name.lower()]
+    near = (within or difflib.get_close_matches(text.lower(), lower, cutoff=0.5))[:5]
+    known = ", ".join(near or names[:10]) + ("" if near or len(names) <= 10 else ", ...")
+    raise ValueError(f"unknown class {text!r}; classes are 0 to {len(names) - 1}, by name {known}")

@@ -1,0 +1,59 @@
+"""Digits in clutter: handwritten digits somewhere among fragments of others, and the exact box of each.
+
+Made of the digits bundled with scikit-learn, without a download, to see where a network looks: only the digit
+tells its class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.random import Generator
+
+SIDE, DIGIT, FRAGMENT = 32, 14, 5  # pixels of a picture, of its digit, of a fragment
+FRAGMENTS = 8
+TEST_DIGITS = 360  # the last of scikit-learn's order are for the test pictures only
+
+
+@dataclass(frozen=True)
+class Clutter:
+    """Pictures (N, 32, 32) uint8, labels (N,) and boxes (N, 4): left, top, right, bottom, as tight as can be."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    boxes: np.ndarray
+
+
+def clutter(count: int, seed: int, test: bool = False) -> Clutter:
+    """That many pictures; the digits of training and test pictures are of different people's hands."""
+    import cv2  # here, as scikit-learn below: most users of the library's data want neither
+    from sklearn.datasets import load_digits
+
+    small, labels = load_digits(return_X_y=True)
+    part = slice(-TEST_DIGITS, None) if test else slice(None, -TEST_DIGITS)
+    small, labels = small[part].reshape(-1, 8, 8) * (255 / 16), labels[part]
+    digits = [cv2.resize(digit, (DIGIT, DIGIT), interpolation=cv2.INTER_LINEAR) for digit in small]
+    random = np.random.default_rng([seed, test])
+    chosen = random.integers(len(digits), size=count)
+    images, boxes = zip(*(_picture(digits, number, random) for number in chosen), strict=True)
+    return Clutter(np.stack(images), labels[chosen], np.array(boxes))
+
+
+def _picture(digits: list[np.ndarray], number: int, random: Generator) -> tuple[np.ndarray, tuple[int, ...]]:
+    picture = random.uniform(0, 40, size=(SIDE, SIDE))
+    top, left = random.integers(SIDE - DIGIT + 1, size=2)
+    for _ in range(FRAGMENTS):
+        other = digits[random.integers(len(digits))]
+        row, column = random.integers(DIGIT - FRAGMENT + 1, size=2)
+        piece = other[row : row + FRAGMENT, column : column + FRAGMENT]
+        row, column = random.integers(SIDE - FRAGMENT + 1, size=2)
+        place = picture[row : row + FRAGMENT, column : column + FRAGMENT]
+        np.maximum(place, piece, out=place)
+    digit = digits[number]
+    place = picture[top : top + DIGIT, left : left + DIGIT]
+    # nothing of the clutter is left behind the digit: it alone is in its place
+    place[:] = np.maximum(random.uniform(0, 40, size=digit.shape), digit)
+    rows, columns = (np.flatnonzero((digit > 64).any(axis)) for axis in (1, 0))
+    box = left + columns[0], top + rows[0], left + columns[-1] + 1, top + rows[-1] + 1
+    return np.uint8(picture.round()), tuple(map(int, box))

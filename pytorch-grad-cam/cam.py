@@ -1,0 +1,225 @@
+"""Draw what a network looked at: class-activation maps of dense and low-rank networks on your own pictures.
+
+    python pytorch-grad-cam/cam.py --arch resnet18 --weights random --image-path test_images --output-dir cams
+    python pytorch-grad-cam/cam.py --checkpoint RUN --image-path cat.png --method layercam --targets cat,dog
+
+A second or two for a folder of ten pictures. Prints a line per picture and leaves in --output-dir, for each,
+the map over the picture (.cam.png) and the map itself (.cam.npz: raw, displayed), all numbers in cams.csv and
+the options in config.json. A picture that cannot be read is told, the others are done, and the program ends
+with 1; for all other mistakes with 2, before anything is made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import networks
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+
+import dlrt
+from dlrt import cli
+from dlrt.cams import METHODS, Maps, check_options, default_layer, explain, spatial_layers
+from dlrt.cams.guided import guided_gradients, visible
+from dlrt.cams.pictures import Picture, PictureError, files, labelled, overlay, read, read_labels
+from dlrt.cams.targets import of_classes
+from dlrt.runs import RunError
+
+
+def make_parser() -> cli.Parser:
+    parser = cli.Parser(description=__doc__, formatter_class=cli.HelpFormatter)
+    add = parser.add_argument
+    networks.add_flags(parser)
+    low_rank = parser.add_mutually_exclusive_group()
+    tau = "truncate the SVD of each layer of a dense network at this tolerance"
+    low_rank.add_argument("--low-rank", type=cli.TOLERANCE, metavar="TAU", help=tau)
+    rank = "the same, to a rank: 20, or a share of the full one: 0.5"
+    low_rank.add_argument("--rank", type=cli.rank, help=rank)
+    add("--image-path", type=Path, required=True, help="a picture, or a folder, read in sorted order")
+    add("--method", type=str.lower, choices=METHODS, default="gradcam", metavar="NAME", help=", ".join(METHODS))
+    add("--target-layer", metavar="NAME", help="by default the output of the last convolutional block")
+    targets = "classes to explain, by name or number: cat, or cat,dog (their sum), or a file of lines "
+    add("--targets", metavar="CLASS", help=f'{targets}"file,class[,class...]"; by default the predicted class')
+    add("--aug-smooth", action="store_true", help="mean over mirrored and brighter or darker pictures")
+    add("--eigen-smooth", action="store_true", help="the first principal component in place of the sum")
+    add("--guided", action="store_true", help="also the map times guided backpropagation (.guided.png)")
+    add("--output-dir", type=Path, default=Path("cams"), help="made if it is not there")
+    add("--batch-size", type=cli.NATURAL, default=16, help="pictures at a time")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    try:
+        check_options(args.method, args.aug_smooth, args.eigen_smooth)
+        paths = files(args.image_path)
+        if args.output_dir.resolve() == paths[0].parent.resolve():
+            raise ValueError("--output-dir must be another folder than that of the pictures")
+        network = networks.read(args)
+        if args.low_rank is not None or args.rank is not None:
+            network = networks.truncated(network, args.low_rank, args.rank)
+        layer = target_layer(network, args.target_layer)
+        classes = chosen_classes(args.targets, network, paths)
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+    except (RunError, ValueError, OSError) as error:
+        parser.error(str(error))
+    warn(network)
+    rows, failed = [], False
+    for batch in batches(paths, args.batch_size):
+        pictures, failed = readable(batch, failed)
+        if pictures:
+            rows += explained(network, pictures, classes, layer, args)
+    write_records(rows, network, layer, args)
+    sys.exit(int(failed))
+
+
+def target_layer(network: networks.Network, name: str | None) -> str:
+    """The name of the layer to explain; ValueError where the network has no such layer."""
+    x = torch.zeros(1, *network.shape, device=network.device)
+    if name is None:
+        return default_layer(network.model, x)
+    layers = spatial_layers(network.model, x)
+    if name not in layers:
+        raise ValueError(
+            f"--target-layer must be a layer that is called once and gives feature maps, got {name!r}; "
+            f"the last of them are {', '.join(list(layers)[-12:])}"
+        )
+    return name
+
+
+def chosen_classes(
+    text: str | None, network: networks.Network, paths: Sequence[Path]
+) -> dict[str, tuple[int, ...]] | None:
+    """The classes to explain for each file, or None for the predicted ones; ValueError where one is unknown."""
+    if text is None:
+        return None
+    if not Path(text).is_file():
+        if text.endswith(".csv"):
+            raise PictureError(f"--targets: there is no {text}")
+        classes = tuple(network.class_number(part) for part in text.split(","))
+        return {path.name: classes for path in paths}
+    labels = {name: classes for name, (classes, _) in read_labels(Path(text), network.class_number).items()}
+    if missing := [path.name for path in paths if not labels.get(path.name)]:
+        raise PictureError(f"--targets {text} names no class for {', '.join(missing)}: add a line for each")
+    return labels
+
+
+def warn(network: networks.Network) -> None:
+    """Say on stderr when the network sees another size than it was trained at."""
+    if network.shape != network.trained:
+        size, trained = (f"{shape[2]} x {shape[1]}" for shape in (network.shape, network.trained))
+        print(
+            f"warning: {network.label} was trained at {trained} pixels and now sees {size}; "
+            "its predictions may be worth nothing there",
+            file=sys.stderr,
+        )
+
+
+def batches(paths: Sequence[Path], size: int) -> Iterator[Sequence[Path]]:
+    for start in range(0, len(paths), size):
+        yield paths[start : start + size]
+
+
+def readable(paths: Sequence[Path], failed: bool) -> tuple[list[Picture], bool]:
+    """The pictures that can be read, and whether one could not be, now or before; those are told."""
+    pictures = []
+    for path in paths:
+        try:
+            pictures.append(read(path))
+        except PictureError as error:
+            print(f"cam.py: {error}", file=sys.stderr)
+            failed = True
+    return pictures, failed
+
+
+def explained(
+    network: networks.Network,
+    pictures: Sequence[Picture],
+    classes: dict[str, tuple[int, ...]] | None,
+    layer: str,
+    args: argparse.Namespace,
+) -> list[dict[str, object]]:
+    """Explain a batch of pictures, write its files and print its lines; the rows of cams.csv."""
+    x = network.images(pictures)
+    numbers = [classes[picture.name] for picture in pictures] if classes else None
+    targets = of_classes(numbers) if numbers else None
+    maps = explain(network.model, x, targets, args.method, layer, args.aug_smooth, args.eigen_smooth)
+    numbers = numbers or [(number,) for number in maps.logits.argmax(1).tolist()]
+    rows = [
+        row(picture, index, its, maps, network)
+        for index, (picture, its) in enumerate(zip(pictures, numbers, strict=True))
+    ]
+    if args.guided:
+        gradients = guided_gradients(network.model, x, of_classes(numbers))
+    for index, (picture, its) in enumerate(zip(pictures, rows, strict=True)):
+        shown = maps.displayed[index]
+        arrays = {"raw": maps.raw[index], "displayed": shown}
+        file = args.output_dir / f"{picture.name}.cam.png"
+        Image.fromarray(overlay(picture.pixels(), shown)).save(file)
+        if args.guided:
+            arrays["guided"] = gradients[index] * shown[..., None]
+            large = Image.fromarray(visible(arrays["guided"])).resize(picture.image.size)
+            large.save(args.output_dir / f"{picture.name}.guided.png")
+        np.savez_compressed(args.output_dir / f"{picture.name}.cam.npz", **arrays)
+        state = "" if its["defined"] else ": undefined, nothing speaks for it and no map is drawn"
+        print(
+            f"{picture.name}: {its['predicted']} {its['probability']:.3f}, map of {its['target']}{state}; {file}",
+            flush=True,
+        )
+    return rows
+
+
+def row(
+    picture: Picture, index: int, classes: tuple[int, ...], maps: Maps, network: networks.Network
+) -> dict[str, object]:
+    """A row of cams.csv: prediction, target, what the map is like, and times."""
+    probabilities, raw = maps.probabilities[index], maps.raw[index]
+    predicted = int(probabilities.argmax())
+    shown, defined = maps.displayed[index], bool(maps.defined[index])
+    height, width = shown.shape
+    peak = np.unravel_index(np.argmax(shown), shown.shape) if defined else (np.nan, np.nan)
+    return {
+        "file": picture.name,
+        "predicted": network.classes[predicted],
+        "probability": float(probabilities[predicted]),
+        "target": " + ".join(network.classes[number] for number in classes),
+        "target_probability": float(probabilities[list(classes)].sum()),
+        "defined": defined,
+        "raw_min": raw.min(),
+        "raw_max": raw.max(),
+        "raw_sum": raw.sum(),
+        "share_above_half": float((shown >= 0.5).mean()) if defined else np.nan,
+        "peak_x": (peak[1] + 0.5) / width * picture.image.width,
+        "peak_y": (peak[0] + 0.5) / height * picture.image.height,
+        **{f"{stage}_ms": milliseconds for stage, milliseconds in maps.milliseconds.items()},
+    }
+
+
+def write_records(
+    rows: list[dict[str, object]], network: networks.Network, layer: str, args: argparse.Namespace
+) -> None:
+    """cams.csv and config.json."""
+    pd.DataFrame(rows).to_csv(args.output_dir / "cams.csv", index=False, float_format="%.6g")
+    count = dlrt.compression(network.model)
+    config = {
+        "network": network.label,
+        "ranks": count.ranks,
+        "evaluation_compression": round(count.evaluation_compression, 3),
+        "input": list(network.shape),
+        "method": args.method,
+        "target_layer": layer,
+        "aug_smooth": args.aug_smooth,
+        "eigen_smooth": args.eigen_smooth,
+    }
+    (args.output_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""The network to explain, from a run or from torchvision, and all that must be known to show it pictures."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import dlrt
+from dlrt import cli, models
+from dlrt.cams.pictures import Picture
+from dlrt.cams.targets import class_number
+from dlrt.data import CIFAR10_CLASSES, CLASS_NAMES
+from dlrt.loading import load_network
+from dlrt.runs import RunError, trained_weights
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation
+SOURCES = ("download", "random")
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model in evaluation mode, and how pictures are made its input.
+
+    shape (channels, height, width) is the input's, mean and std those of its channels, of pixels in [0, 1];
+    classes are names. trained is the shape that it was trained at.
+    """
+
+    label: str
+    model: nn.Module
+    shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: tuple[str, ...]
+    trained: tuple[int, int, int]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def images(self, pictures: Sequence[Picture]) -> Tensor:
+        """(N, channels, height, width), on the network's device."""
+        x = torch.stack([picture.tensor(self.shape, self.mean, self.std) for picture in pictures])
+        return x.to(self.device)
+
+    def class_number(self, text: str) -> int:
+        return class_number(text, self.classes)
+
+
+def add_flags(parser: cli.Parser) -> None:
+    """--checkpoint, or --arch with --weights, and what is done with the network."""
+    add = parser.add_argument
+    what = parser.add_mutually_exclusive_group(required=True)
+    run = "a run's folder or its checkpoint.pt; all else about the network comes from there"
+    what.add_argument("--checkpoint", type=Path, metavar="RUN", help=run)
+    what.add_argument("--arch", metavar="NAME", help="a network of torchvision, or ResNet20 and its like of dlrt")
+    weights = "of --arch: a file, download (torchvision's own) or random"
+    add("--weights", default="download", metavar="FILE", help=weights)
+    size = "pixels a side that the network sees; by default what it was trained at"
+    add("--image-size", type=cli.NATURAL, metavar="PIXELS", help=size)
+    add("--device", type=cli.device, default=cli.HERE, help="where to compute")
+
+
+def read(args: argparse.Namespace) -> Network:
+    """The network that the flags name. RunError or ValueError, with a line that says what to do."""
+    network = from_run(args.checkpoint) if args.checkpoint else from_arch(args.arch, args.weights)
+    if args.image_size:
+        network = replace(network, shape=(network.shape[0], args.image_size, args.image_size))
+    network.model.to(args.device, memory_format=torch.channels_last)
+    try:
+        with torch.no_grad():
+            network.model(torch.zeros(1, *network.shape, device=args.device))
+    except RuntimeError as error:
+        height, width = network.shape[1:]
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{network.label} cannot see {width} x {height} pixels ({reason})") from error
+    return network
+
+
+def from_run(path: Path) -> Network:
+    """The network of a run; it is labelled by the name of the run's folder."""
+    model, about = load_network(path)
+    shape = tuple(about["shape"])
+    names = CLASS_NAMES.get(about["dataset"], map(str, range(about["classes"])))
+    folder = path.parent if path.is_file() else path
+    return Network(
+        label=folder.resolve().name,
+        model=model,
+        shape=shape,
+        mean=tuple(about["mean"]),
+        std=tuple(about["std"]),
+        classes=tuple(names),
+        trained=shape,
+    )
+
+
+def from_arch(arch: str, weights: str) -> Network:
+    """A network by its name, with weights from a file, from torchvision ("download") or "random" ones."""
+    if arch in models.__all__:
+        return _of_dlrt(arch, weights)
+    known = torchvision.models.list_models(module=torchvision.models)
+    if arch not in known:
+        near = difflib.get_close_matches(arch, [*known, *models.__all__], n=5, cutoff=0.4)
+        raise ValueError(f"--arch: unknown network {arch!r}; torchvision and dlrt have {', '.join(near or known)}")
+    official = torchvision.models.get_model_weights(arch).DEFAULT
+    state = None if weights in SOURCES else _state(weights)
+    names = tuple(official.meta["categories"])
+    if state is not None and (classes := len(list(state.values())[-1])) != len(names):
+        names = tuple(map(str, range(classes)))
+    if weights == "download":
+        try:
+            model = torchvision.models.get_model(arch, weights=official)
+        except OSError as error:
+            raise RunError(
+                f"the weights of {arch} cannot be downloaded ({error}): give a file, or --weights random"
+            ) from error
+    else:
+        model = torchvision.models.get_model(arch, weights=None, num_classes=len(names), **_quiet(arch))
+    side = official.transforms().crop_size[0]
+    return _with_weights(arch, model, state, weights, (3, side, side), names)
+
+
+def _quiet(arch: str) -> dict[str, bool]:
+    """These two warn unless told whether to draw their weights as the paper does, which takes minutes."""
+    return {"init_weights": False} if arch in ("googlenet", "inception_v3") else {}
+
+
+def _of_dlrt(arch: str, weights: str) -> Network:
+    if weights == "download":
+        raise ValueError(f"--weights must be a file or random for {arch}: there are none to download")
+    kind = getattr(models, arch)
+    shape = inspect.signature(kind).parameters["shape"].default
+    names = CIFAR10_CLASSES if shape[0] == 3 else map(str, range(10))
+    state = None if weights in SOURCES else _state(weights)
+    return _with_weights(arch, kind(), state, weights, shape, tuple(names))
+
+
+def _with_weights(
+    arch: str,
+    model: nn.Module,
+    state: dict[str, Tensor] | None,
+    source: str,
+    shape: tuple[int, int, int],
+    names: tuple[str, ...],
+) -> Network:
+    if state is not None:
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise RunError(f"--weights {source} does not fit {arch}: {reason}") from error
+    mean, std = IMAGENET if shape[0] == 3 else ((0.5,) * shape[0], (0.5,) * shape[0])
+    return Network(arch, model.eval(), shape, mean, std, names, shape)
+
+
+def _state(path: str) -> dict[str, Tensor]:
+    state = trained_weights(Path(path))
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise RunError(f"--weights {path} holds no state dict of tensors")
+    return state
+
+
+def truncated(network: Network, tau: float | None = None, rank: int | float | None = None) -> Network:
+    """The same network with a truncated SVD in every layer. ValueError where it is low-rank already."""
+    if dlrt.compression(network.model).ranks:
+        raise ValueError(f"{network.label} is low-rank already: its ranks are those of the checkpoint")
+    model = dlrt.to_low_rank(network.model, rank=rank, tau=tau)
+    label = f"{network.label}_svd{f'_tau{tau:g}' if tau is not None else f'_rank{rank:g}'}"
+    return replace(network, model=model, label=label)
