@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import inspect
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,12 +55,12 @@ class Network:
         return class_number(text, self.classes)
 
 
-def add_flags(parser: cli.Parser) -> None:
-    """--checkpoint, or --arch with --weights, and what is done with the network."""
+def add_flags(parser: cli.Parser, run_flag: str = "--checkpoint") -> None:
+    """A flag for a run, or --arch with --weights, and what is done with the network."""
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     run = "a run's folder or its checkpoint.pt; all else about the network comes from there"
-    what.add_argument("--checkpoint", type=Path, metavar="RUN", help=run)
+    what.add_argument(run_flag, dest="checkpoint", type=Path, metavar="RUN", help=run)
     what.add_argument("--arch", metavar="NAME", help="a network of torchvision, or ResNet20 and its like of dlrt")
     weights = "of --arch: a file, download (torchvision's own) or random"
     add("--weights", default="download", metavar="FILE", help=weights)
@@ -71,12 +72,17 @@ def add_flags(parser: cli.Parser) -> None:
 def read(args: argparse.Namespace) -> Network:
     """The network that the flags name. RunError or ValueError, with a line that says what to do."""
     network = from_run(args.checkpoint) if args.checkpoint else from_arch(args.arch, args.weights)
-    if args.image_size:
-        network = replace(network, shape=(network.shape[0], args.image_size, args.image_size))
-    network.model.to(args.device, memory_format=torch.channels_last)
+    return placed(network, args.image_size, args.device)
+
+
+def placed(network: Network, size: int | None, device: str) -> Network:
+    """The network on a device, and told to see pictures of another size; ValueError where it cannot."""
+    if size:
+        network = replace(network, shape=(network.shape[0], size, size))
+    network.model.to(device, memory_format=torch.channels_last)
     try:
         with torch.no_grad():
-            network.model(torch.zeros(1, *network.shape, device=args.device))
+            network.model(torch.zeros(1, *network.shape, device=device))
     except RuntimeError as error:
         height, width = network.shape[1:]
         reason = " ".join(str(error).split())
@@ -172,5 +178,11 @@ def truncated(network: Network, tau: float | None = None, rank: int | float | No
     if dlrt.compression(network.model).ranks:
         raise ValueError(f"{network.label} is low-rank already: its ranks are those of the checkpoint")
     model = dlrt.to_low_rank(network.model, rank=rank, tau=tau)
-    label = f"{network.label}_svd{f'_tau{tau:g}' if tau is not None else f'_rank{rank:g}'}"
-    return replace(network, model=model, label=label)
+    cut = "".join(f"_{name}{value:g}" for name, value in (("tau", tau), ("rank", rank)) if value is not None)
+    return replace(network, model=model, label=f"{network.label}_svd{cut}")
+
+
+def tau_of_run(path: Path) -> float | None:
+    """The tolerance of a run, from the config.json beside its checkpoint; None where there is none."""
+    config = (path.parent if path.is_file() else path) / "config.json"
+    return json.loads(config.read_text())["options"].get("tau") if config.is_file() else None

@@ -1,0 +1,104 @@
+"""The networks that are compared with a reference, and those that show what a similarity is worth."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import networks
+import torch
+from networks import Network
+from torch import nn
+
+import dlrt
+
+FULL_RANK = "full rank"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A network to compare, what it is, its tolerance, and the method by which its maps are made."""
+
+    network: Network
+    kind: str
+    method: str
+    tau: float | None = None
+
+    def fingerprint(self) -> str:
+        """Twelve letters that change with the weights."""
+        digest = hashlib.sha256(self.kind.encode())
+        for name, tensor in self.network.model.state_dict().items():
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:12]
+
+
+def gather(
+    reference: Network,
+    method: str,
+    low_rank: Sequence[Path] = (),
+    taus: Sequence[float] = (),
+    seeds: Sequence[Path] = (),
+) -> list[Candidate]:
+    """The reference, the low-rank networks, the same cut from the reference, other seeds, and three controls.
+
+    The controls are the reference in low-rank layers of full rank, with random weights, and explained by
+    RandomCAM. ValueError where a network sees other pictures or knows other classes than the reference.
+    """
+
+    def cut(tau: float | None, label: str) -> Network:
+        whole = replace(reference, model=deepcopy(reference.model))
+        return replace(networks.truncated(whole, tau=tau), label=label)
+
+    found = [Candidate(reference, "reference", method)]
+    found += [Candidate(net, "low-rank", method, tau) for net, tau in map(_with_tau, low_rank)]
+    found += [Candidate(cut(tau, f"svd_tau{tau:g}"), "SVD", method, tau) for tau in taus]
+    found += [Candidate(networks.from_run(path), "other seed", method) for path in seeds]
+    found.append(Candidate(cut(None, "full_rank"), FULL_RANK, method))
+    random = replace(reference, model=random_weights(reference.model), label="random_weights")
+    found.append(Candidate(random, "random weights", method))
+    found.append(Candidate(replace(reference, label="randomcam"), "RandomCAM", "randomcam"))
+    return [_checked(candidate, reference, found) for candidate in found]
+
+
+def _with_tau(path: Path) -> tuple[Network, float | None]:
+    return networks.from_run(path), networks.tau_of_run(path)
+
+
+def _checked(candidate: Candidate, reference: Network, found: Sequence[Candidate]) -> Candidate:
+    network = candidate.network
+    if network.classes != reference.classes or network.trained[0] != reference.trained[0]:
+        raise ValueError(
+            f"{network.label} has {len(network.classes)} classes and {network.trained[0]} channels, "
+            f"{reference.label} {len(reference.classes)} and {reference.trained[0]}, or other names: "
+            "only networks of the same task can be compared"
+        )
+    if [other.network.label for other in found].count(network.label) > 1:
+        raise ValueError(f"two networks are called {network.label}: give every folder a name of its own")
+    return candidate
+
+
+def random_weights(model: nn.Module) -> nn.Module:
+    """A copy in which every layer has the weights that torch begins with, always the same."""
+    copy = deepcopy(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for module in copy.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+    return copy
+
+
+def describe(candidate: Candidate) -> dict[str, object]:
+    """What is written about a network in each of its rows."""
+    count = dlrt.compression(candidate.network.model)
+    return {
+        "network": candidate.network.label,
+        "kind": candidate.kind,
+        "tau": candidate.tau,
+        "compression": round(count.evaluation_compression, 3),
+        "ranks": "/".join(map(str, count.ranks.values())),
+        "weights": candidate.fingerprint(),
+    }

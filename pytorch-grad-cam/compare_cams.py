@@ -1,0 +1,170 @@
+"""Compare the class-activation maps of low-rank networks with those of a dense reference.
+
+    python pytorch-grad-cam/compare_cams.py --reference DENSE --low-rank RUN RUN --seeds OTHER_DENSE \\
+        --images cifar10-test --count 200 --name cifar10
+
+DENSE, RUN, OTHER_DENSE are run folders; --taus cuts low-rank networks from the reference by its SVD. Every
+network explains the class that the reference predicts and, separately, its own. Beside them stand controls:
+the reference at full rank in low-rank layers, with random weights, and RandomCAM. Prints a line per network
+and leaves pytorch-grad-cam/results/NAME/, which produce_results.py draws. About 40 seconds for a ResNet20 and 200
+pictures of 32 x 32 on one core; networks that are there already are not measured again.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import candidates
+import measure
+import networks
+import numpy as np
+import pandas as pd
+import torch
+from map_times import map_times
+from sources import pictures_of
+
+from dlrt import cli
+from dlrt.cams import METHODS, Maps, default_layer, spatial_layers
+from dlrt.cams.pictures import Picture
+from dlrt.data import DATASETS, DataError
+from dlrt.runs import Run, RunError
+
+FULL_RANK_TOLERANCE = 2e-5
+COLUMNS = ("pearson", "deletion", "insertion", "road")
+SHOWN = 8  # pictures in the grid
+
+
+def make_parser() -> cli.Parser:
+    parser = cli.Parser(description=__doc__, formatter_class=cli.HelpFormatter)
+    add = parser.add_argument
+    networks.add_flags(parser, run_flag="--reference")
+    add("--low-rank", type=Path, nargs="*", default=[], metavar="RUN", help="trained low-rank networks")
+    add("--taus", type=cli.TOLERANCE, nargs="*", default=[], help="tolerances at which the reference is cut")
+    add("--seeds", type=Path, nargs="*", default=[], metavar="RUN", help="dense networks of other seeds")
+    tests = ", ".join(f"{name}-test" for name in DATASETS)
+    add("--images", required=True, help=f"a folder of pictures (labels.csv there is read), or {tests}")
+    add("--count", type=cli.NATURAL, default=200, help="of pictures, the first ones")
+    add("--method", type=str.lower, choices=METHODS, default="gradcam", metavar="NAME", help=", ".join(METHODS))
+    add("--target-layer", metavar="NAME", help="by default the output of the last convolutional block")
+    add("--no-faithfulness", action="store_true", help="leave out ROAD, deletion and insertion, nine tenths of the time")
+    shares = "shares of the full rank at which the time per map is measured; none: not measured"
+    add("--time-shares", type=cli.number(float, "(0, 1]"), nargs="*", default=[1.0, 0.5, 0.25, 0.125], help=shares)
+    sizes = "pixels a side at which it is measured; by default the input's and 224"
+    add("--time-sizes", type=cli.NATURAL, nargs="*", help=sizes)
+    add("--batch-size", type=cli.NATURAL, default=50, help="pictures at a time")
+    add("--data-dir", type=Path, default=cli.DATA_DIR, help="or set DLRT_DATA")
+    add("--output-dir", type=Path, default=Path(__file__).parent / "results", help="where the folder goes")
+    add("--name", help="of the folder; by default that of --images")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    try:
+        reference = networks.read(args)
+        found = candidates.gather(reference, args.method, args.low_rank, args.taus, args.seeds)
+        for candidate in found:
+            networks.placed(candidate.network, args.image_size, args.device)
+        x = torch.zeros(1, *reference.shape, device=reference.device)
+        layer = args.target_layer or default_layer(reference.model, x)
+        if layer not in spatial_layers(reference.model, x):
+            raise ValueError(f"--target-layer: {reference.label} has no layer {layer!r} with feature maps")
+        pictures, failed = pictures_of(args.images, args.count, args.data_dir, reference)
+        run = Run(args.output_dir / (args.name or Path(args.images).name))
+        options = {
+            "images": Path(args.images).name,
+            "count": len(pictures),
+            "reference": reference.label,
+            "reference_weights": found[0].fingerprint(),
+            "input": list(reference.shape),
+            "method": args.method,
+            "target_layer": layer,
+            "faithfulness": not args.no_faithfulness,
+        }
+        run.start(options, resume=True)
+    except (RunError, DataError, ValueError, OSError) as error:
+        parser.error(str(error))
+    settings = measure.Settings(layer, args.batch_size, not args.no_faithfulness)
+    compare(found, pictures, settings, run.folder)
+    if args.time_shares:
+        sizes = args.time_sizes or sorted({reference.shape[1], 224})
+        map_times(reference, layer, args.method, args.time_shares, sizes).to_csv(
+            run.folder / "times.csv", index=False, float_format="%.6g"
+        )
+    check_full_rank(run.folder, args.method)
+    print(f"{run.folder}: draw it with python pytorch-grad-cam/produce_results.py")
+    sys.exit(int(failed))
+
+
+def compare(
+    found: Sequence[candidates.Candidate],
+    pictures: Sequence[Picture],
+    settings: measure.Settings,
+    folder: Path,
+) -> None:
+    """Measure every network that is not there yet: its table NETWORK.csv, and its part of the grid.
+
+    The files of networks that were compared in an earlier call stay.
+    """
+    reference = measure.make_maps(found[0].network, pictures, None, found[0].method, settings)
+    save_pictures(folder / "pictures.npz", pictures[:SHOWN])
+    for candidate in found:
+        path = folder / f"{candidate.network.label}.csv"
+        start = time.perf_counter()
+        if path.exists() and pd.read_csv(path)["weights"].iloc[0] == candidate.fingerprint():
+            print(f"{candidate.network.label}: is there")
+            continue
+        table, maps = measure.measure(candidate, pictures, reference, settings)
+        save_maps(path.with_suffix(".npz"), maps)
+        part = path.with_name(path.name + ".part")
+        table.to_csv(part, index=False, float_format="%.4g")
+        part.replace(path)
+        print(f"{line(table)}; {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def save_pictures(path: Path, pictures: Sequence[Picture]) -> None:
+    """The pictures of the grid, at most 256 pixels a side, by name."""
+    small = {}
+    for picture in pictures:
+        image = picture.image.convert("RGB")
+        image.thumbnail((256, 256))
+        small[picture.name] = np.asarray(image)
+    np.savez_compressed(path, **small)
+
+
+def save_maps(path: Path, maps: Maps) -> None:
+    """The displayed maps of the grid's pictures."""
+    np.savez_compressed(path, displayed=maps.displayed[:SHOWN].astype(np.float16))
+
+
+def line(table: pd.DataFrame) -> str:
+    """A line about a network."""
+    same = table[table["target"] == "same"]
+    agreement = (same["predicted"] == same["reference_predicted"]).mean()
+    numbers = [f"{name} {same[name].mean():.3f}" for name in COLUMNS if same[name].notna().any()]
+    undefined = f"undefined maps {int((~same['defined']).sum())} of {len(same)}"
+    return f"{same['network'].iloc[0]}: same class {100 * agreement:.1f} %, {', '.join([*numbers, undefined])}"
+
+
+def check_full_rank(folder: Path, method: str) -> None:
+    """End with 1 where the reference in low-rank layers of full rank gives other maps."""
+    table = pd.read_csv(folder / "full_rank.csv")
+    same = table[table["target"] == "same"]
+    largest = same["largest_difference"].max()
+    if largest > FULL_RANK_TOLERANCE:
+        if method == "fullgrad":  # its gradients jump where a ReLU's input is 0 but for rounding
+            print(f"full rank: maps differ by up to {largest:.2g}, by rounding at the kinks of ReLUs")
+            return
+        sys.exit(
+            f"compare_cams.py: at full rank the maps differ by {largest:.2g}, more than {FULL_RANK_TOLERANCE}: "
+            f"the figures in {folder} cannot be trusted"
+        )
+    print(f"full rank: maps agree with the dense ones within {largest:.2g}")
+
+
+if __name__ == "__main__":
+    main()

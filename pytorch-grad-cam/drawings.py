@@ -1,0 +1,110 @@
+"""The figures of a comparison: maps in a grid, similarity and faithfulness over compression, time over rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dlrt.cams.pictures import overlay
+from dlrt.plots import COLOURS, LOOK, STYLES
+
+GRID_PICTURES = 4
+PANELS = {
+    "pearson": "similarity to the dense map\n(Pearson's correlation)",
+    "road": "faithfulness: ROAD",
+    "gain": "faithfulness:\ninsertion - deletion",
+}
+
+
+def grid(folder: Path, summary: pd.DataFrame) -> Figure:
+    """Photographs by tolerance: the map over the picture, and below how it differs from the dense one."""
+    drawn = summary[summary["kind"] == "reference"]
+    low_rank = summary[summary["kind"].isin(("low-rank", "SVD"))].sort_values(["kind", "tau"], ascending=[False, True])
+    trained = low_rank[low_rank["kind"] == "low-rank"]
+    drawn = pd.concat([drawn, trained if len(trained) else low_rank])
+    with np.load(folder / "pictures.npz") as file:
+        pictures = {name: file[name] / 255 for name in list(file)[:GRID_PICTURES]}
+    maps = {name: np.load(folder / f"{name}.npz")["displayed"].astype(np.float32) for name in drawn["network"]}
+    dense = maps[drawn["network"].iloc[0]]
+    columns = 1 + len(drawn)
+    with mpl.rc_context({**LOOK, "axes.grid": False}):
+        size = (1.25 * columns + 0.9, 2.5 * len(pictures))
+        figure, axes = plt.subplots(2 * len(pictures), columns, figsize=size, squeeze=False)
+        for index, (name, pixels) in enumerate(pictures.items()):
+            above, below = axes[2 * index], axes[2 * index + 1]
+            above[0].imshow(pixels)
+            above[0].set_title(name, fontsize=7)
+            for column, row in enumerate(drawn.itertuples(), start=1):
+                shown = maps[row.network][index]
+                above[column].imshow(overlay(np.float32(pixels), shown))
+                if index == 0:
+                    above[column].set_title(_title(row), fontsize=7)
+                if not np.isfinite(shown).all():
+                    above[column].set_xlabel("undefined", fontsize=7)
+                elif column > 1:
+                    extent = (0, pixels.shape[1], pixels.shape[0], 0)  # as wide as the picture above
+                    image = below[column].imshow(shown - dense[index], cmap="RdBu_r", vmin=-1, vmax=1, extent=extent)
+        for ax in axes.flat:
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+        if columns > 2:
+            label = "map - dense map, both scaled to [0, 1]"
+            figure.colorbar(image, ax=axes[1::2, :], location="right", shrink=0.5, label=label)
+    return figure
+
+
+def _title(row) -> str:
+    if row.kind == "reference":
+        return "dense"
+    kind = "" if row.kind == "low-rank" else "SVD, "
+    tolerance = f"τ = {row.tau:g}\n" if pd.notna(row.tau) else ""
+    return f"{kind}{tolerance}{row.compression:.0f} % less"
+
+
+def over_compression(summary: pd.DataFrame) -> Figure:
+    """Similarity and faithfulness over compression, with the band of other seeds and the controls."""
+    drawn = {column: label for column, label in PANELS.items() if summary[column].notna().any()}
+    with mpl.rc_context(LOOK):
+        figure, axes = plt.subplots(1, len(drawn), figsize=(3.6 * len(drawn), 3.9), squeeze=False)
+        for ax, (column, label) in zip(axes[0], drawn.items(), strict=True):
+            _panel(ax, summary, column)
+            ax.set(xlabel="evaluation compression [%]", ylabel=label)
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize="small")
+    return figure
+
+
+def _panel(ax: Axes, summary: pd.DataFrame, column: str) -> None:
+    for number, (kind, label) in enumerate((("low-rank", "trained low-rank"), ("SVD", "SVD of the dense network"))):
+        rows = summary[summary["kind"] == kind].sort_values("compression")
+        if len(rows):
+            style = {"color": COLOURS[number], "linestyle": STYLES[number], "marker": "o", "ms": 4}
+            ax.plot(rows["compression"], rows[column], label=label, **style)
+    ax.plot(0, summary.loc[summary["kind"] == "reference", column].iloc[0], "k*", ms=9, label="the dense network")
+    seeds = summary.loc[summary["kind"] == "other seed", column]
+    if len(seeds):
+        ax.axhspan(seeds.min() - 1e-3, seeds.max() + 1e-3, color="0.8", label=f"dense, other seeds ({len(seeds)})")
+    for number, kind in enumerate(("random weights", "RandomCAM"), start=2):
+        value = summary.loc[summary["kind"] == kind, column].iloc[0]
+        ax.axhline(value, color=COLOURS[number], linestyle=STYLES[number], lw=1, label=kind)
+
+
+def time_over_rank(times: pd.DataFrame) -> Figure:
+    """Time per map of low-rank networks as a share of the dense network's, over the share of the full rank."""
+    with mpl.rc_context(LOOK):
+        figure, ax = plt.subplots(figsize=(5, 3.4))
+        for number, (pixels, rows) in enumerate(times.groupby("pixels")):
+            rows = rows.sort_values("share")
+            dense = rows["dense_milliseconds"].iloc[0]
+            style = {"color": COLOURS[number], "linestyle": STYLES[number], "marker": "o", "ms": 4}
+            label = f"{pixels} x {pixels} pixels (dense: {dense:.1f} ms)"
+            ax.plot(rows["share"], rows["ratio"], label=label, **style)
+        ax.axhline(1, color="0.4", lw=1)
+        ax.set(xlabel="rank / full rank", ylabel="time per map / dense", ylim=(0, None))
+        ax.legend(loc="lower right")
+    return figure

@@ -1,0 +1,78 @@
+"""How long a map takes at each share of the full rank, against the dense network, in one process.
+
+    python pytorch-grad-cam/map_times.py --arch ResNet20 --weights random        under a minute on two CPU cores
+
+Medians of maps made in turn; all that a call does is counted, prediction and map. Sixteen pictures of 32 x 32
+at a time, fewer of larger ones.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from functools import partial
+
+import networks
+import pandas as pd
+import torch
+from networks import Network
+
+import dlrt
+from dlrt import cli
+from dlrt.cams import METHODS, default_layer, explain
+from dlrt.timing import medians
+
+PIXELS = 16 * 32 * 32  # at a time
+
+
+def map_times(
+    network: Network, layer: str, method: str, shares: list[float], sizes: list[int], repeats: int = 15
+) -> pd.DataFrame:
+    """A row per size and share of the full rank: milliseconds per picture, dense ones, and low-rank / dense.
+
+    Sizes that the network cannot see are left out.
+    """
+    models = [network.model] + [dlrt.to_low_rank(deepcopy(network.model), rank=share) for share in shares]
+    rows = []
+    for size in sizes:
+        count = max(1, PIXELS // size**2)
+        x = torch.randn(count, network.shape[0], size, size, device=network.device)
+        try:
+            with torch.no_grad():
+                network.model(x[:1])
+        except RuntimeError:
+            print(f"{network.label} cannot see {size} x {size} pixels: its time is not measured there")
+            continue
+        dense, *others = medians([partial(explain, model, x, None, method, layer) for model in models], repeats)
+        for share, model, milliseconds in zip(shares, models[1:], others, strict=True):
+            compression = dlrt.compression(model).evaluation_compression
+            row = {"pixels": size, "pictures": count, "share": share, "compression": round(compression, 2)}
+            row |= {"milliseconds": milliseconds / count, "dense_milliseconds": dense / count}
+            rows.append({**row, "ratio": milliseconds / dense})
+            print(
+                f"{size:3} pixels, {share:5.3f} of the full rank: {milliseconds / count:7.2f} ms per map, "
+                f"dense {dense / count:7.2f} ms, {milliseconds / dense:.2f} of it",
+                flush=True,
+            )
+    return pd.DataFrame(rows)
+
+
+def main() -> None:
+    parser = cli.Parser(description=__doc__, formatter_class=cli.HelpFormatter)
+    networks.add_flags(parser)
+    add = parser.add_argument
+    add("--method", type=str.lower, choices=METHODS, default="gradcam", metavar="NAME", help=", ".join(METHODS))
+    share = cli.number(float, "(0, 1]")
+    add("--shares", type=share, nargs="+", default=[1.0, 0.5, 0.25, 0.125], help="of the full rank")
+    add("--sizes", type=cli.NATURAL, nargs="+", default=[32, 224], help="pixels a side")
+    add("--repeats", type=cli.NATURAL, default=15, help="timed maps of each network")
+    args = parser.parse_args()
+    try:
+        network = networks.read(args)
+        layer = default_layer(network.model, torch.zeros(1, *network.shape, device=network.device))
+    except (dlrt.runs.RunError, ValueError, OSError) as error:
+        parser.error(str(error))
+    map_times(network, layer, args.method, args.shares, args.sizes, args.repeats)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""A network's maps beside those of the reference: a row of numbers for each picture and target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from candidates import Candidate, describe
+from networks import Network
+
+from dlrt.cams import Maps, explain
+from dlrt.cams.compare import in_boxes, similarity
+from dlrt.cams.faithfulness import MEASURES, faithfulness
+from dlrt.cams.pictures import Picture
+from dlrt.cams.targets import of_classes
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How maps are made: the layer (None: the last block's), the batch size, and whether they are tested."""
+
+    layer: str | None
+    batch_size: int
+    faithfulness: bool
+
+
+def make_maps(
+    network: Network, pictures: Sequence[Picture], classes: Sequence[int] | None, method: str, settings: Settings
+) -> Maps:
+    """Maps of all pictures, in batches, of given classes or of the predicted ones."""
+    parts = []
+    for start in range(0, len(pictures), settings.batch_size):
+        part = slice(start, start + settings.batch_size)
+        targets = of_classes([number] for number in classes[part]) if classes is not None else None
+        x = network.images(pictures[part])
+        parts.append(explain(network.model, x, targets, method, settings.layer, seed=start))
+    return Maps(
+        raw=np.concatenate([maps.raw for maps in parts]),
+        displayed=np.concatenate([maps.displayed for maps in parts]),
+        logits=torch.cat([maps.logits for maps in parts]).cpu(),
+        milliseconds={
+            stage: float(np.median([maps.milliseconds[stage] for maps in parts]))
+            for stage in parts[0].milliseconds
+        },
+    )
+
+
+def measure(
+    candidate: Candidate, pictures: Sequence[Picture], reference: Maps, settings: Settings
+) -> tuple[pd.DataFrame, Maps]:
+    """A row per picture for the class that the reference predicts ("same"), and the maps of these.
+
+    Where the network predicts another class there is a row for that, too ("own"). Both are compared with the
+    reference's map of what it predicts itself. Faithfulness, pointing and energy are of "same" only.
+    """
+    network = candidate.network
+    asked = reference.logits.argmax(1).tolist()
+    same = make_maps(network, pictures, asked, candidate.method, settings)
+    predicted = same.logits.argmax(1).tolist()
+    differing = [index for index, (a, b) in enumerate(zip(asked, predicted, strict=True)) if a != b]
+    own = {}
+    if differing:
+        others, classes = [pictures[index] for index in differing], [predicted[index] for index in differing]
+        maps = make_maps(network, others, classes, candidate.method, settings)
+        own = {index: (maps.raw[place], maps.displayed[place]) for place, index in enumerate(differing)}
+    tested = _faithfulness(network, pictures, same.displayed, asked, settings)
+    rows = []
+    for index, picture in enumerate(pictures):
+        mine = same.raw[index], same.displayed[index]
+        theirs = reference.raw[index], reference.displayed[index]
+        about = {
+            "file": picture.name,
+            "label": network.classes[picture.classes[0]] if picture.classes else "",
+            "predicted": network.classes[predicted[index]],
+            "reference_predicted": network.classes[asked[index]],
+        }
+        boxes = in_boxes(mine[1], picture.boxes, (picture.image.height, picture.image.width))
+        first = {**about, "target": "same", "class": network.classes[asked[index]], **_compared(mine, theirs)}
+        rows.append({**first, **boxes, **{name: values[index] for name, values in tested.items()}})
+        if index in own:
+            second = {"target": "own", "class": network.classes[predicted[index]]}
+            rows.append({**about, **second, **_compared(own[index], theirs)})
+    table = pd.DataFrame(rows)
+    for stage, milliseconds in same.milliseconds.items():
+        table[f"{stage}_ms"] = milliseconds
+    for position, (name, value) in enumerate(describe(candidate).items()):
+        table.insert(position, name, value)
+    return table, same
+
+
+def _compared(mine: tuple[np.ndarray, np.ndarray], theirs: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
+    """How alike two pairs of a raw and a displayed map are, the raw ones by columns that end in _raw."""
+    raw = similarity(mine[0], theirs[0])
+    return {
+        "defined": bool(np.isfinite(mine[1]).all()),
+        "largest_difference": float(np.abs(mine[1] - theirs[1]).max()),
+        **{f"{name}_raw": value for name, value in raw.items()},
+        **similarity(mine[1], theirs[1]),
+    }
+
+
+def _faithfulness(
+    network: Network,
+    pictures: Sequence[Picture],
+    shown: np.ndarray,
+    classes: Sequence[int],
+    settings: Settings,
+) -> dict[str, np.ndarray]:
+    if not settings.faithfulness:
+        return {name: np.full(len(pictures), np.nan) for name in MEASURES}
+    parts = []
+    for start in range(0, len(pictures), settings.batch_size):
+        part = slice(start, start + settings.batch_size)
+        parts.append(faithfulness(network.model, network.images(pictures[part]), shown[part], classes[part]))
+    return {name: np.concatenate([its[name] for its in parts]) for name in MEASURES}
