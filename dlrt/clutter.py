@@ -18,7 +18,7 @@ TEST_DIGITS = 360  # the last of scikit-learn's order are for the test pictures 
 
 @dataclass(frozen=True)
 class Clutter:
-    """Pictures (N, 32, 32) uint8, labels (N,) and boxes (N, 4): left, top, right, bottom, as tight as can be."""
+    """Pictures (N, 32, 32) uint8, labels (N,) and tight boxes (N, 4): left, top, right, bottom."""
 
     images: np.ndarray
     labels: np.ndarray

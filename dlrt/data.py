@@ -1,7 +1,7 @@
-"""MNIST, CIFAR-10, the digits bundled with scikit-learn and those in clutter: one function each, one return type.
+"""MNIST, CIFAR-10, the digits bundled with scikit-learn, and those in clutter.
 
-All are small enough to live in memory as one tensor, so a batch is one indexing operation and no loader
-fetches single samples.
+One function each, the same return type. All are small enough to live in memory as one tensor, so a batch is
+one indexing operation and no loader fetches single samples.
 """
 
 from __future__ import annotations
@@ -189,7 +189,9 @@ def _bundled_digits(size: int, test: int) -> Arrays:
 def digits_in_clutter(folder: Path | None, seed: int) -> Dataset:
     """`clutter.clutter`, made on the spot: 4,000 / 500 / 500 pictures of 32 x 32 pixels; needs no folder."""
     trained, test = clutter(4500, seed=0), clutter(500, seed=0, test=True)
-    arrays = [torch.from_numpy(its) for part in (trained, test) for its in (part.images[:, None], part.labels)]
+    arrays = [
+        torch.from_numpy(its) for part in (trained, test) for its in (part.images[:, None], part.labels)
+    ]
     return _split("clutter", tuple(arrays), seed, validation=500)
 
 
@@ -200,7 +202,7 @@ DATASETS: dict[str, Callable[[Path, int], Dataset]] = {
     "digits32": digits32,
     "clutter": digits_in_clutter,
 }
-CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 CLASS_NAMES = {"cifar10": CIFAR10_CLASSES}  # of the others a class's number is its name
 
 

@@ -162,7 +162,7 @@ class LowRankLinear(LowRankLayer):
 
 
 CHANNELS_LAST = torch.channels_last
-# a CPU makes as many channels of a convolution at a time; with fewer filters it gains nothing, and a second map costs
+# a CPU makes as many channels of a convolution at a time: it gains nothing by fewer, and a second map costs
 FEWEST_FILTERS = 16
 SAME_IN_DENSE = (
     "in_channels",
@@ -242,7 +242,9 @@ class LowRankConv2d(LowRankLayer):
             x = F.pad(x, self._pad_before, "constant" if self.padding_mode == "zeros" else self.padding_mode)
         x = _channels_last(x)
         if self.out_channels <= FEWEST_FILTERS and not self.training:
-            return F.conv2d(x, self.weight.contiguous(memory_format=CHANNELS_LAST), self.bias, **self._geometry)
+            return F.conv2d(
+                x, self.weight.contiguous(memory_format=CHANNELS_LAST), self.bias, **self._geometry
+            )
         return super().forward(x)
 
     # Pictures are channels-last throughout, so that all but the convolution itself is a product of two

@@ -27,7 +27,7 @@ import dlrt
 from dlrt import cli
 from dlrt.cams import METHODS, Maps, check_options, default_layer, explain, spatial_layers
 from dlrt.cams.guided import guided_gradients, visible
-from dlrt.cams.pictures import Picture, PictureError, files, labelled, overlay, read, read_labels
+from dlrt.cams.pictures import Picture, PictureError, files, overlay, read, read_labels
 from dlrt.cams.targets import of_classes
 from dlrt.runs import RunError
 
@@ -42,10 +42,19 @@ def make_parser() -> cli.Parser:
     rank = "the same, to a rank: 20, or a share of the full one: 0.5"
     low_rank.add_argument("--rank", type=cli.rank, help=rank)
     add("--image-path", type=Path, required=True, help="a picture, or a folder, read in sorted order")
-    add("--method", type=str.lower, choices=METHODS, default="gradcam", metavar="NAME", help=", ".join(METHODS))
+    add(
+        "--method",
+        type=str.lower,
+        choices=METHODS,
+        default="gradcam",
+        metavar="NAME",
+        help=", ".join(METHODS),
+    )
     add("--target-layer", metavar="NAME", help="by default the output of the last convolutional block")
     targets = "classes to explain, by name or number: cat, or cat,dog (their sum), or a file of lines "
-    add("--targets", metavar="CLASS", help=f'{targets}"file,class[,class...]"; by default the predicted class')
+    add(
+        "--targets", metavar="CLASS", help=f'{targets}"file,class[,class...]"; by default the predicted class'
+    )
     add("--aug-smooth", action="store_true", help="mean over mirrored and brighter or darker pictures")
     add("--eigen-smooth", action="store_true", help="the first principal component in place of the sum")
     add("--guided", action="store_true", help="also the map times guided backpropagation (.guided.png)")
@@ -97,7 +106,7 @@ def target_layer(network: networks.Network, name: str | None) -> str:
 def chosen_classes(
     text: str | None, network: networks.Network, paths: Sequence[Path]
 ) -> dict[str, tuple[int, ...]] | None:
-    """The classes to explain for each file, or None for the predicted ones; ValueError where one is unknown."""
+    """The classes to explain for each file, None for the predicted ones; ValueError where one is unknown."""
     if text is None:
         return None
     if not Path(text).is_file():
@@ -169,10 +178,8 @@ def explained(
             large.save(args.output_dir / f"{picture.name}.guided.png")
         np.savez_compressed(args.output_dir / f"{picture.name}.cam.npz", **arrays)
         state = "" if its["defined"] else ": undefined, nothing speaks for it and no map is drawn"
-        print(
-            f"{picture.name}: {its['predicted']} {its['probability']:.3f}, map of {its['target']}{state}; {file}",
-            flush=True,
-        )
+        seen = f"{its['predicted']} {its['probability']:.3f}"
+        print(f"{picture.name}: {seen}, map of {its['target']}{state}; {file}", flush=True)
     return rows
 
 

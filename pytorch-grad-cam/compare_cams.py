@@ -6,8 +6,8 @@
 DENSE, RUN, OTHER_DENSE are run folders; --taus cuts low-rank networks from the reference by its SVD. Every
 network explains the class that the reference predicts and, separately, its own. Beside them stand controls:
 the reference at full rank in low-rank layers, with random weights, and RandomCAM. Prints a line per network
-and leaves pytorch-grad-cam/results/NAME/, which produce_results.py draws. About 40 seconds for a ResNet20 and 200
-pictures of 32 x 32 on one core; networks that are there already are not measured again.
+and leaves pytorch-grad-cam/results/NAME/, which produce_results.py draws. About 40 seconds for a
+ResNet20 and 200 pictures of 32 x 32 on one core; networks that are there already are not measured again.
 """
 
 from __future__ import annotations
@@ -47,11 +47,28 @@ def make_parser() -> cli.Parser:
     tests = ", ".join(f"{name}-test" for name in DATASETS)
     add("--images", required=True, help=f"a folder of pictures (labels.csv there is read), or {tests}")
     add("--count", type=cli.NATURAL, default=200, help="of pictures, the first ones")
-    add("--method", type=str.lower, choices=METHODS, default="gradcam", metavar="NAME", help=", ".join(METHODS))
+    add(
+        "--method",
+        type=str.lower,
+        choices=METHODS,
+        default="gradcam",
+        metavar="NAME",
+        help=", ".join(METHODS),
+    )
     add("--target-layer", metavar="NAME", help="by default the output of the last convolutional block")
-    add("--no-faithfulness", action="store_true", help="leave out ROAD, deletion and insertion, nine tenths of the time")
+    add(
+        "--no-faithfulness",
+        action="store_true",
+        help="leave out ROAD, deletion and insertion, nine tenths of the time",
+    )
     shares = "shares of the full rank at which the time per map is measured; none: not measured"
-    add("--time-shares", type=cli.number(float, "(0, 1]"), nargs="*", default=[1.0, 0.5, 0.25, 0.125], help=shares)
+    add(
+        "--time-shares",
+        type=cli.number(float, "(0, 1]"),
+        nargs="*",
+        default=[1.0, 0.5, 0.25, 0.125],
+        help=shares,
+    )
     sizes = "pixels a side at which it is measured; by default the input's and 224"
     add("--time-sizes", type=cli.NATURAL, nargs="*", help=sizes)
     add("--batch-size", type=cli.NATURAL, default=50, help="pictures at a time")
@@ -147,7 +164,9 @@ def line(table: pd.DataFrame) -> str:
     agreement = (same["predicted"] == same["reference_predicted"]).mean()
     numbers = [f"{name} {same[name].mean():.3f}" for name in COLUMNS if same[name].notna().any()]
     undefined = f"undefined maps {int((~same['defined']).sum())} of {len(same)}"
-    return f"{same['network'].iloc[0]}: same class {100 * agreement:.1f} %, {', '.join([*numbers, undefined])}"
+    return (
+        f"{same['network'].iloc[0]}: same class {100 * agreement:.1f} %, {', '.join([*numbers, undefined])}"
+    )
 
 
 def check_full_rank(folder: Path, method: str) -> None:
@@ -160,7 +179,7 @@ def check_full_rank(folder: Path, method: str) -> None:
             print(f"full rank: maps differ by up to {largest:.2g}, by rounding at the kinks of ReLUs")
             return
         sys.exit(
-            f"compare_cams.py: at full rank the maps differ by {largest:.2g}, more than {FULL_RANK_TOLERANCE}: "
+            f"compare_cams.py: full-rank maps differ by {largest:.2g}, more than {FULL_RANK_TOLERANCE}: "
             f"the figures in {folder} cannot be trusted"
         )
     print(f"full rank: maps agree with the dense ones within {largest:.2g}")

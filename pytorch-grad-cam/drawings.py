@@ -1,4 +1,4 @@
-"""The figures of a comparison: maps in a grid, similarity and faithfulness over compression, time over rank."""
+"""The figures of a comparison: maps in a grid, similarity and faithfulness, and the time over the rank."""
 
 from __future__ import annotations
 
@@ -25,12 +25,16 @@ PANELS = {
 def grid(folder: Path, summary: pd.DataFrame) -> Figure:
     """Photographs by tolerance: the map over the picture, and below how it differs from the dense one."""
     drawn = summary[summary["kind"] == "reference"]
-    low_rank = summary[summary["kind"].isin(("low-rank", "SVD"))].sort_values(["kind", "tau"], ascending=[False, True])
+    low_rank = summary[summary["kind"].isin(("low-rank", "SVD"))].sort_values(
+        ["kind", "tau"], ascending=[False, True]
+    )
     trained = low_rank[low_rank["kind"] == "low-rank"]
     drawn = pd.concat([drawn, trained if len(trained) else low_rank])
     with np.load(folder / "pictures.npz") as file:
         pictures = {name: file[name] / 255 for name in list(file)[:GRID_PICTURES]}
-    maps = {name: np.load(folder / f"{name}.npz")["displayed"].astype(np.float32) for name in drawn["network"]}
+    maps = {
+        name: np.load(folder / f"{name}.npz")["displayed"].astype(np.float32) for name in drawn["network"]
+    }
     dense = maps[drawn["network"].iloc[0]]
     columns = 1 + len(drawn)
     with mpl.rc_context({**LOOK, "axes.grid": False}):
@@ -49,7 +53,9 @@ def grid(folder: Path, summary: pd.DataFrame) -> Figure:
                     above[column].set_xlabel("undefined", fontsize=7)
                 elif column > 1:
                     extent = (0, pixels.shape[1], pixels.shape[0], 0)  # as wide as the picture above
-                    image = below[column].imshow(shown - dense[index], cmap="RdBu_r", vmin=-1, vmax=1, extent=extent)
+                    image = below[column].imshow(
+                        shown - dense[index], cmap="RdBu_r", vmin=-1, vmax=1, extent=extent
+                    )
         for ax in axes.flat:
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
@@ -64,7 +70,7 @@ def _title(row) -> str:
         return "dense"
     kind = "" if row.kind == "low-rank" else "SVD, "
     tolerance = f"τ = {row.tau:g}\n" if pd.notna(row.tau) else ""
-    return f"{kind}{tolerance}{row.compression:.0f} % less"
+    return f"{kind}{tolerance}compression {row.compression:.0f} %"
 
 
 def over_compression(summary: pd.DataFrame) -> Figure:
@@ -75,27 +81,35 @@ def over_compression(summary: pd.DataFrame) -> Figure:
         for ax, (column, label) in zip(axes[0], drawn.items(), strict=True):
             _panel(ax, summary, column)
             ax.set(xlabel="evaluation compression [%]", ylabel=label)
-        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize="small")
+        figure.legend(
+            *axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize="small"
+        )
     return figure
 
 
 def _panel(ax: Axes, summary: pd.DataFrame, column: str) -> None:
-    for number, (kind, label) in enumerate((("low-rank", "trained low-rank"), ("SVD", "SVD of the dense network"))):
+    for number, (kind, label) in enumerate(
+        (("low-rank", "trained low-rank"), ("SVD", "SVD of the dense network"))
+    ):
         rows = summary[summary["kind"] == kind].sort_values("compression")
         if len(rows):
             style = {"color": COLOURS[number], "linestyle": STYLES[number], "marker": "o", "ms": 4}
             ax.plot(rows["compression"], rows[column], label=label, **style)
-    ax.plot(0, summary.loc[summary["kind"] == "reference", column].iloc[0], "k*", ms=9, label="the dense network")
+    ax.plot(
+        0, summary.loc[summary["kind"] == "reference", column].iloc[0], "k*", ms=9, label="the dense network"
+    )
     seeds = summary.loc[summary["kind"] == "other seed", column]
     if len(seeds):
-        ax.axhspan(seeds.min() - 1e-3, seeds.max() + 1e-3, color="0.8", label=f"dense, other seeds ({len(seeds)})")
+        ax.axhspan(
+            seeds.min() - 1e-3, seeds.max() + 1e-3, color="0.8", label=f"dense, other seeds ({len(seeds)})"
+        )
     for number, kind in enumerate(("random weights", "RandomCAM"), start=2):
         value = summary.loc[summary["kind"] == kind, column].iloc[0]
         ax.axhline(value, color=COLOURS[number], linestyle=STYLES[number], lw=1, label=kind)
 
 
 def time_over_rank(times: pd.DataFrame) -> Figure:
-    """Time per map of low-rank networks as a share of the dense network's, over the share of the full rank."""
+    """Time per map of low-rank networks, as a share of the dense network's, over the share of the rank."""
     with mpl.rc_context(LOOK):
         figure, ax = plt.subplots(figsize=(5, 3.4))
         for number, (pixels, rows) in enumerate(times.groupby("pixels")):
@@ -105,6 +119,7 @@ def time_over_rank(times: pd.DataFrame) -> Figure:
             label = f"{pixels} x {pixels} pixels (dense: {dense:.1f} ms)"
             ax.plot(rows["share"], rows["ratio"], label=label, **style)
         ax.axhline(1, color="0.4", lw=1)
-        ax.set(xlabel="rank / full rank", ylabel="time per map / dense", ylim=(0, None))
+        ax.set(xlabel="rank / full rank", ylabel="time per map / dense")
+        ax.set_ylim(0, 1.2 * max(1, times["ratio"].max()))
         ax.legend(loc="lower right")
     return figure

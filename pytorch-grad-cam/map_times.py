@@ -1,9 +1,9 @@
 """How long a map takes at each share of the full rank, against the dense network, in one process.
 
-    python pytorch-grad-cam/map_times.py --arch ResNet20 --weights random        under a minute on two CPU cores
+    python pytorch-grad-cam/map_times.py --arch ResNet20 --weights random
 
-Medians of maps made in turn; all that a call does is counted, prediction and map. Sixteen pictures of 32 x 32
-at a time, fewer of larger ones.
+Half a minute on two CPU cores. Medians of maps made in turn; all that a call does is counted, prediction and
+map. Sixteen pictures of 32 x 32 at a time, fewer of larger ones.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def map_times(
         except RuntimeError:
             print(f"{network.label} cannot see {size} x {size} pixels: its time is not measured there")
             continue
-        dense, *others = medians([partial(explain, model, x, None, method, layer) for model in models], repeats)
+        dense, *others = medians(
+            [partial(explain, model, x, None, method, layer) for model in models], repeats
+        )
         for share, model, milliseconds in zip(shares, models[1:], others, strict=True):
             compression = dlrt.compression(model).evaluation_compression
             row = {"pixels": size, "pictures": count, "share": share, "compression": round(compression, 2)}
@@ -60,7 +62,14 @@ def main() -> None:
     parser = cli.Parser(description=__doc__, formatter_class=cli.HelpFormatter)
     networks.add_flags(parser)
     add = parser.add_argument
-    add("--method", type=str.lower, choices=METHODS, default="gradcam", metavar="NAME", help=", ".join(METHODS))
+    add(
+        "--method",
+        type=str.lower,
+        choices=METHODS,
+        default="gradcam",
+        metavar="NAME",
+        help=", ".join(METHODS),
+    )
     share = cli.number(float, "(0, 1]")
     add("--shares", type=share, nargs="+", default=[1.0, 0.5, 0.25, 0.125], help="of the full rank")
     add("--sizes", type=cli.NATURAL, nargs="+", default=[32, 224], help="pixels a side")

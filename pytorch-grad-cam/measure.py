@@ -28,7 +28,11 @@ class Settings:
 
 
 def make_maps(
-    network: Network, pictures: Sequence[Picture], classes: Sequence[int] | None, method: str, settings: Settings
+    network: Network,
+    pictures: Sequence[Picture],
+    classes: Sequence[int] | None,
+    method: str,
+    settings: Settings,
 ) -> Maps:
     """Maps of all pictures, in batches, of given classes or of the predicted ones."""
     parts = []

@@ -61,7 +61,9 @@ def add_flags(parser: cli.Parser, run_flag: str = "--checkpoint") -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     run = "a run's folder or its checkpoint.pt; all else about the network comes from there"
     what.add_argument(run_flag, dest="checkpoint", type=Path, metavar="RUN", help=run)
-    what.add_argument("--arch", metavar="NAME", help="a network of torchvision, or ResNet20 and its like of dlrt")
+    what.add_argument(
+        "--arch", metavar="NAME", help="a network of torchvision, or ResNet20 and its like of dlrt"
+    )
     weights = "of --arch: a file, download (torchvision's own) or random"
     add("--weights", default="download", metavar="FILE", help=weights)
     size = "pixels a side that the network sees; by default what it was trained at"
@@ -114,7 +116,9 @@ def from_arch(arch: str, weights: str) -> Network:
     known = torchvision.models.list_models(module=torchvision.models)
     if arch not in known:
         near = difflib.get_close_matches(arch, [*known, *models.__all__], n=5, cutoff=0.4)
-        raise ValueError(f"--arch: unknown network {arch!r}; torchvision and dlrt have {', '.join(near or known)}")
+        raise ValueError(
+            f"--arch: unknown network {arch!r}; torchvision and dlrt have {', '.join(near or known)}"
+        )
     official = torchvision.models.get_model_weights(arch).DEFAULT
     state = None if weights in SOURCES else _state(weights)
     names = tuple(official.meta["categories"])

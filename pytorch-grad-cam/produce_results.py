@@ -20,18 +20,22 @@ MEANS = (
     *("deletion", "insertion", "road", "pointing", "energy"),
 )
 CAPTION = (
-    "Means over the pictures. Of every network the map of the class that the reference predicts, compared with "
-    "the reference's map: correlations, SSIM and the IoU of the highest fifths, raw (the method's own map) and "
-    "displayed (without what is negative, scaled to [0, 1]); own: of the class that the network itself predicts. "
-    "Deletion (low is good), insertion and ROAD (high is good) are of the network on its own maps. Undefined: "
-    "maps without anything positive, left out of all that needs a displayed one. Seeds: whether the displayed "
-    "map is as similar (Pearson) as those of dense networks of other seeds."
+    "Means over the pictures. Of every network the map of the class that the reference predicts, compared "
+    "with the reference's map: correlations, SSIM and the IoU of the highest fifths, raw (the method's own "
+    "map) and displayed (without what is negative, scaled to [0, 1]); own: of the class that the network "
+    "itself predicts. Deletion (low is good), insertion and ROAD (high is good) are of the network on its "
+    "own maps. Undefined: maps without anything positive, left out of all that needs a displayed one. Seeds: "
+    "whether the displayed map is as similar (Pearson) as those of dense networks of other seeds."
 )
 
 
 def read_study(folder: Path) -> pd.DataFrame:
     """All rows of a comparison, of every network and picture."""
-    tables = [pd.read_csv(path, keep_default_na=True) for path in sorted(folder.glob("*.csv")) if path.name != "times.csv"]
+    tables = [
+        pd.read_csv(path, keep_default_na=True)
+        for path in sorted(folder.glob("*.csv"))
+        if path.name != "times.csv"
+    ]
     return pd.concat([table for table in tables if "target" in table], ignore_index=True)
 
 
@@ -46,7 +50,7 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
         first = same.iloc[0]
         found.append({
             **{name: first[name] for name in ("network", "kind", "tau", "compression")},
-            "accuracy": 100 * (labelled["predicted"] == labelled["label"]).mean() if len(labelled) else float("nan"),
+            "accuracy": 100 * (labelled["predicted"] == labelled["label"]).mean(),
             "agreement": 100 * agrees.mean(),
             "pictures": len(same),
             "undefined": int((~same["defined"]).sum()),
@@ -112,7 +116,9 @@ def readable(study: str, config: dict, summary: pd.DataFrame) -> pd.DataFrame:
 
 def main() -> None:
     args = results.parse(__doc__, Path(__file__).parent)
-    studies = sorted(path.parent for path in args.results.glob("*/config.json") if (path.parent / "full_rank.csv").exists())
+    studies = sorted(
+        path.parent for path in args.results.glob("*/config.json") if (path.parent / "full_rank.csv").exists()
+    )
     if not studies:
         sys.exit(
             f"produce_results.py: no comparisons in {args.results}; make one with: "
@@ -126,7 +132,9 @@ def main() -> None:
         figures[f"gradcam_{folder.name}_grid"] = drawings.grid(folder, summary)
         figures[f"gradcam_{folder.name}"] = drawings.over_compression(summary)
         if (folder / "times.csv").exists():
-            figures[f"gradcam_{folder.name}_time"] = drawings.time_over_rank(pd.read_csv(folder / "times.csv"))
+            figures[f"gradcam_{folder.name}_time"] = drawings.time_over_rank(
+                pd.read_csv(folder / "times.csv")
+            )
     results.publish(args, pd.concat(tables, ignore_index=True), CAPTION, figures)
 
 

@@ -1,6 +1,6 @@
 """Copy the four photographs of this folder from the installed scikit-image, where their licences are told.
 
-    python test_images/copy_images.py        prints the four names
+python test_images/copy_images.py        prints the four names
 """
 
 import shutil

@@ -5,7 +5,8 @@ leaves to its user: targets that are never dropped, maps before their scaling, a
 was, pictures of any kind, and measures by which the maps of two networks are compared.
 """
 
-from dlrt.cams.explain import Maps, check_options, default_layer, explain, spatial_layers
+from dlrt.cams.explain import Maps, check_options, explain
 from dlrt.cams.methods import METHODS
+from dlrt.cams.spatial import default_layer, spatial_layers
 
 __all__ = ["METHODS", "Maps", "check_options", "default_layer", "explain", "spatial_layers"]

@@ -28,7 +28,9 @@ def similarity(one: np.ndarray, other: np.ndarray) -> dict[str, float]:
     return {
         "pearson": float(pearsonr(a.ravel(), b.ravel()).statistic),
         "spearman": float(spearmanr(a.ravel(), b.ravel()).statistic),
-        "ssim": float(structural_similarity(a, b, win_size=window, data_range=2.0)) if window >= 3 else np.nan,
+        "ssim": float(structural_similarity(a, b, win_size=window, data_range=2.0))
+        if window >= 3
+        else np.nan,
         "iou": iou(top(a), top(b)),
     }
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import dlrt
 from dlrt.cams.methods import METHODS, NOT_SMOOTHED, PROGRESS_BARS, Record, inner, make
+from dlrt.cams.spatial import default_layer
 from dlrt.cams.targets import SumOfTargets, Target, finer, per_picture
-from dlrt.layers import LowRankConv2d, LowRankLayer
+from dlrt.layers import LowRankLayer
 
 FLAT = 1e-6  # a map that varies by less than this share of its largest value is flat to float32
 
@@ -26,7 +27,7 @@ class Maps:
 
     raw (N, h, w): the map as the method defines it, before negative values are cut off and before scaling, of
     the target layer's size where the method has one; SESS, which puts scaled maps together, has no other.
-    displayed (N, H, W): scaled to [0, 1], NaN where it is undefined: nothing positive, or nothing that varies.
+    displayed (N, H, W): scaled to [0, 1], NaN where it is undefined: where nothing positive varies.
     logits (N, classes). milliseconds: per picture, of the stages forward, backward and assembly.
     """
 
@@ -118,7 +119,7 @@ def _maps(
 
 
 def _defined(raw: np.ndarray) -> np.ndarray:
-    """Whether each map has something positive that varies: scaling would make a picture of rounding errors."""
+    """Whether each map has something positive that varies: scaling would draw rounding errors."""
     positive = np.maximum(raw, 0)
     spread = positive.max((1, 2)) - positive.min((1, 2))
     return np.isfinite(raw).all((1, 2)) & (spread > FLAT * np.abs(raw).max((1, 2)))
@@ -194,49 +195,3 @@ def _random_numbers(seed: int) -> Iterator[None]:
         yield
     finally:
         np.random.set_state(state)  # noqa: NPY002
-
-
-def spatial_layers(model: nn.Module, image: Tensor) -> dict[str, tuple[int, int]]:
-    """The modules that can be explained on an image (1, C, H, W), by name, in the order in which they end.
-
-    Those that are called once and give feature maps of more than one pixel, with (height, width).
-    """
-    return {name: size for name, size, _ in _called_once(model, image)}
-
-
-def default_layer(model: nn.Module, image: Tensor) -> str:
-    """The name of the module that gives the output of the last convolutional block.
-
-    The last one to end, of those at or after the last convolution whose output is as large as that of the
-    convolution. ValueError where there is none.
-    """
-    layers = _called_once(model, image)
-    kinds = (nn.Conv2d, LowRankConv2d)
-    last = max((number for number, (_, _, module) in enumerate(layers) if isinstance(module, kinds)), default=-1)
-    if last < 0:
-        raise ValueError(f"{type(model).__name__} has no convolution with an output larger than one pixel")
-    return [name for name, size, _ in layers[last:] if size == layers[last][1]][-1]
-
-
-def _called_once(model: nn.Module, image: Tensor) -> list[tuple[str, tuple[int, int], nn.Module]]:
-    calls: list[tuple[str, object, nn.Module]] = []
-    handles = [
-        module.register_forward_hook(lambda module, x, y, name=name: calls.append((name, y, module)))
-        for name, module in model.named_modules()
-        if name
-    ]
-    training = [(module, module.training) for module in model.modules()]
-    try:
-        with torch.no_grad():
-            model.eval()(image)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in training:
-            module.training = mode
-    names = [name for name, _, _ in calls]
-    return [
-        (name, tuple(y.shape[2:]), module)
-        for name, y, module in calls
-        if names.count(name) == 1 and isinstance(y, Tensor) and y.dim() == 4 and y[0, 0].numel() > 1
-    ]

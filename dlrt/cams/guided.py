@@ -28,8 +28,8 @@ class _OneOutput(nn.Module):
 def guided_gradients(model: nn.Module, images: Tensor, targets: Sequence[Sequence[Target]]) -> np.ndarray:
     """Gradients (N, H, W, C) of the summed targets in which nothing negative passes a ReLU.
 
-    That holds for every nn.ReLU of the model, not for functions called in its forward pass. The package leaves
-    other ReLUs behind than it found, so it works on a copy.
+    That holds for every nn.ReLU of the model, not for functions called in its forward pass. The package
+    leaves other ReLUs behind than it found, so it works on a copy.
     """
     copy = deepcopy(model).requires_grad_(False)
     gradients = []

@@ -18,7 +18,7 @@ from torch import nn
 
 def _takes_model_and_layers(kind: object) -> bool:
     """Whether something is a class that needs a model, target layers and nothing else."""
-    if not inspect.isclass(kind) or not callable(getattr(kind, "__call__", None)):
+    if not inspect.isclass(kind):
         return False
     needed = [p.name for p in inspect.signature(kind).parameters.values() if p.default is p.empty]
     return [name for name in needed if name != "kwargs"] == ["model", "target_layers"]

@@ -42,7 +42,10 @@ class Picture:
         channels, height, width = shape
         image = self.image.convert("L" if channels == 1 else "RGB")
         image = image.resize((width, height), Image.Resampling.BICUBIC)  # it averages where it makes smaller
-        x = torch.from_numpy(np.array(image, dtype=np.float32)).reshape(height, width, -1).permute(2, 0, 1) / 255
+        x = (
+            torch.from_numpy(np.array(image, dtype=np.float32)).reshape(height, width, -1).permute(2, 0, 1)
+            / 255
+        )
         return (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
 
 
@@ -83,7 +86,9 @@ def files(path: Path) -> list[Path]:
     return found
 
 
-def read_labels(path: Path, number: Callable[[str], int]) -> dict[str, tuple[tuple[int, ...], tuple[Box, ...]]]:
+def read_labels(
+    path: Path, number: Callable[[str], int]
+) -> dict[str, tuple[tuple[int, ...], tuple[Box, ...]]]:
     """Classes and boxes of pictures by file name, from lines "file,class[,class...][,box=x y x y...]".
 
     number makes a class of a name, and raises a ValueError for one that there is not. A box is left, top,

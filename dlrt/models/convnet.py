@@ -12,9 +12,7 @@ class ConvNet(nn.Module):
     def __init__(self, shape: tuple[int, int, int] = (1, 32, 32), classes: int = 10) -> None:
         super().__init__()
         if min(shape[1:]) < 8:
-            raise ValueError(
-                f"ConvNet needs pictures of at least 8 x 8 pixels, got {shape[1]} x {shape[2]}"
-            )
+            raise ValueError(f"ConvNet needs pictures of at least 8 x 8 pixels, got {shape[1]} x {shape[2]}")
         layers: list[nn.Module] = []
         before = shape[0]
         for channels, pooled in ((16, True), (32, True), (64, False), (64, False)):

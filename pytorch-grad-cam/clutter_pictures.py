@@ -1,0 +1,31 @@
+"""Write digits in clutter as pictures, with labels.csv, which names the class and the box of each.
+
+python pytorch-grad-cam/clutter_pictures.py FOLDER --count 8        prints the folder
+"""
+
+from pathlib import Path
+
+from PIL import Image
+
+from dlrt import cli
+from dlrt.clutter import clutter
+
+
+def main() -> None:
+    parser = cli.Parser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser.add_argument("folder", type=Path, help="made if it is not there")
+    parser.add_argument("--count", type=cli.NATURAL, default=8, help="of pictures")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    made = clutter(args.count, seed=0, test=True)
+    lines = ["file,class"]
+    for number, (image, label, box) in enumerate(zip(made.images, made.labels, made.boxes, strict=True)):
+        name = f"digit_{number:03d}.png"
+        Image.fromarray(image).save(args.folder / name)
+        lines.append(f"{name},{label},box={' '.join(map(str, box))}")
+    (args.folder / "labels.csv").write_text("\n".join(lines) + "\n")
+    print(args.folder)
+
+
+if __name__ == "__main__":
+    main()
