@@ -54,6 +54,6 @@ def _picture(digits: list[np.ndarray], number: int, random: Generator) -> tuple[
     place = picture[top : top + DIGIT, left : left + DIGIT]
     # nothing of the clutter is left behind the digit: it alone is in its place
     place[:] = np.maximum(random.uniform(0, 40, size=digit.shape), digit)
-    rows, columns = (np.flatnonzero((digit > 64).any(axis)) for axis in (1, 0))
+    rows, columns = (np.flatnonzero((digit.round() > 64).any(axis)) for axis in (1, 0))
     box = left + columns[0], top + rows[0], left + columns[-1] + 1, top + rows[-1] + 1
     return np.uint8(picture.round()), tuple(map(int, box))

@@ -1,0 +1,295 @@
+"""Maps of dense and low-rank networks: what they equal, where they point, and what they leave behind."""
+
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import dlrt
+from dlrt.cams import METHODS, check_options, default_layer, explain, spatial_layers
+from dlrt.cams.compare import in_boxes, similarity, top
+from dlrt.cams.faithfulness import faithfulness
+from dlrt.cams.methods import oriented
+from dlrt.cams.targets import class_number, of_classes
+from dlrt.clutter import clutter
+from dlrt.loading import load_network
+from dlrt.models import VGG16, ConvNet, LeNet5, ResNet20
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    """A ResNet20 of random weights, two random pictures, and batch norms that have seen such pictures."""
+    torch.manual_seed(0)
+    model, x = ResNet20(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        for _ in range(20):
+            model(torch.randn(16, 3, 32, 32))
+    return model.eval(), x
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A small network trained on digits in clutter, and 200 test pictures with labels and boxes."""
+    torch.manual_seed(0)
+    made, test = clutter(2500, seed=0), clutter(200, seed=0, test=True)
+    x, x_test = (torch.from_numpy(its.images)[:, None] / 255 for its in (made, test))
+    y = torch.from_numpy(made.labels)
+    model = ConvNet().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=6)
+    for _ in range(6):
+        for batch in torch.randperm(len(x)).split(64):
+            optimizer.zero_grad()
+            cross_entropy(model(x[batch]), y[batch], label_smoothing=0.1).backward()
+            optimizer.step()
+        scheduler.step()
+    return model.eval(), x_test, test
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_low_rank_at_full_rank_has_the_maps_of_the_dense_network(method, resnet):
+    model, x = resnet
+    if method == "fullgrad":  # in float32 a gradient jumps where a ReLU's input is 0 but for rounding
+        model, x = deepcopy(model).double(), x.double()
+    low_rank = dlrt.to_low_rank(deepcopy(model))
+    one, other = (explain(net, x, method=method) for net in (model, low_rank))
+    assert one.defined.any()
+    np.testing.assert_allclose(one.displayed, other.displayed, atol=2e-5)
+    scale = np.abs(one.raw).max()
+    np.testing.assert_allclose(one.raw / scale, other.raw / scale, atol=2e-5)
+    assert set(one.milliseconds) == {"forward", "backward", "assembly"}
+    assert one.milliseconds["forward"] > 0
+
+
+def test_fullgrad_counts_the_biases_of_low_rank_layers():
+    torch.manual_seed(0)
+    model, x = LeNet5().double().eval(), torch.randn(2, 1, 28, 28, dtype=torch.float64)
+    dense = explain(model, x, method="fullgrad")
+    low_rank = explain(dlrt.to_low_rank(deepcopy(model)), x, method="fullgrad")
+    np.testing.assert_allclose(dense.displayed, low_rank.displayed, atol=1e-6)
+
+
+def test_with_global_pooling_and_a_linear_head_grad_cam_is_hires_cam(trained):
+    model, x, _ = trained
+    for net in (model, dlrt.to_low_rank(deepcopy(model), rank=0.5)):
+        grad_cam, hires_cam = (explain(net, x[:20], method=method) for method in ("gradcam", "hirescam"))
+        np.testing.assert_allclose(grad_cam.displayed, hires_cam.displayed, atol=1e-5)
+
+
+def test_the_raw_map_sums_to_the_logit_without_its_bias(trained):
+    model, x, _ = trained
+    for net in (model, dlrt.to_low_rank(deepcopy(model), rank=0.5)):
+        maps = explain(net, x[:20], of_classes([[3]] * 20))
+        expected = maps.logits[:, 3] - net.linear.bias[3]
+        np.testing.assert_allclose(maps.raw.sum((1, 2)), expected.detach(), atol=1e-4)
+
+
+def test_maps_of_a_trained_network_point_at_the_digit(trained):
+    model, x, test = trained
+    low_rank = dlrt.to_low_rank(deepcopy(model), tau=0.1)
+    for net in (model, low_rank):
+        with torch.no_grad():
+            assert (net(x).argmax(1).numpy() == test.labels).mean() >= 0.95
+        shown = explain(net, x, of_classes([[label] for label in test.labels])).displayed
+        found = [in_boxes(its, [box], (32, 32)) for its, box in zip(shown, test.boxes, strict=True)]
+        assert np.nanmean([its["pointing"] for its in found]) >= 0.9
+        area = np.prod(test.boxes[:, 2:] - test.boxes[:, :2], axis=1).mean() / 32**2
+        assert np.nanmean([its["energy"] for its in found]) > 2.5 * area
+
+
+def test_a_network_needs_what_its_map_shows_more_than_random_places(trained):
+    model, x, _ = trained
+    x = x[:16]
+    predicted = model(x).argmax(1).tolist()
+    true, random = (explain(model, x, method=method).displayed for method in ("gradcam", "randomcam"))
+    true, random = (faithfulness(model, x, shown, predicted) for shown in (true, random))
+    assert np.nanmean(true["deletion"]) < np.nanmean(random["deletion"]) - 0.05
+    assert np.nanmean(true["insertion"]) > np.nanmean(random["insertion"]) + 0.05
+    assert np.nanmean(true["road"]) > np.nanmean(random["road"]) + 0.05
+
+
+def test_a_saved_and_reloaded_low_rank_network_has_the_same_maps_bit_for_bit(resnet, tmp_path):
+    model, x = resnet
+    low_rank = dlrt.to_low_rank(deepcopy(model), rank=0.5)
+    about = {"network": "ResNet20", "settings": {}, "shape": [3, 32, 32], "classes": 10}
+    state = {"model": {}, "metrics": [], "chosen": low_rank.state_dict(), "about": about}
+    torch.save(state, tmp_path / "checkpoint.pt")
+    loaded, _ = load_network(tmp_path)
+    one, other = explain(low_rank, x), explain(loaded, x)
+    assert torch.equal(one.logits, other.logits)
+    np.testing.assert_array_equal(one.raw, other.raw)
+    np.testing.assert_array_equal(one.displayed, other.displayed)
+
+
+def test_several_classes_on_one_picture_are_summed(resnet):
+    model, x = resnet
+    both, first, second = (explain(model, x, of_classes([classes] * 2)) for classes in ([1, 5], [1], [5]))
+    np.testing.assert_allclose(both.raw, first.raw + second.raw, atol=1e-5)
+    assert np.abs(both.raw - first.raw).max() > 1e-2
+    predicted = explain(model, x)
+    own = explain(model, x, of_classes(predicted.logits.argmax(1)[:, None].tolist()))
+    np.testing.assert_array_equal(predicted.raw, own.raw)
+
+
+@pytest.mark.parametrize(
+    ("targets", "told"),
+    [
+        ([[ClassifierOutputTarget(1)]], "got 1 for 2"),
+        ([[ClassifierOutputTarget(1)], []], "picture 1 has none"),
+        ([[ClassifierOutputTarget(1)], [ClassifierOutputTarget(10)]], r"\[0, 9\], got 10"),
+    ],
+)
+def test_targets_that_do_not_fit_the_pictures_are_refused(targets, told, resnet):
+    model, x = resnet
+    with pytest.raises(ValueError, match=told):
+        explain(model, x, targets)
+
+
+@pytest.mark.parametrize("method", ["gradcam", "shapleycam", "ablationcam", "fullgrad", "eigencam"])
+def test_the_network_is_left_as_it_was(method, resnet):
+    model, x = deepcopy(resnet[0]), resnet[1]
+    dlrt.to_low_rank(model, rank=0.5)
+    cross_entropy(model(x), torch.tensor([1, 2])).backward()
+    model.train()
+    model.bn1.eval()
+    model.layer1.requires_grad_(False)
+    before = {
+        name: (module.training, getattr(module, "inplace", None)) for name, module in model.named_modules()
+    }
+    modules = dict(model.named_modules())
+    parameters = {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()}
+    state = deepcopy(model.state_dict())
+    numbers = np.random.get_state()[1].copy()  # noqa: NPY002
+    explain(model, x, method=method)
+    with pytest.raises(IndexError):  # nothing swallows what goes wrong in a target
+        explain(model, x, [[lambda logits: logits[..., 99]]] * 2, method="ablationcam")
+    assert dict(model.named_modules()) == modules
+    for name, module in model.named_modules():
+        assert (module.training, getattr(module, "inplace", None)) == before[name]
+        assert not module._forward_hooks
+    for name, p in model.named_parameters():
+        requires_grad, grad = parameters[name]
+        assert p.requires_grad == requires_grad
+        assert p.grad is grad
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    np.testing.assert_array_equal(np.random.get_state()[1], numbers)  # noqa: NPY002
+
+
+@pytest.mark.parametrize("method", ["gradcam", "shapleycam", "layercam"])
+def test_a_network_with_frozen_parameters_can_be_explained(method, resnet):
+    model, x = resnet
+    frozen = deepcopy(model).requires_grad_(False)
+    with torch.no_grad():
+        maps = explain(frozen, x, method=method)
+    np.testing.assert_array_equal(maps.raw, explain(model, x, method=method).raw)
+
+
+def test_a_relu_in_place_does_not_change_what_its_layer_gave():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(144, 3)).eval()
+    other = deepcopy(model)
+    other[1].inplace = False
+    x = torch.randn(2, 1, 8, 8)
+    np.testing.assert_array_equal(explain(model, x, layer="0").raw, explain(other, x, layer="0").raw)
+    assert (explain(model, x, layer="0", method="layercam").raw != 0).any()
+
+
+def test_a_map_without_anything_positive_is_undefined():
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2)
+    )
+    with torch.no_grad():
+        model[4].weight.copy_(torch.tensor([[1.0, 1.0], [-1.0, -1.0]]))
+    maps = explain(model.eval(), torch.rand(2, 1, 8, 8) + 1, of_classes([[0], [1]]))
+    assert maps.defined.tolist() == [True, False]
+    assert np.isnan(maps.displayed[1]).all()
+    assert np.isnan(in_boxes(maps.displayed[1], [(0, 0, 4, 4)], (8, 8))["pointing"])
+
+
+def test_principal_components_point_to_where_the_network_is_active(resnet):
+    model, x = resnet
+    for method in ("eigencam", "eigengradcam", "kpca_cam"):
+        raw = explain(model, x, method=method).raw
+        np.testing.assert_allclose(oriented(-raw, raw), raw)
+    smooth, plain = (explain(model, x, eigen_smooth=its).raw for its in (True, False))
+    assert ((smooth * (plain - plain.mean((1, 2), keepdims=True))).sum((1, 2)) > 0).all()
+
+
+def test_smoothing_by_augmentation_leaves_a_mirrored_picture_a_mirrored_map(resnet):
+    model, x = resnet
+    targets = of_classes([[1], [2]])
+    one, other = (explain(model, its, targets, aug_smooth=True) for its in (x, x.flip(3)))
+    np.testing.assert_allclose(one.raw, other.raw[..., ::-1], atol=1e-4)
+    np.testing.assert_allclose(one.displayed, other.displayed[..., ::-1], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "told"),
+    [
+        ("gradcan", {}, "unknown method"),
+        ("sess", {"aug_smooth": True}, "no smoothing"),
+        ("fem", {"eigen_smooth": True}, "no eigen"),
+    ],
+)
+def test_what_a_method_cannot_do_is_refused(method, options, told):
+    with pytest.raises(ValueError, match=told):
+        check_options(method, **options)
+
+
+def test_the_default_layer_is_the_output_of_the_last_block():
+    blocks = ((ResNet20, 3, 32, "layer3"), (LeNet5, 1, 28, "conv2"), (VGG16, 3, 32, "features.42"))
+    for kind, channels, side, name in (*blocks, (ConvNet, 1, 32, "features")):
+        model, x = kind(), torch.zeros(1, channels, side, side)
+        assert default_layer(model, x) == name
+        assert name in spatial_layers(model, x)
+        assert model.training
+    with pytest.raises(ValueError, match="no convolution"):
+        default_layer(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), torch.zeros(1, 1, 2, 2))
+
+
+def test_a_map_is_as_similar_to_itself_as_can_be():
+    values = np.random.default_rng(0).normal(size=(8, 8))
+    assert similarity(values, 3 * values) == pytest.approx(
+        dict.fromkeys(("pearson", "spearman", "ssim", "iou"), 1)
+    )
+    assert similarity(values, -values)["pearson"] == pytest.approx(-1)
+    assert similarity(values, -values)["iou"] == 0
+    assert np.isnan(similarity(values, np.zeros((8, 8)))["pearson"])
+    flat = np.zeros((8, 8))
+    flat[2, 3] = 1
+    assert top(flat).sum() == 1  # and not any of the zeros
+
+
+def test_boxes_are_counted_in_the_pixels_of_the_picture():
+    shown = np.zeros((4, 4), dtype=np.float32)
+    shown[1, 2] = 1
+    for box, pointing, energy in (
+        ((20, 10, 30, 20), 1, 1),
+        ((20, 10, 25, 20), 0, 0.5),
+        ((0, 0, 20, 40), 0, 0),
+    ):
+        assert in_boxes(shown, [box], (40, 40)) == {"pointing": pointing, "energy": pytest.approx(energy)}
+    assert np.isnan(in_boxes(shown, [], (40, 40))["energy"])
+
+
+def test_a_class_is_found_by_name_or_number():
+    names = ["cat", "tiger cat", "dog"]
+    assert [class_number(text, names) for text in ("cat", "Tiger Cat", " 2 ")] == [0, 1, 2]
+    for text in ("ca", "3", "-1"):
+        with pytest.raises(ValueError, match="unknown class"):
+            class_number(text, names)
+
+
+def test_boxes_of_digits_in_clutter_are_exact():
+    made = clutter(50, seed=3)
+    assert made.images.shape == (50, 32, 32)
+    np.testing.assert_array_equal(made.images, clutter(50, seed=3).images)
+    for image, (left, top_, right, bottom) in zip(made.images, made.boxes, strict=True):
+        inside = image[top_:bottom, left:right] > 64
+        for edge in (inside[0], inside[-1], inside[:, 0], inside[:, -1]):
+            assert edge.any()
+    assert set(made.labels) <= set(range(10))
