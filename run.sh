@@ -36,7 +36,8 @@ if [ "${1:-}" = --quick ]; then
     train dense_seed0 _baseline
     train dense_seed1 _baseline --seed 1
     for tau in $TAUS; do
-        train "tau${tau}_seed0" "" --tau "$tau" --from-checkpoint "$runs/dense_seed0" --rank 1.0 --epochs 2 --lr 0.02
+        train "tau${tau}_seed0" "" --tau "$tau" --from-checkpoint "$runs/dense_seed0" --rank 1.0 --lr 0.02 \
+            --epochs 3 --tau-warmup 2
     done
     "$PYTHON" pytorch-grad-cam/clutter_pictures.py "$images" --count 8
     reference=$runs/dense_seed0

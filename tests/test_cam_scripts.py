@@ -160,7 +160,7 @@ def test_an_unreadable_picture_is_told_and_the_others_are_done(script, runs, pic
         (["--image-path", "empty"], "holds no pictures"),
         (["--output-dir", "pictures"], "another folder than that of the pictures"),
         (["--rank", "0"], "must lie in"),
-        (["--image-size", "4"], "cannot see 4 x 4 pixels"),
+        (["--image-size", "2"], "cannot see 2 x 2 pixels"),
         (["--checkpoint", "nowhere"], "there is no nowhere"),
         (["--checkpoint", "LOW_RANK", "--low-rank", "0.1"], "is low-rank already"),
     ],
@@ -209,7 +209,9 @@ def test_a_comparison_goes_from_networks_to_table_and_figures(script, runs, tmp_
     assert printed.count("is there") == 7
     rows = pd.read_csv(tmp_path / "results/one/tau0.3_seed0.csv")
     assert (rows["tau"] == 0.3).all()
-    assert rows.loc[rows["target"] == "same", ["deletion", "insertion", "energy"]].notna().all(axis=None)
+    same = rows[rows["target"] == "same"]
+    for name in ("deletion", "insertion", "road", "pointing", "energy"):
+        assert (same[name].notna() == same["defined"]).all()
     for _ in range(2):  # it can be run twice
         flags = ["--results", tmp_path / "results", "--output-dir", tmp_path / "out"]
         code, printed, err = script("produce_results", *flags)

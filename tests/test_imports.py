@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    ["lowrank"],
+    ["lowrank", "clutter", "timing"],
     ["integrators", "gradient"],
     ["compiled", "fields"],
     ["layers"],
@@ -14,6 +14,7 @@ ORDER = [
     [
         "models",
         "models.alexnet",
+        "models.convnet",
         "models.lenet5",
         "models.mlp",
         "models.resnet",
@@ -24,6 +25,9 @@ ORDER = [
         "plots",
     ],
     ["training", "loading"],
+    ["cams.targets", "cams.pictures", "cams.methods", "cams.spatial", "cams.faithfulness"],
+    ["cams.compare", "cams.guided", "cams.explain"],
+    ["cams"],
     ["cli"],
     ["script", "grid", "results"],
     ["__main__"],

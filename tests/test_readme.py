@@ -15,8 +15,9 @@ COMMANDS = [
     line.split("#")[0].strip() for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()
 ]
 PYTHON = sorted({command for command in COMMANDS if command.startswith("python ")})
-# of these only the flags are tried: test_scripts.py, test_cifar10.py and test_timings.py run them, on less
-GRIDS = [command for command in PYTHON if "/run.py" in command or re.search("cifar10/(?!produce)", command)]
+# of these only the flags are tried: test_scripts.py, test_cifar10.py and others run them, on less
+LONG = re.compile("/run.py|/compare_cams.py|^python cifar10/(?!produce)")
+GRIDS = [command for command in PYTHON if LONG.search(command)]
 SCRIPTS = [command for command in PYTHON if command not in GRIDS]
 QUICK = ["--dataset", "digits", "--epochs", "1"]
 
@@ -50,6 +51,12 @@ def test_a_command_of_the_readme_runs(command, tmp_path, request):
         flags += ["--width", "64", "--ranks", "2"]
     elif script.endswith("produce_results.py"):  # of the runs that are committed
         flags += ["--output-dir", str(tmp_path)]
+    elif script == "pytorch-grad-cam/cam.py":
+        flags = [str(ROOT / flag) if flag == "test_images" else flag for flag in flags]
+    elif script == "pytorch-grad-cam/map_times.py":
+        flags += ["--repeats", "1", "--sizes", "32"]
+    elif script.startswith("pytorch-grad-cam/convnet"):
+        flags += ["--epochs", "1", "--output-dir", str(tmp_path)]
     result = run([script if script == "-m" else str(ROOT / script), *flags], tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout
