@@ -5,14 +5,14 @@ python pytorch-grad-cam/convnet_clutter.py
 
 from pathlib import Path
 
-from dlrt import cli
+from dlrt import cli, script
 from dlrt.models import ConvNet
 
 
 def main() -> None:
     defaults = {"dataset": "clutter", "epochs": 6, "batch_size": 64, "lr": 0.1, "augment": False}
     parser = cli.training_parser(__doc__, low_rank=True, tau=0.1, skip=["features.0"], **defaults)
-    cli.run_script(cli.parse(parser), ConvNet, Path(__file__).parent / "results" / "convnet")
+    script.run(cli.parse(parser), ConvNet, Path(__file__).parent / "results" / "convnet")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def add_flags(parser: cli.Parser, run_flag: str = "--checkpoint") -> None:
     add("--weights", default="download", metavar="FILE", help=weights)
     size = "pixels a side that the network sees; by default what it was trained at"
     add("--image-size", type=cli.NATURAL, metavar="PIXELS", help=size)
-    add("--device", type=cli.device, default=cli.HERE, help="where to compute")
+    add("--device", type=cli.device, default=cli.DEFAULT_DEVICE, help="where to compute")
 
 
 def read(args: argparse.Namespace) -> Network:

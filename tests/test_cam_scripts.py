@@ -1,6 +1,5 @@
 """The scripts about class-activation maps: every kind of picture, every mistake, and from maps to figures."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -16,32 +15,17 @@ import dlrt
 from dlrt.models import ConvNet
 
 ROOT = Path(__file__).parents[1]
-FOLDER = ROOT / "pytorch-grad-cam"
-MODULES = [path.stem for path in FOLDER.glob("*.py")]
 
 
 @pytest.fixture
-def script(monkeypatch, capsys):
-    """Call a script's main with flags as Python would; its exit code, what it printed, and errors."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    for name in MODULES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
+def script(run_script):
+    """Run a script with flags; its exit code, what it printed, and errors."""
 
     def call(name, *flags):
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
-        code = 0
-        try:
-            importlib.import_module(name).main()
-        except SystemExit as error:
-            code = error.code
-        out, err = capsys.readouterr()
-        if isinstance(code, str):  # sys.exit with a message
-            code, err = 1, f"{err}{code}\n"
-        return code or 0, out, err
+        result = run_script(f"pytorch-grad-cam/{name}.py", *flags)
+        return result.returncode, result.stdout, result.stderr
 
-    yield call
-    for name in MODULES:
-        sys.modules.pop(name, None)
+    return call
 
 
 def save_run(folder, seed=0, shape=(1, 32, 32), **options):
@@ -165,10 +149,7 @@ def test_an_unreadable_picture_is_told_and_the_others_are_done(script, runs, pic
         (["--checkpoint", "LOW_RANK", "--low-rank", "0.1"], "is low-rank already"),
     ],
 )
-def test_a_mistake_costs_one_line_and_nothing_is_made(
-    flags, told, script, runs, pictures, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
+def test_a_mistake_costs_one_line_and_nothing_is_made(flags, told, script, runs, pictures, tmp_path):
     (tmp_path / "few.csv").write_text("cat.v1.png,1\n")
     (tmp_path / "odd.csv").write_text("cat.v1.png,cat\n")
     (tmp_path / "empty").mkdir()
