@@ -16,7 +16,7 @@ COMMANDS = [
 ]
 PYTHON = sorted({command for command in COMMANDS if command.startswith("python ")})
 # of these only the flags are tried: test_scripts.py, test_cifar10.py and others run them, on less
-LONG = re.compile("/run.py|/compare_cams.py|^python cifar10/(?!produce)")
+LONG = re.compile("/run.py|/compare_cams.py|/convnet_clutter_baseline.py|^python cifar10/(?!produce)")
 GRIDS = [command for command in PYTHON if LONG.search(command)]
 SCRIPTS = [command for command in PYTHON if command not in GRIDS]
 QUICK = ["--dataset", "digits", "--epochs", "1"]
@@ -54,7 +54,7 @@ def test_a_command_of_the_readme_runs(command, tmp_path, request):
     elif script == "pytorch-grad-cam/cam.py":
         flags = [str(ROOT / flag) if flag == "test_images" else flag for flag in flags]
     elif script == "pytorch-grad-cam/map_times.py":
-        flags += ["--repeats", "1", "--sizes", "32"]
+        flags += ["--repeats", "1", "--sizes", "32", "--shares", "0.5"]
     elif script.startswith("pytorch-grad-cam/convnet"):
         flags += ["--epochs", "1", "--output-dir", str(tmp_path)]
     result = run([script if script == "-m" else str(ROOT / script), *flags], tmp_path)
