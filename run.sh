@@ -37,13 +37,13 @@ if [ "${1:-}" = --quick ]; then
     train dense_seed1 _baseline --seed 1
     for tau in $TAUS; do
         train "tau${tau}_seed0" "" --tau "$tau" --from-checkpoint "$runs/dense_seed0" --rank 1.0 --lr 0.02 \
-            --epochs 3 --tau-warmup 2
+            --epochs 3 --tau-warmup 2.5
     done
     "$PYTHON" pytorch-grad-cam/clutter_pictures.py "$images" --count 8
     reference=$runs/dense_seed0
     prefix=$runs/
     seeds=$runs/dense_seed1
-    compared="--images clutter-test --count 100"
+    compared="--images clutter-test --count 50"
 else
     out=${OUT:-figures/gradcam}
     checkpoints=${CHECKPOINTS:-cifar10/results/resnet20}
