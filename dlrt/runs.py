@@ -48,10 +48,10 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock()
         was = self.options()
-        begun = self.checkpoint.exists() or (self.folder / "metrics.csv").exists()
+        begun = any(path != self.config and path.suffix != ".part" for path in self.folder.iterdir())
         if begun and not resume:
             raise RunError(f"{self.folder} holds a run: continue it with --resume, or choose another --name")
-        if was and begun:  # else no epoch was completed, and nothing is lost
+        if was and begun:  # else nothing was completed, and nothing is lost
             changed = [
                 key for key in config if was.get(key) != config[key] and key != "name"
             ]  # a folder may move

@@ -33,7 +33,8 @@ def run_script(monkeypatch, tmp_path, capsys):
         capsys.readouterr()
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("error")  # a user would see it
+                warnings.simplefilter("error")  # a user would see it, but not a deprecation
+                warnings.simplefilter("ignore", DeprecationWarning)
                 runpy.run_path(str(path), run_name="__main__")
         except SystemExit as ended:
             code = ended.code or 0
