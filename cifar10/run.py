@@ -3,8 +3,8 @@
     python cifar10/run.py --weights resnet20-12fca82f.pt        about 4 hours on two CPU cores
 
 `--weights` is a file of a trained dense ResNet20. It is first trained on for `--adapt-epochs`, since the
-pictures and their normalisation may be others; from there DLRT begins, with every rank complete, and beside
-it the dense net goes on for as long. Without `--weights` there are the runs from scratch only.
+pictures and their normalisation may be others; from there DLRT begins, with 0.4 of every rank, and beside it
+the dense net goes on for as long. Without `--weights` there are the runs from scratch only.
 """
 
 from pathlib import Path
@@ -13,7 +13,8 @@ from dlrt import cli, grid
 
 HERE = Path(__file__).parent
 NETWORKS = ("resnet20", "alexnet", "vgg16")
-GENTLE = {"lr": 0.02}  # more would first undo what the weights have learned
+GENTLE = {"lr": 0.02}  # more would first undo what dense weights have learned
+COMPRESSING = {"rank": 0.4, "lr": 0.05, "tau_warmup": 0}  # what is cut at once has all epochs to heal
 
 
 def twins(name: str, epochs: int, options: dict, of_dlrt: dict, taus: list[float]) -> list[grid.Plan]:
@@ -48,7 +49,7 @@ def main() -> None:
             start = {**options, **GENTLE, "from_checkpoint": args.weights.resolve()}
             first.append(grid.Plan(adapted, script, args.adapt_epochs, start))
             start = {**start, "from_checkpoint": args.output_dir / adapted}
-            then += twins("resnet20/adapted", args.epochs, start, {"rank": 1.0}, args.taus)
+            then += twins("resnet20/adapted", args.epochs, start, COMPRESSING, args.taus)
         for network in args.networks:
             then += twins(f"{network}/scratch", args.scratch_epochs, options, {}, args.taus)
     grid.make(first, args.output_dir, args.jobs)
