@@ -14,7 +14,7 @@ from dlrt import cli, grid
 HERE = Path(__file__).parent
 NETWORKS = ("resnet20", "alexnet", "vgg16")
 GENTLE = {"lr": 0.02}  # more would first undo what dense weights have learned
-COMPRESSING = {"rank": 0.4, "lr": 0.05, "tau_warmup": 0}  # what is cut at once has all epochs to heal
+COMPRESSING = {"rank": 0.4, "lr": 0.1, "tau_warmup": 0}  # what is cut at once has all epochs to heal
 
 
 def twins(name: str, epochs: int, options: dict, of_dlrt: dict, taus: list[float]) -> list[grid.Plan]:
