@@ -291,8 +291,11 @@ def test_a_run_starts_from_the_truncated_weights_of_a_dense_run(lenet5, tmp_path
     assert missing.returncode == 1
     assert "give a run's folder" in missing.stderr
     other = lenet5("--from-checkpoint", tmp_path / "full", "--name", "b")
-    assert "does not fit LeNet5" in other.stderr
-    assert other.stderr.count("\n") == 1
+    assert "is of a low-rank network: give a dense one's" in other.stderr
+    torch.save({"conv1.weight": torch.zeros(2)}, tmp_path / "other.pt")
+    foreign = lenet5("--from-checkpoint", tmp_path / "other.pt", "--name", "c")
+    assert "does not fit LeNet5: Missing key" in foreign.stderr
+    assert [each.stderr.count("\n") for each in (other, foreign)] == [1, 1]
 
 
 def test_a_run_knows_the_weights_it_began_with_and_goes_on_without_their_file(lenet5, tmp_path):
