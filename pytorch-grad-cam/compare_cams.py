@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import candidates
 import measure
@@ -102,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "target_layer": layer,
             "faithfulness": not args.no_faithfulness,
         }
+        check_same(run, options)
         run.start(options, resume=True)
     except (RunError, DataError, ValueError, OSError) as error:
         parser.error(str(error))
@@ -115,6 +117,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_full_rank(run.folder, args.method)
     print(f"{run.folder}: draw it with python pytorch-grad-cam/produce_results.py")
     sys.exit(int(failed))
+
+
+def check_same(run: Run, options: dict[str, Any]) -> None:
+    """RunError where the folder holds a comparison of other pictures, another reference or another method."""
+    was = run.options()
+    other = [f"{key} {was.get(key)!r} -> {options[key]!r}" for key in options if was.get(key) != options[key]]
+    if was and other:
+        raise RunError(
+            f"{run.folder} was begun with other options ({', '.join(other)}): choose another --name"
+        )
 
 
 def compare(
