@@ -25,11 +25,8 @@ PANELS = {
 def grid(folder: Path, summary: pd.DataFrame) -> Figure:
     """Photographs by tolerance: the map over the picture, and below how it differs from the dense one."""
     drawn = summary[summary["kind"] == "reference"]
-    low_rank = summary[summary["kind"].isin(("low-rank", "SVD"))].sort_values(
-        ["kind", "tau"], ascending=[False, True]
-    )
-    trained = low_rank[low_rank["kind"] == "low-rank"]
-    drawn = pd.concat([drawn, trained if len(trained) else low_rank])
+    low_rank = summary[summary["kind"].isin(("low-rank", "SVD"))]
+    drawn = pd.concat([drawn, low_rank.sort_values(["tau", "kind"])])
     with np.load(folder / "pictures.npz") as file:
         pictures = {name: file[name] / 255 for name in list(file)[:GRID_PICTURES]}
     maps = {
