@@ -25,7 +25,7 @@ from PIL import Image
 
 import dlrt
 from dlrt import cli
-from dlrt.cams import METHODS, Maps, check_options, default_layer, explain, spatial_layers
+from dlrt.cams import Maps, check_options, default_layer, explain, spatial_layers
 from dlrt.cams.guided import guided_gradients, visible
 from dlrt.cams.pictures import Picture, PictureError, files, overlay, read, read_labels
 from dlrt.cams.targets import of_classes
@@ -42,14 +42,6 @@ def make_parser() -> cli.Parser:
     rank = "the same, to a rank: 20, or a share of the full one: 0.5"
     low_rank.add_argument("--rank", type=cli.rank, help=rank)
     add("--image-path", type=Path, required=True, help="a picture, or a folder, read in sorted order")
-    add(
-        "--method",
-        type=str.lower,
-        choices=METHODS,
-        default="gradcam",
-        metavar="NAME",
-        help=", ".join(METHODS),
-    )
     add("--target-layer", metavar="NAME", help="by default the output of the last convolutional block")
     targets = "classes to explain, by name or number: cat, or cat,dog (their sum), or a file of lines "
     add(

@@ -28,7 +28,7 @@ from map_times import map_times
 from sources import pictures_of
 
 from dlrt import cli
-from dlrt.cams import METHODS, Maps, default_layer, spatial_layers
+from dlrt.cams import Maps, default_layer, spatial_layers
 from dlrt.cams.pictures import Picture
 from dlrt.data import DATASETS, DataError
 from dlrt.runs import Run, RunError
@@ -48,14 +48,6 @@ def make_parser() -> cli.Parser:
     tests = ", ".join(f"{name}-test" for name in DATASETS)
     add("--images", required=True, help=f"a folder of pictures (labels.csv there is read), or {tests}")
     add("--count", type=cli.NATURAL, default=200, help="of pictures, the first ones")
-    add(
-        "--method",
-        type=str.lower,
-        choices=METHODS,
-        default="gradcam",
-        metavar="NAME",
-        help=", ".join(METHODS),
-    )
     add("--target-layer", metavar="NAME", help="by default the output of the last convolutional block")
     add(
         "--no-faithfulness",

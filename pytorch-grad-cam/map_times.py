@@ -18,7 +18,7 @@ from networks import Network
 
 import dlrt
 from dlrt import cli
-from dlrt.cams import METHODS, default_layer, explain
+from dlrt.cams import default_layer, explain
 from dlrt.timing import medians
 
 PIXELS = 16 * 32 * 32  # at a time
@@ -62,14 +62,6 @@ def main() -> None:
     parser = cli.Parser(description=__doc__, formatter_class=cli.HelpFormatter)
     networks.add_flags(parser)
     add = parser.add_argument
-    add(
-        "--method",
-        type=str.lower,
-        choices=METHODS,
-        default="gradcam",
-        metavar="NAME",
-        help=", ".join(METHODS),
-    )
     share = cli.number(float, "(0, 1]")
     add("--shares", type=share, nargs="+", default=[1.0, 0.5, 0.25, 0.125], help="of the full rank")
     add("--sizes", type=cli.NATURAL, nargs="+", default=[32, 224], help="pixels a side")

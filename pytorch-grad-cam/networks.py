@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import dlrt
 from dlrt import cli, models
+from dlrt.cams import METHODS
 from dlrt.cams.pictures import Picture
 from dlrt.cams.targets import class_number
 from dlrt.data import CIFAR10_CLASSES, CLASS_NAMES
@@ -56,7 +57,7 @@ class Network:
 
 
 def add_flags(parser: cli.Parser, run_flag: str = "--checkpoint") -> None:
-    """A flag for a run, or --arch with --weights, and what is done with the network."""
+    """A flag for a run, or --arch with --weights; how the network is used, and what explains it."""
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     run = "a run's folder or its checkpoint.pt; all else about the network comes from there"
@@ -69,6 +70,8 @@ def add_flags(parser: cli.Parser, run_flag: str = "--checkpoint") -> None:
     size = "pixels a side that the network sees; by default what it was trained at"
     add("--image-size", type=cli.NATURAL, metavar="PIXELS", help=size)
     add("--device", type=cli.device, default=cli.DEFAULT_DEVICE, help="where to compute")
+    methods = {"choices": METHODS, "metavar": "NAME", "help": ", ".join(METHODS)}
+    add("--method", type=str.lower, default="gradcam", **methods)
 
 
 def read(args: argparse.Namespace) -> Network:
