@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from dlrt.runs import DIVERGED, NOT_PART_OF_THE_EXPERIMENT, epochs_done
@@ -101,7 +102,7 @@ def _run_all(plans: Sequence[Plan], results: Path, jobs: int, logs: Path, may_di
     running: dict[subprocess.Popen, Plan] = {}
     done = {plan.name: epochs_done(results / plan.name) for plan in plans}
     waiting = [plan for plan in plans if done[plan.name] < plan.all_epochs]
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, torch.get_num_threads() // jobs)  # of the cores that this program may use
     there = sum(done.values())
     bar = tqdm(total=sum(plan.all_epochs for plan in plans), initial=there, unit="epoch", disable=None)
     try:

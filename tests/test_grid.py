@@ -1,7 +1,6 @@
 """A grid: finished runs are left alone, broken ones go on, a failure is told and stops nobody else."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import time
 
 import pandas as pd
 import pytest
+import torch
 
 from dlrt import cli, grid
 from dlrt.runs import epochs_done, read_metrics
@@ -116,6 +116,5 @@ grid.make([grid.Plan("long", Path({str(SCRIPT)!r}), 100000, {QUICK!r})], Path({s
 
 
 def test_jobs_share_the_cores(tmp_path):
-    cores = os.cpu_count() or 1
-    grid.make([plan("one", 1)], tmp_path, jobs=cores)
+    grid.make([plan("one", 1)], tmp_path, jobs=torch.get_num_threads())
     assert '"threads": 1' in (tmp_path / "one" / "config.json").read_text()
