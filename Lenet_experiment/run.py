@@ -34,11 +34,11 @@ def main() -> None:
             ("best", args.best_taus, args.best_epochs, BEST, {}),
             ("plain", args.taus, args.epochs, PLAIN, PLAIN_DLRT),
         ):
-            options = {**cli.shared_options(args), "seed": seed, **recipe}
-            plans.append(grid.Plan(f"{sweep}/dense_seed{seed}", dense, epochs, options))
+            options = {**cli.shared_options(args), "epochs": epochs, "seed": seed, **recipe}
+            plans.append(grid.Plan(f"{sweep}/dense_seed{seed}", dense, options))
             for tau in taus:
                 name = f"{sweep}/tau{tau}_seed{seed}"
-                plans.append(grid.Plan(name, low_rank, epochs, {**options, **of_dlrt, "tau": tau}))
+                plans.append(grid.Plan(name, low_rank, {**options, **of_dlrt, "tau": tau}))
     grid.make(plans, args.output_dir, args.jobs)
 
 

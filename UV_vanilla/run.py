@@ -7,6 +7,7 @@ is run with each of `--lrs` and the first seed, and with the winner of the valid
 """
 
 import sys
+import warnings
 from pathlib import Path
 
 from factored import DECAY, best_lrs
@@ -25,17 +26,19 @@ def main() -> None:
     args = parser.parse_args()
 
     def plan(decay: float, seed: int, lr: float | None = None) -> grid.Plan:
-        options = {**cli.shared_options(args), "decay": decay, "seed": seed}
+        options = {**cli.shared_options(args), "epochs": args.epochs, "decay": decay, "seed": seed}
         if lr is None:
             name = f"dlrt_decay{decay:g}_seed{seed}"
-            return grid.Plan(name, HERE / "lenet5_mnist.py", args.epochs, options)
+            return grid.Plan(name, HERE / "lenet5_mnist.py", options)
         name = f"vanilla_decay{decay:g}_lr{lr:g}_seed{seed}"
-        return grid.Plan(name, HERE / "lenet5_mnist_baseline.py", args.epochs, {**options, "lr": lr})
+        return grid.Plan(name, HERE / "lenet5_mnist_baseline.py", {**options, "lr": lr})
 
     grid.make([plan(d, seed) for seed in range(args.seeds) for d in args.decays], args.output_dir, args.jobs)
     tried = [plan(decay, 0, lr) for decay in args.decays for lr in args.lrs]
     grid.make(tried, args.output_dir, args.jobs, may_diverge=True)  # a step size may be too large
-    best = best_lrs(read_runs(args.output_dir)).get("vanilla_lenet5", {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those that diverged are unfinished
+        best = best_lrs(read_runs(args.output_dir)).get("vanilla_lenet5", {})
     if hopeless := [f"{decay:g}" for decay in args.decays if decay not in best]:
         sys.exit(
             f"run.py: with every one of --lrs U Vᵀ diverges at decay {', '.join(hopeless)}: add smaller ones"

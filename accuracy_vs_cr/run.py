@@ -22,28 +22,27 @@ def main() -> None:
     )
     ranks = (10, 20, 40, 60, 80, 100)
     parser.add_argument(
-        "--pruned-ranks", type=cli.NATURAL, nargs="*", default=ranks, help="of the last width"
+        "--pruned-ranks", type=cli.NATURAL, nargs="*", default=ranks, help="of the largest width"
     )
     args = parser.parse_args()
     low_rank, dense = (HERE.parent / "mnist" / f"mlp_mnist{end}.py" for end in ("", "_baseline"))
     trained, pruned = [], []
     for width in args.widths:
         for seed in range(args.seeds):
-            shared = {**cli.shared_options(args), "width": width, "seed": seed}
+            shared = {**cli.shared_options(args), "epochs": args.epochs, "width": width, "seed": seed}
             name = f"width{width}_{{}}_seed{seed}".format
-            trained.append(grid.Plan(name("dense"), dense, args.epochs, shared))
+            trained.append(grid.Plan(name("dense"), dense, shared))
             for tau in args.taus:
                 options = {**shared, "rank": 0.25, "tau_warmup": args.epochs / 4, "tau": tau}
-                trained.append(grid.Plan(name(f"tau{tau}"), low_rank, args.epochs, options))
-            if width != args.widths[-1]:
+                trained.append(grid.Plan(name(f"tau{tau}"), low_rank, options))
+            if width != max(args.widths):
                 continue
-            start = {"from_checkpoint": args.output_dir / name("dense")}
-            epochs = max(1, args.epochs // 2)
+            start = {"from_checkpoint": args.output_dir / name("dense"), "epochs": max(1, args.epochs // 2)}
             for rank in args.pruned_ranks:
                 fixed = {"rank": rank, "min_rank": rank, "max_rank": rank}
                 options = {**shared, **RETRAINING, **start, **fixed}
-                pruned.append(grid.Plan(name(f"pruned{rank}"), low_rank, epochs, options))
-    grid.make(trained, args.output_dir, args.jobs)
+                pruned.append(grid.Plan(name(f"pruned{rank}"), low_rank, options))
+    grid.make(trained, args.output_dir, args.jobs, then=pruned)
     grid.make(pruned, args.output_dir, args.jobs)
 
 

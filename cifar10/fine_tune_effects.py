@@ -31,9 +31,11 @@ def main() -> None:
     plans = []
     for seed in range(args.seeds):
         for network in args.networks:
-            options = {**cli.shared_options(args), "seed": seed, "rank": args.rank, "tau": TAUS[network]}
+            epochs = {"epochs": args.epochs, "finetune_epochs": args.finetune_epochs}
+            options = {**cli.shared_options(args), **epochs, "seed": seed}
+            options |= {"rank": args.rank, "tau": TAUS[network]}
             name = f"fine_tuned/{network}_seed{seed}"
-            plans.append(grid.Plan(name, SCRIPTS[network], args.epochs, options, args.finetune_epochs))
+            plans.append(grid.Plan(name, SCRIPTS[network], options))
     grid.make(plans, args.output_dir, args.jobs)
 
 

@@ -17,14 +17,14 @@ GENTLE = {"lr": 0.02}  # more would first undo what dense weights have learned
 COMPRESSING = {"rank": 0.4, "lr": 0.1, "tau_warmup": 0}  # what is cut at once has all epochs to heal
 
 
-def twins(name: str, epochs: int, options: dict, of_dlrt: dict, taus: list[float]) -> list[grid.Plan]:
+def twins(name: str, options: dict, of_dlrt: dict, taus: list[float]) -> list[grid.Plan]:
     """A dense run and one for each tolerance; name is "network/start"."""
     network, seed = name.split("/")[0], options["seed"]
     low_rank, dense = (HERE / f"{network}_cifar10{end}.py" for end in ("", "_baseline"))
-    plans = [grid.Plan(f"{name}_dense_seed{seed}", dense, epochs, options)]
+    plans = [grid.Plan(f"{name}_dense_seed{seed}", dense, options)]
     for tau in taus:
         of_tau = {**options, **of_dlrt, "tau": tau}
-        plans.append(grid.Plan(f"{name}_tau{tau}_seed{seed}", low_rank, epochs, of_tau))
+        plans.append(grid.Plan(f"{name}_tau{tau}_seed{seed}", low_rank, of_tau))
     return plans
 
 
@@ -46,13 +46,14 @@ def main() -> None:
         if args.weights:
             adapted = f"resnet20/adapted_seed{seed}"
             script = HERE / "resnet20_cifar10_baseline.py"
-            start = {**options, **GENTLE, "from_checkpoint": args.weights.resolve()}
-            first.append(grid.Plan(adapted, script, args.adapt_epochs, start))
-            start = {**start, "from_checkpoint": args.output_dir / adapted}
-            then += twins("resnet20/adapted", args.epochs, start, COMPRESSING, args.taus)
+            begin = {"epochs": args.adapt_epochs, "from_checkpoint": args.weights.resolve()}
+            first.append(grid.Plan(adapted, script, {**options, **GENTLE, **begin}))
+            begin = {"epochs": args.epochs, "from_checkpoint": args.output_dir / adapted}
+            then += twins("resnet20/adapted", {**options, **GENTLE, **begin}, COMPRESSING, args.taus)
+        options["epochs"] = args.scratch_epochs
         for network in args.networks:
-            then += twins(f"{network}/scratch", args.scratch_epochs, options, {}, args.taus)
-    grid.make(first, args.output_dir, args.jobs)
+            then += twins(f"{network}/scratch", options, {}, args.taus)
+    grid.make(first, args.output_dir, args.jobs, then=then)
     grid.make(then, args.output_dir, args.jobs)
 
 

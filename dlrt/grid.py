@@ -25,25 +25,21 @@ from dlrt.runs import DIVERGED, NOT_PART_OF_THE_EXPERIMENT, epochs_done
 class Plan:
     """A run to make: a training script and its options, by the names that they have in config.json.
 
-    name is the run's folder below that of the results. A run is of `epochs` and then finetune_epochs.
+    name is the run's folder below that of the results; `epochs` is among the options.
     """
 
     name: str
     script: Path
-    epochs: int
     options: Mapping[str, Any]
-    finetune_epochs: int = 0
 
     @property
-    def all_epochs(self) -> int:
-        return self.epochs + self.finetune_epochs
+    def epochs(self) -> int:
+        return self.options["epochs"] + self.options.get("finetune_epochs", 0)
 
     def command(self, results: Path, threads: int) -> list[str]:
         """The command that begins the run or goes on with it."""
         folder = results / self.name
-        options = {**self.options, "epochs": self.epochs, "output_dir": folder.parent, "name": folder.name}
-        if self.finetune_epochs:  # a dense run has no such flag
-            options["finetune_epochs"] = self.finetune_epochs
+        options = {**self.options, "output_dir": folder.parent, "name": folder.name}
         command = [sys.executable, str(self.script), "--resume", "--quiet", "--workers", str(threads)]
         for name, value in options.items():
             flag = f"--{name.replace('_', '-')}"
@@ -59,10 +55,9 @@ class Plan:
         if not path.exists():
             return []
         was = {"finetune_epochs": 0, **json.loads(path.read_text())["options"]}
-        options = {**self.options, "epochs": self.epochs, "finetune_epochs": self.finetune_epochs}
         return [
             f"{name} {was.get(name)!r} instead of {value!r}"
-            for name, value in options.items()
+            for name, value in {"finetune_epochs": 0, **self.options}.items()
             if name not in NOT_PART_OF_THE_EXPERIMENT and not _same(name, was.get(name), value)
         ]
 
@@ -76,12 +71,20 @@ def _same(name: str, recorded: Any, value: Any) -> bool:
     return recorded == (list(value) if isinstance(value, tuple) else value)
 
 
-def make(plans: Sequence[Plan], results: Path, jobs: int = 1, may_diverge: bool = False) -> None:
+def make(
+    plans: Sequence[Plan],
+    results: Path,
+    jobs: int = 1,
+    may_diverge: bool = False,
+    then: Sequence[Plan] = (),
+) -> None:
     """Make every run that is not finished yet, `jobs` at a time, each with its share of the CPU's cores.
 
     A run that fails is told and the others go on; then the program ends with 1, unless it was for a loss that
-    is not finite and runs may diverge. Ctrl-C stops the runs, whose last complete epochs are kept, and ends
-    with 130. A run that is there with other options ends the program with 1 before any of these is made.
+    is not finite and runs may diverge. Ctrl-C and SIGTERM stop the runs, whose last complete epochs are kept,
+    and end with 130 and 143. A run that is there with other options ends the program with 1 before any of
+    these is made. Records without weights are finished runs, too, unless one of the plans `then` is missing
+    and begins with those weights: such a run is made again.
     """
     for plan in plans:
         if other := plan.other_options(results):
@@ -89,43 +92,60 @@ def make(plans: Sequence[Plan], results: Path, jobs: int = 1, may_diverge: bool 
             sys.exit(f"{folder} was made with {', '.join(other)}: move it, or take another --output-dir")
     if not plans:
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory() as logs:
-        failed = _run_all(plans, results, jobs, Path(logs), may_diverge)
+        codes = _run_all(plans, _missing(plans, then, results), results, jobs, Path(logs))
+    failed = [name for name, code in codes.items() if not (may_diverge and code == DIVERGED)]
     print(f"{len(plans) - len(failed)} of {len(plans)} runs are in {results}")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}; the same command tries them again")
 
 
-def _run_all(plans: Sequence[Plan], results: Path, jobs: int, logs: Path, may_diverge: bool) -> list[str]:
-    """Make what is missing, with a bar over the epochs of all plans; the names of those that failed."""
-    failed: list[str] = []
+def _missing(plans: Sequence[Plan], then: Sequence[Plan], results: Path) -> list[Plan]:
+    """The plans whose run is not finished, or lacks the weights with which a missing one of `then` begins."""
+
+    def finished(plan: Plan) -> bool:
+        return epochs_done(results / plan.name) >= plan.epochs
+
+    starts = {plan.options.get("from_checkpoint") for plan in then if not finished(plan)}
+    return [
+        plan
+        for plan in plans
+        if not finished(plan)
+        or (results / plan.name in starts and not (results / plan.name / "checkpoint.pt").exists())
+    ]
+
+
+def _run_all(
+    plans: Sequence[Plan], missing: Sequence[Plan], results: Path, jobs: int, logs: Path
+) -> dict[str, int]:
+    """Make what is missing, with a bar over the epochs of all plans; the exit codes of those that failed."""
+    waiting, failed = list(missing), {}
     running: dict[subprocess.Popen, Plan] = {}
     done = {plan.name: epochs_done(results / plan.name) for plan in plans}
-    waiting = [plan for plan in plans if done[plan.name] < plan.all_epochs]
-    threads = max(1, torch.get_num_threads() // jobs)  # of the cores that this program may use
-    there = sum(done.values())
-    bar = tqdm(total=sum(plan.all_epochs for plan in plans), initial=there, unit="epoch", disable=None)
+    # of the cores that this program may use
+    threads = max(1, torch.get_num_threads() // max(1, min(jobs, len(waiting))))
+    total, there = sum(plan.epochs for plan in plans), sum(done.values())
+    bar = tqdm(total=total, initial=there, unit="epoch", disable=None)
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 plan = waiting.pop(0)
                 running[_start(plan.command(results, threads), threads, _log(logs, plan))] = plan
-            time.sleep(1)
+            time.sleep(0.2)
             for process, plan in list(running.items()):
-                ended = process.poll() is not None
+                code = process.poll()
                 done[plan.name] = epochs_done(results / plan.name)
-                if not ended:
-                    continue
-                del running[process]
-                if process.returncode:
+                if code is not None:
+                    del running[process]
+                if code:
+                    failed[plan.name] = code
                     tqdm.write(f"{plan.name} failed: {_last_line(_log(logs, plan))}")
-                    if not (may_diverge and process.returncode == DIVERGED):
-                        failed.append(plan.name)
             bar.set_postfix_str(", ".join(plan.name for plan in running.values()), refresh=False)
             bar.update(sum(done.values()) - bar.n)
     except BaseException as error:  # whatever ends this program ends its runs
         for process in running:
-            process.send_signal(signal.SIGINT)
+            process.terminate()  # they may ignore SIGINT, as in the background
         for process in running:
             process.wait()
         if isinstance(error, KeyboardInterrupt):

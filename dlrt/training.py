@@ -133,7 +133,7 @@ def _epoch(
         "epoch": epoch,
         "frozen_bases": epoch > recipe.epochs,
         "lr": lr,
-        "tau": recipe.tau * warmth(recipe, epoch),
+        "tau": recipe.tau * warmth(recipe, epoch) if epoch else 0.0,  # nothing has been truncated yet
         "train_loss": train_loss,
         "train_accuracy": train_accuracy,
         "validation_loss": validation_loss,

@@ -15,43 +15,85 @@ from dlrt.runs import epochs_done, read_metrics
 
 SCRIPT = cli.ROOT / "mnist" / "mlp_mnist_baseline.py"
 QUICK = {"dataset": "digits", "width": 8}
+QUICK_SCRIPT = """
+import json, pathlib, sys
+flags = dict(zip(sys.argv[3::2], sys.argv[4::2]))  # behind --resume --quiet
+if flags.get("--lr") == "-1":
+    sys.exit("word " * 10**5 + "\\nargument --lr: must be positive")
+if flags.get("--lr") == "1e9":
+    print("the loss is inf", file=sys.stderr)
+    sys.exit(3)
+start = flags.get("--from-checkpoint")
+if start and not (pathlib.Path(start) / "checkpoint.pt").exists():
+    sys.exit("no weights to begin with")
+folder = pathlib.Path(flags["--output-dir"], flags["--name"])
+folder.mkdir(parents=True, exist_ok=True)
+options = {"epochs": int(flags["--epochs"]), "threads": flags["--workers"]}
+options |= {"from_checkpoint": start and pathlib.Path(start).name}
+(folder / "config.json").write_text(json.dumps({"options": options}))
+(folder / "metrics.csv").write_text(f"epoch,ranks\\n{options['epochs']},\\n")
+(folder / "checkpoint.pt").touch()
+"""
 
 
-def plan(name, epochs=2, finetune_epochs=0, script=SCRIPT, **options):
-    return grid.Plan(name, script, epochs, {**QUICK, **options}, finetune_epochs)
+@pytest.fixture
+def script(tmp_path):
+    """What a training script leaves behind, without PyTorch and training."""
+    path = tmp_path / "quick.py"
+    path.write_text(QUICK_SCRIPT)
+    return path
 
 
-def test_what_is_finished_is_left_alone_and_what_broke_off_is_continued(tmp_path, capsys):
-    plans = [plan("a/one"), plan("a/two")]
+def test_a_run_that_broke_off_is_continued_and_a_finished_one_left_alone(tmp_path, capsys):
+    plans = [grid.Plan(f"a/{name}", SCRIPT, {**QUICK, "epochs": 2}) for name in ("one", "two")]
+    one, two = (tmp_path / plan.name for plan in plans)
+    grid.make([grid.Plan("a/two", SCRIPT, {**QUICK, "epochs": 1, "schedule": "constant"})], tmp_path)
+    config = json.loads((two / "config.json").read_text())
+    config["options"] |= {"epochs": 2, "schedule": "cosine"}  # as if it had been planned for two epochs
+    (two / "config.json").write_text(json.dumps(config))
+    first = read_metrics(two)
     grid.make(plans, tmp_path, jobs=2)
-    assert [epochs_done(tmp_path / p.name) for p in plans] == [2, 2]
-    one, two = (tmp_path / p.name / "metrics.csv" for p in plans)
-    whole, written = pd.read_csv(two), one.stat().st_mtime_ns
-    pd.read_csv(two)[:1].to_csv(two, index=False)  # as if the machine had gone down in the second epoch
-    (two.parent / "checkpoint.pt").unlink()
+    assert [epochs_done(folder) for folder in (one, two)] == [2, 2]
+    pd.testing.assert_frame_equal(read_metrics(two)[:1], first)  # seconds and all: it was not made again
+    written = [(folder / "metrics.csv").stat().st_mtime_ns for folder in (one, two)]
     grid.make(plans, tmp_path, jobs=2)
-    assert one.stat().st_mtime_ns == written
-    timeless = [column for column in whole if column != "seconds"]
-    pd.testing.assert_frame_equal(read_metrics(two.parent)[timeless], read_metrics(one.parent)[timeless])
+    assert [(folder / "metrics.csv").stat().st_mtime_ns for folder in (one, two)] == written
     assert capsys.readouterr().out.count("2 of 2 runs are in") == 2
 
 
-def test_a_failure_is_told_with_its_reason_and_the_others_go_on(tmp_path, capsys):
-    with pytest.raises(SystemExit, match="failed: bad; the same command tries them again"):
-        grid.make([plan("bad", lr=-1), plan("good", 1)], tmp_path)
-    assert epochs_done(tmp_path / "good") == 1
-    told = "bad failed: mlp_mnist_baseline.py: argument --lr: must lie in (0, inf)"
-    assert told in capsys.readouterr().out
+def test_a_failure_is_told_with_its_reason_and_the_others_go_on(tmp_path, script, capsys):
+    """Even if it says more than a pipe holds."""
+    bad, good = (grid.Plan(f"{lr}", script, {"epochs": 1, "lr": lr}) for lr in (-1, 2))
+    with pytest.raises(SystemExit, match="failed: -1; the same command tries them again"):
+        grid.make([bad, good], tmp_path)
+    assert epochs_done(tmp_path / "2") == 1
+    assert "-1 failed: argument --lr: must be positive\n" in capsys.readouterr().out
 
 
-def test_a_run_that_diverges_may_be_a_result(tmp_path, capsys):
-    diverging = plan("wild", lr=1e9, batch_size=32)
-    with pytest.raises(SystemExit, match="failed: wild"):
+def test_a_run_that_diverges_may_be_a_result(tmp_path, script, capsys):
+    diverging, bad = (grid.Plan(lr, script, {"epochs": 1, "lr": lr}) for lr in ("1e9", "-1"))
+    with pytest.raises(SystemExit, match="failed: 1e9"):
         grid.make([diverging], tmp_path)
     grid.make([diverging], tmp_path, may_diverge=True)
-    assert capsys.readouterr().out.count("wild failed: mlp_mnist_baseline.py: the loss is") == 2
-    with pytest.raises(SystemExit, match="failed: bad"):  # that is another reason
-        grid.make([plan("bad", lr=-1)], tmp_path, may_diverge=True)
+    assert capsys.readouterr().out.count("1e9 failed: the loss is inf") == 2
+    with pytest.raises(SystemExit, match="failed: -1"):  # that is another reason
+        grid.make([bad], tmp_path, may_diverge=True)
+
+
+def test_records_without_weights_are_made_again_only_where_a_missing_run_begins_with_them(tmp_path, script):
+    start = grid.Plan("start", script, {"epochs": 2})
+    after = grid.Plan("after", script, {"epochs": 1, "from_checkpoint": tmp_path / "start"})
+    weights = tmp_path / "start" / "checkpoint.pt"
+    grid.make([start], tmp_path, then=[after])
+    grid.make([after], tmp_path)
+    for missing in (False, True):
+        weights.unlink()
+        if missing:
+            (tmp_path / "after" / "metrics.csv").unlink()
+        grid.make([start], tmp_path, then=[after])
+        assert weights.exists() == missing
+        weights.touch()
+        grid.make([after], tmp_path)
 
 
 def test_a_run_of_other_options_is_not_taken_for_the_one_planned(tmp_path):
@@ -60,26 +102,28 @@ def test_a_run_of_other_options_is_not_taken_for_the_one_planned(tmp_path):
     options |= {"finetune_epochs": 1, "from_checkpoint": "a b.pt 0123abcd"}
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "config.json").write_text(json.dumps({"options": options}))
-    same = {"width": 8, "augment": True, "skip": ("fc5",), "rank": 1.0, "weight_decay": 0}
-    same |= {"from_checkpoint": tmp_path / "a b.pt", "data_dir": tmp_path, "device": "cuda"}
+    same = {"width": 8, "augment": True, "skip": ("fc5",), "rank": 1.0, "weight_decay": 0, "epochs": 3}
+    same |= {"finetune_epochs": 1, "from_checkpoint": tmp_path / "a b.pt"}
+    same |= {"data_dir": tmp_path, "device": "cuda"}
 
-    def other(epochs=3, finetune_epochs=1, **changed):
-        return grid.Plan("one", SCRIPT, epochs, {**same, **changed}, finetune_epochs).other_options(tmp_path)
+    def other(**changed):
+        return grid.Plan("one", SCRIPT, {**same, **changed}).other_options(tmp_path)
 
     assert other() == []
     for changed in ({"width": 9}, {"augment": False}, {"skip": ()}, {"rank": 1}, {"from_checkpoint": "b.pt"}):
         (told,) = other(**changed)
         assert told.startswith(next(iter(changed)))
     assert other(epochs=4) == ["epochs 3 instead of 4"]
-    assert other(finetune_epochs=0) == ["finetune_epochs 1 instead of 0"]
-    with pytest.raises(SystemExit, match=r"one was made with epochs 3 instead of 4: move it"):
-        grid.make([grid.Plan("one", SCRIPT, 4, same, 1)], tmp_path)
+    del same["finetune_epochs"]
+    assert other() == ["finetune_epochs 1 instead of 0"]
+    with pytest.raises(SystemExit, match="one was made with finetune_epochs 1 instead of 0: move it"):
+        grid.make([grid.Plan("one", SCRIPT, same)], tmp_path)
 
 
 def test_options_of_every_kind_reach_the_script(tmp_path):
-    script = cli.ROOT / "mnist" / "mlp_mnist.py"
     options = {"augment": False, "skip": ("fc4", "fc5"), "tau": 0.2, "s_steps": 3}
-    planned = plan("one", 1, 1, script, **options)
+    epochs = {"epochs": 1, "finetune_epochs": 1}
+    planned = grid.Plan("one", cli.ROOT / "mnist" / "mlp_mnist.py", {**QUICK, **options, **epochs})
     grid.make([planned], tmp_path)
     was = json.loads((tmp_path / "one" / "config.json").read_text())["options"]
     assert [was[name] for name in options] == [False, ["fc4", "fc5"], 0.2, 3]
@@ -87,34 +131,34 @@ def test_options_of_every_kind_reach_the_script(tmp_path):
     assert not planned.other_options(tmp_path)
 
 
-def test_a_run_that_says_much_goes_on(tmp_path, capsys):
-    talkative = tmp_path / "talk.py"
-    talkative.write_text("import sys\nsys.stderr.write('word ' * 10**5)\nsys.exit('\\nthat was it')")
-    with pytest.raises(SystemExit):
-        grid.make([plan("talk", 1, script=talkative)], tmp_path / "results")
-    assert "talk failed: that was it" in capsys.readouterr().out
-
-
-def test_control_c_stops_the_runs_and_keeps_their_epochs(tmp_path):
-    code = f"""
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_what_ends_a_grid_ends_its_runs_and_keeps_their_epochs(sent, code, tmp_path):
+    program = f"""
 import signal
 from pathlib import Path
 from dlrt import grid
 signal.signal(signal.SIGINT, signal.default_int_handler)
-grid.make([grid.Plan("long", Path({str(SCRIPT)!r}), 100000, {QUICK!r})], Path({str(tmp_path)!r}))
+options = {QUICK | {"epochs": 100_000}!r}
+grid.make([grid.Plan("long", Path({str(SCRIPT)!r}), options)], Path({str(tmp_path)!r}))
 """
-    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True) as process:
         while epochs_done(tmp_path / "long") < 2 and process.poll() is None:
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     done = epochs_done(tmp_path / "long")
     assert done >= 2
     time.sleep(0.5)
     assert epochs_done(tmp_path / "long") == done  # nobody is left to go on
 
 
-def test_jobs_share_the_cores(tmp_path):
-    grid.make([plan("one", 1)], tmp_path, jobs=torch.get_num_threads())
-    assert '"threads": 1' in (tmp_path / "one" / "config.json").read_text()
+@pytest.mark.parametrize(("jobs", "runs", "threads"), [(2, 2, 2), (3, 3, 1), (2, 1, 4), (8, 2, 2)])
+def test_the_runs_share_the_cores(jobs, runs, threads, tmp_path, script):
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        grid.make([grid.Plan(str(n), script, {"epochs": 1}) for n in range(runs)], tmp_path, jobs)
+    finally:
+        torch.set_num_threads(before)
+    assert f'"threads": "{threads}"' in (tmp_path / "0" / "config.json").read_text()
