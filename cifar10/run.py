@@ -3,7 +3,7 @@
     python cifar10/run.py --weights resnet20-12fca82f.pt        about 4 hours on two CPU cores
 
 `--weights` is a file of a trained dense ResNet20. It is first trained on for `--adapt-epochs`, since the
-pictures and their normalisation may be others; from there DLRT begins, with 0.4 of every rank, and beside it
+pictures and their normalisation may be others; from there DLRT begins, with 0.45 of every rank, and beside it
 the dense net goes on for as long. Without `--weights` there are the runs from scratch only.
 """
 
@@ -14,7 +14,7 @@ from dlrt import cli, grid
 HERE = Path(__file__).parent
 NETWORKS = ("resnet20", "alexnet", "vgg16")
 GENTLE = {"lr": 0.02}  # more would first undo what dense weights have learned
-COMPRESSING = {"rank": 0.4, "lr": 0.1, "tau_warmup": 0}  # what is cut at once has all epochs to heal
+COMPRESSING = {"rank": 0.45, "lr": 0.1, "tau_warmup": 0}  # what is cut at once has all epochs to heal
 
 
 def twins(name: str, options: dict, of_dlrt: dict, taus: list[float]) -> list[grid.Plan]:
@@ -29,7 +29,7 @@ def twins(name: str, options: dict, of_dlrt: dict, taus: list[float]) -> list[gr
 
 
 def main() -> None:
-    parser = cli.grid_parser(__doc__, HERE, epochs=12, seeds=1, taus=(0.15, 0.22))
+    parser = cli.grid_parser(__doc__, HERE, epochs=12, seeds=1, taus=(0.14, 0.2))
     parser.set_defaults(dataset="cifar10")
     add = parser.add_argument
     add("--weights", type=Path, metavar="PATH", help="of a trained dense ResNet20, to begin with")
