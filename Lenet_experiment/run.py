@@ -14,7 +14,7 @@ from dlrt import cli, grid
 
 HERE = Path(__file__).parent
 TAUS = (0.09, 0.11, 0.13, 0.15, 0.2, 0.3, 0.4, 0.45)
-BEST_TAUS = (0.15, 0.2, 0.27, 0.35)
+BEST_TAUS = (0.15, 0.2, 0.27, 0.35, 0.4)
 BEST = {"batch_size": 64, "lr": 0.03, "weight_decay": 3e-4}
 PLAIN = {"weight_decay": 0, "augment": False, "label_smoothing": 0}
 PLAIN_DLRT = {"tau_warmup": 0, "s_steps": 1, "skip": ["fc2"]}

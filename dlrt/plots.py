@@ -72,8 +72,10 @@ def accuracy_against_compression(
     curves: dict[str, pd.DataFrame], references: dict[str, pd.DataFrame], dense: dict[str, float]
 ) -> Figure:
     """Test accuracy over evaluation compression, by label: curves of `tables.over_seeds`, with a bar of one
-    standard deviation; references with the columns compression and accuracy, in grey; dense lines.
+    standard deviation; references with the columns compression and accuracy, in grey; dense lines, in the
+    colour of the curve that is labelled "DLRT" in the place of "dense", or grey.
     """
+    colours = {label: style(number)["color"] for number, label in enumerate(curves)}
     with mpl.rc_context(LOOK):
         figure, axes = plt.subplots(figsize=(6.4, 4.4))
         for number, (label, rows) in enumerate(references.items()):
@@ -84,8 +86,9 @@ def accuracy_against_compression(
             line = style(number)
             errors = {"yerr": rows["accuracy_std"].fillna(0), "capsize": 3, "marker": "o", "ms": 4}
             axes.errorbar(rows["compression"], rows["accuracy"], label=label, **errors, **line)
-        for number, (label, accuracy) in enumerate(dense.items()):
-            axes.axhline(accuracy, color=style(number)["color"], lw=1, ls=(0, (1, 1)), label=label)
+        for label, accuracy in dense.items():
+            colour = colours.get(label.replace("dense", "DLRT"), "0.55")
+            axes.axhline(accuracy, color=colour, lw=1, ls=(0, (1, 1)), label=label)
         axes.set(xlabel="evaluation compression [%]", ylabel="test accuracy [%]")
         axes.legend(loc="lower left", fontsize="small", frameon=True, framealpha=0.9)
     return figure

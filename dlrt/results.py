@@ -53,6 +53,14 @@ def read(
     return found
 
 
+def over_seeds(found: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """`tables.over_seeds`, ordered; what it refuses ends the program."""
+    try:
+        return tables.over_seeds(found, by).sort_values(by, na_position="first")
+    except ValueError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+
+
 def publish(args: argparse.Namespace, table: pd.DataFrame, caption: str, figures: dict[str, Figure]) -> None:
     """Print a table and write it as CSV, Markdown and LaTeX, and figures by their names as PDF and PNG."""
     tables.write(table, args.output_dir, caption)

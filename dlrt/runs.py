@@ -155,8 +155,9 @@ def chosen_epoch(metrics: pd.DataFrame) -> int:
 def read_runs(results: Path) -> pd.DataFrame:
     """A row per run below a folder: its options, the metrics of its chosen epoch, and the folder's name.
 
-    The column last_test_accuracy is that of the last epoch, seconds_per_epoch the median. A run that is not
-    finished is left out with a warning. FileNotFoundError where there are no finished runs.
+    The column last_test_accuracy is that of the last epoch, seconds_per_epoch the median; options has all
+    options as a dict. A run that is not finished is left out with a warning. FileNotFoundError where there
+    are no finished runs.
     """
     rows, unfinished = [], []
     for path in sorted(results.glob("**/config.json")):
@@ -165,7 +166,7 @@ def read_runs(results: Path) -> pd.DataFrame:
             continue
         options = json.loads(path.read_text())["options"]
         name = str(path.parent.relative_to(results))
-        done, planned = epochs_done(path.parent), options["epochs"] + options.get("finetune_epochs", 0)
+        done, planned = int(metrics["epoch"].iloc[-1]), options["epochs"] + options.get("finetune_epochs", 0)
         if done < planned:
             unfinished.append(f"{name} ({done} of {planned} epochs)")
             continue
@@ -173,12 +174,13 @@ def read_runs(results: Path) -> pd.DataFrame:
         rows.append({
             **chosen,
             **options,  # lr is the one that was asked for, not that of the epoch
+            "options": options,
             "run": name,
             "last_test_accuracy": metrics["test_accuracy"].iloc[-1],
             "seconds_per_epoch": metrics["seconds"].median(),
         })  # fmt: skip
     if unfinished:
-        warnings.warn(f"left out, since unfinished: {', '.join(unfinished)}; see --resume", stacklevel=2)
+        warnings.warn(f"left out, since unfinished: {', '.join(unfinished)}", stacklevel=2)
     if not rows:
         raise FileNotFoundError(
             f"no finished runs in {results}; make them with the training scripts beside it"

@@ -32,9 +32,12 @@ def comparison(runs: pd.DataFrame) -> pd.DataFrame:
 def over_seeds(runs: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """Means and standard deviations over the runs of each setting, a row per value of the columns `by`.
 
-    Accuracies and compressions in %; the ranks are those of the first seed.
+    Accuracies and compressions in %; the ranks are those of the first seed. ValueError where the runs of a
+    setting differ in more than the seed, or not even in that.
     """
     groups = runs.sort_values("seed").groupby(by, sort=False, dropna=False)
+    for _, rows in groups:
+        _check_seeds(rows)
     table = groups.agg(
         seeds=("seed", "nunique"),
         accuracy=("test_accuracy", "mean"),
@@ -47,13 +50,39 @@ def over_seeds(runs: pd.DataFrame, by: list[str]) -> pd.DataFrame:
         training_parameters=("training_parameters", "mean"),
         training_compression=("training_compression", "mean"),
     )
+    if "epochs" not in by:
+        table["epochs"] = groups["epochs"].first()
     return table.reset_index()
+
+
+def _check_seeds(rows: pd.DataFrame) -> None:
+    """Runs of other options in one mean would say nothing of any."""
+    first, *others = rows[["run", "seed", "options"]].itertuples(index=False)
+    if rows["seed"].duplicated().any():
+        raise ValueError(
+            f"runs of one setting need a seed each, got {', '.join(rows['run'])}: move some away"
+        )
+    for other in others:
+        changed = [
+            f"{name} {first.options.get(name)!r} and {value!r}"
+            for name, value in other.options.items()
+            if name not in ("seed", "name", "from_checkpoint") and first.options.get(name) != value
+        ]
+        if changed:
+            both = f"{first.run} and {other.run}"
+            raise ValueError(f"{both} must differ in the seed only, got {', '.join(changed)}: move one away")
+
+
+def dense_or_tau(runs: pd.DataFrame) -> pd.Series:
+    """The tolerance of each run, NaN for a dense one."""
+    return runs["tau"].where(runs["ranks"] != "")
 
 
 def readable(summary: pd.DataFrame, settings: dict[str, pd.Series]) -> pd.DataFrame:
     """The rows of `over_seeds` as text, behind columns that say what the setting of each is."""
     return pd.DataFrame({
         **settings,
+        "epochs": summary["epochs"].map(str),
         "seeds": summary["seeds"].map(str),
         "test accuracy [%]": spread(summary["accuracy"], summary["accuracy_std"]),
         "at the last epoch [%]": spread(summary["last_accuracy"], summary["last_accuracy_std"]),

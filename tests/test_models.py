@@ -23,17 +23,15 @@ def test_a_picture_too_small_is_refused_with_the_size_that_is_needed(network):
         network((3, 8, 9), 10)
 
 
-def trained_resnet20():
-    """With weights that somebody else trained, where they are at hand, or else with random ones."""
+@pytest.mark.parametrize("trained", [False, True])
+def test_resnet20_computes_the_same_at_full_rank_and_dense_again(trained):
+    """Also with weights that somebody else trained, where they are at hand."""
     torch.manual_seed(0)
-    model = ResNet20()
-    if TRAINED.exists():
+    model, x = ResNet20().eval(), torch.randn(4, 3, 32, 32)
+    if trained and not TRAINED.exists():
+        pytest.skip(f"{TRAINED} is not there")
+    if trained:
         model.load_state_dict(torch.load(TRAINED, weights_only=True))
-    return model.eval()
-
-
-def test_resnet20_computes_the_same_at_full_rank_and_dense_again():
-    model, x = trained_resnet20(), torch.randn(4, 3, 32, 32)
     with torch.no_grad():
         logits = model(x)
         dlrt.to_low_rank(model, skip=["conv1", "linear"])
@@ -43,7 +41,7 @@ def test_resnet20_computes_the_same_at_full_rank_and_dense_again():
 
 
 def test_resnet20_takes_parameter_free_shortcuts():
-    model = trained_resnet20()
+    model = ResNet20().eval()
     block = model.layer2[0]
     for name in ("conv1", "conv2"):
         torch.nn.init.zeros_(getattr(block, name).weight)

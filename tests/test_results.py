@@ -1,0 +1,109 @@
+"""The numbers of the experiments' tables, from runs made up here."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dlrt import plots, tables
+from dlrt.cli import ROOT
+from dlrt.runs import read_runs
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.replace("/", "_"), ROOT / f"{path}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_run(results, name, validation, test, epochs=None, tau=0.2, ranks="3/4", **options):
+    """A finished run with these accuracies, epoch by epoch; with weights to begin with from epoch 0 on."""
+    folder = results / name
+    folder.mkdir(parents=True)
+    first = 0 if options.get("from_checkpoint") else 1
+    count = len(test) - 1 + first
+    options = {"seed": 0, "lr": 0.1, "from_checkpoint": None, "name": name, **options}
+    options["epochs"] = epochs or count
+    frozen = options.get("finetune_epochs", 0)
+    options = {"network": "LeNet5", "dataset": "mnist", **({"tau": tau} if ranks else {}), **options}
+    (folder / "config.json").write_text(json.dumps({"options": options}))
+    rows = pd.DataFrame({
+        "epoch": range(first, count + 1),
+        "frozen_bases": [epoch > count - frozen for epoch in range(first, count + 1)],
+        "tau": tau if ranks else 0.0,
+        "validation_loss": 1.0,
+        "validation_accuracy": validation,
+        "test_accuracy": test,
+        "ranks": ranks,
+        "evaluation_parameters": 100,
+        "evaluation_compression": 50.0 if ranks else 0.0,
+        "training_parameters": 200,
+        "training_compression": 25.0 if ranks else 0.0,
+        "seconds": 1.0,
+    })  # fmt: skip
+    rows.to_csv(folder / "metrics.csv", index=False)
+
+
+def test_a_setting_has_the_mean_over_its_seeds_at_the_chosen_epoch_and_at_the_last(tmp_path):
+    write_run(tmp_path, "a", [90, 80], [70.0, 60.0], seed=0)
+    write_run(tmp_path, "b", [80, 90], [75.0, 74.0], seed=1, ranks="5/6")
+    write_run(tmp_path, "dense", [80, 90], [98.0, 99.0], ranks="")
+    found = read_runs(tmp_path)
+    summary = tables.over_seeds(found.assign(tau=tables.dense_or_tau(found)), ["tau"]).set_index("tau")
+    row = summary.loc[0.2]
+    assert (row["accuracy"], row["last_accuracy"], row["seeds"]) == (72.0, 67.0, 2)
+    assert row["accuracy_std"] == pytest.approx(np.std([70, 74], ddof=1))
+    assert (row["ranks"], row["compression"], row["epochs"]) == ("3/4", 50.0, 2)
+    assert summary.loc[np.nan, "accuracy"] == 99.0
+    text = tables.readable(summary.reset_index(), {}).iloc[0]
+    assert text["test accuracy [%]"] == "72.00 ± 2.83"
+    assert text["at the last epoch [%]"] == "67.00 ± 9.90"
+
+
+@pytest.mark.parametrize(
+    ("other", "told"), [({"lr": 0.2}, "lr 0.1 and 0.2"), ({"seed": 0}, "need a seed each")]
+)
+def test_runs_that_are_no_seeds_of_one_setting_are_not_averaged(other, told, tmp_path):
+    write_run(tmp_path, "a", [90], [70.0])
+    write_run(tmp_path, "b", [90], [71.0], **{"seed": 1, **other})
+    with pytest.raises(ValueError, match=told):
+        tables.over_seeds(read_runs(tmp_path), ["tau"])
+
+
+def test_a_pruned_net_is_shown_before_its_training_and_after_it(tmp_path):
+    write_run(tmp_path, "dense", [98], [97.0], ranks="", width=20)
+    write_run(tmp_path, "cut", [50, 90], [55.0, 88.0], tau=0.0, from_checkpoint="dense", width=20)
+    write_run(tmp_path, "tau", [95], [94.0], width=20)
+    found = load("accuracy_vs_cr/produce_results").with_methods(read_runs(tmp_path), tmp_path)
+    accuracies = found.set_index("method")["test_accuracy"].to_dict()
+    assert accuracies == {"dense": 97.0, "truncated": 55.0, "retrained": 88.0, "DLRT": 94.0}
+
+
+def test_the_step_size_of_plain_factors_is_the_one_best_in_validation(tmp_path):
+    for lr, validation, test in ((0.01, 80, 99), (0.1, 90, 70), (1.0, 85, 98)):
+        write_run(tmp_path, f"{lr}", [validation], [test], network="vanilla", decay=2.0, lr=lr, ranks="")
+    write_run(tmp_path, "other seed", [99], [99], network="vanilla", decay=2.0, lr=1.0, ranks="", seed=1)
+    write_run(tmp_path, "diverged", [95], [95], network="vanilla", decay=2.0, lr=3.0, ranks="", epochs=9)
+    with pytest.warns(UserWarning, match=r"unfinished: diverged \(1 of 9 epochs\)"):
+        found = read_runs(tmp_path)
+    assert load("UV_vanilla/factored").best_lrs(found).to_dict() == {("vanilla", 2.0): 0.1}
+
+
+def test_fine_tuning_is_shown_by_the_best_epoch_before_it_and_in_it(tmp_path):
+    write_run(tmp_path, "a", [50, 60, 70, 65], [51.0, 61.0, 71.0, 66.0], epochs=2, finetune_epochs=2)
+    row = load("cifar10/produce_results").fine_tuned(read_runs(tmp_path), tmp_path).iloc[0]
+    assert (row["before [%]"], row["after [%]"], row["epochs"]) == ("61.00", "71.00", "2 + 2")
+
+
+def test_a_dense_line_has_the_colour_of_its_curve():
+    rows = pd.DataFrame({"compression": [50.0], "accuracy": [98.0], "accuracy_std": [0.1]})
+    dense = {"dense, b": 99.0, "dense, a": 98.5, "published dense": 97.0}
+    figure = plots.accuracy_against_compression({"DLRT, a": rows, "DLRT, b": rows}, {}, dense)
+    drawn = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
+    for name in "ab":
+        assert drawn[f"dense, {name}"].get_color() == drawn[f"DLRT, {name}"][0].get_color()
+    assert drawn["dense, a"].get_color() != drawn["dense, b"].get_color()
+    assert drawn["published dense"].get_color() == "0.55"
