@@ -29,7 +29,7 @@ def twins(name: str, options: dict, of_dlrt: dict, taus: list[float]) -> list[gr
 
 
 def main() -> None:
-    parser = cli.grid_parser(__doc__, HERE, epochs=12, seeds=1, taus=(0.14, 0.2))
+    parser = cli.grid_parser(__doc__, HERE, epochs=12, seeds=1, taus=(0.15, 0.2))
     parser.set_defaults(dataset="cifar10")
     add = parser.add_argument
     add("--weights", type=Path, metavar="PATH", help="of a trained dense ResNet20, to begin with")
