@@ -31,26 +31,26 @@ def best_lrs(runs: pd.DataFrame) -> pd.Series:
 
 
 class VanillaLinear(nn.Module):
-    """A linear layer of weight A Bᵀ, A (out, r), B (in, r), both trained by whatever optimizer comes."""
+    """A linear layer of weight U Vᵀ, U (out, r), V (in, r), both trained by whatever optimizer comes."""
 
-    def __init__(self, A: Tensor, B: Tensor, bias: nn.Parameter) -> None:
+    def __init__(self, U: Tensor, V: Tensor, bias: nn.Parameter) -> None:
         super().__init__()
-        self.A, self.B, self.bias = nn.Parameter(A), nn.Parameter(B), bias
+        self.U, self.V, self.bias = nn.Parameter(U), nn.Parameter(V), bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x @ self.B, self.A, self.bias)
+        return F.linear(x @ self.V, self.U, self.bias)
 
 
 class VanillaConv2d(VanillaLinear):
-    """The same for the kernel of a convolution, B (in * height * width, r)."""
+    """The same for the kernel of a convolution, V (in * height * width, r)."""
 
-    def __init__(self, A: Tensor, B: Tensor, bias: nn.Parameter, kernel: tuple[int, int, int]) -> None:
-        super().__init__(A, B, bias)
+    def __init__(self, U: Tensor, V: Tensor, bias: nn.Parameter, kernel: tuple[int, int, int]) -> None:
+        super().__init__(U, V, bias)
         self.kernel = kernel  # (in, height, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        filters = self.B.mT.unflatten(1, self.kernel)
-        return F.conv2d(F.conv2d(x, filters), self.A[..., None, None], self.bias)
+        filters = self.V.mT.unflatten(1, self.kernel)
+        return F.conv2d(F.conv2d(x, filters), self.U[..., None, None], self.bias)
 
 
 def decayed_lenet5(
@@ -78,10 +78,10 @@ def vanilla_lenet5(
     for name, layer in list(model.named_children()):
         if isinstance(layer, LowRankLayer):
             root = layer.S.detach().sqrt()  # S is diagonal here
-            A, B = layer.U @ root, layer.V @ root
+            U, V = layer.U @ root, layer.V @ root
             if isinstance(layer, LowRankConv2d):
-                vanilla = VanillaConv2d(A, B, layer.bias, (layer.in_channels, *layer.kernel_size))
+                vanilla = VanillaConv2d(U, V, layer.bias, (layer.in_channels, *layer.kernel_size))
             else:
-                vanilla = VanillaLinear(A, B, layer.bias)
+                vanilla = VanillaLinear(U, V, layer.bias)
             setattr(model, name, vanilla)
     return model

@@ -15,8 +15,12 @@ def main() -> None:
     parser = cli.training_parser(__doc__, low_rank=True, **fixed, **AS_IN_THE_PAPER)
     parser.add_argument("--decay", **DECAY)
     args = cli.parse(parser)
-    if not isinstance(args.rank, int) or args.skip:
-        parser.error("here every layer has the same rank, a whole number, and none stays dense (--skip)")
+    of_other_ranks = [args.skip, args.tau, args.max_rank, args.min_rank != parser.get_default("min_rank")]
+    if not isinstance(args.rank, int) or any(of_other_ranks):
+        parser.error(
+            "here all layers have one rank, --rank, a whole number, to the end: leave out --skip, --tau, "
+            f"--min-rank and --max-rank; got --rank {args.rank}"
+        )
     args.min_rank = args.max_rank = args.rank
     script.run(
         args, decayed_lenet5, Path(__file__).parent / "results", {"rank": args.rank, "decay": args.decay}

@@ -98,14 +98,12 @@ def training_parser(description: str, low_rank: bool, **defaults: Any) -> Parser
     add("--from-checkpoint", type=Path, metavar="PATH", help=f"{start}: {where}")
     if low_rank:
         _add_low_rank_flags(parser)
-    add("--dataset", choices=DATASETS, default="mnist", help="digits and digits32 need no download")
-    add("--data-dir", type=Path, default=DATA_DIR, help="or set DLRT_DATA")
+    _add_place_flags(parser)
     add(
         "--workers",
         type=NATURAL,
         help="CPU threads of torch; the data lie in memory, none are needed to load them",
     )
-    add("--device", type=device, default=DEFAULT_DEVICE, help="where to train")
     amp = "autocast to bfloat16, or to float16 with a loss scale; factors and their algebra stay in float32"
     add("--amp", nargs="?", choices=AMP, const="bfloat16", default=False, help=amp)
     add(
@@ -120,6 +118,13 @@ def training_parser(description: str, low_rank: bool, **defaults: Any) -> Parser
     add("--quiet", action="store_true", help="print the result only")
     parser.set_defaults(**defaults)
     return parser
+
+
+def _add_place_flags(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--dataset", choices=DATASETS, default="mnist", help="digits and digits32 need no download")
+    add("--data-dir", type=Path, default=DATA_DIR, help="or set DLRT_DATA")
+    add("--device", type=device, default=DEFAULT_DEVICE, help="where to train")
 
 
 def _add_low_rank_flags(parser: Parser) -> None:
@@ -148,9 +153,7 @@ def grid_parser(
     if taus:
         add("--taus", type=TOLERANCE, nargs="*", default=taus, help="tolerances")
     add("--jobs", type=NATURAL, default=1, help="runs at a time, which share the CPU's cores")
-    add("--dataset", choices=DATASETS, default="mnist", help="digits and digits32 need no download")
-    add("--data-dir", type=Path, default=DATA_DIR, help="or set DLRT_DATA")
-    add("--device", type=device, default=DEFAULT_DEVICE, help="where to train")
+    _add_place_flags(parser)
     add("--output-dir", type=Path, default=folder / "results", help="where the run folders go")
     return parser
 

@@ -12,11 +12,12 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from dlrt import distributed
 from dlrt.cli import OPTIMIZERS
 from dlrt.convert import to_low_rank
-from dlrt.data import DataError, load
+from dlrt.data import DataError, Dataset, load
 from dlrt.distributed import ProcessError
 from dlrt.optimizer import DLRT
 from dlrt.runs import DIVERGED, NOT_PART_OF_THE_EXPERIMENT, Run, RunError, chosen_epoch, trained_weights
@@ -78,22 +79,14 @@ def _train(
     results: Path,
     settings: dict[str, Any],
 ) -> None:
+    """Load the data, begin the run or go on with it, and print what came of it."""
     if args.workers:
         torch.set_num_threads(args.workers)
-    options = {key: value for key, value in vars(args).items() if key not in NOT_PART_OF_THE_EXPERIMENT}
-    options["network"] = network.__name__
-    args.name = options["name"] = args.name or _name(args, settings)
+    args.name = args.name or _name(args, settings)
     run = Run((args.output_dir or results) / args.name)
     dataset = distributed.first_before_others(lambda: load(args.dataset, args.data_dir, args.seed))
     dataset = dataset.to(args.device)
-    torch.manual_seed(args.seed)
-    model = network(dataset.shape, dataset.classes, **settings)
-    if args.from_checkpoint:
-        options["from_checkpoint"] = _take_weights(model, args.from_checkpoint, run)
-    distributed.first(lambda: run.start(options, args.resume))
-    if hasattr(args, "tau"):
-        model = to_low_rank(model, rank=args.rank, skip=args.skip)
-    model.to(args.device, memory_format=torch.channels_last)  # on a CPU convolutions take half the time
+    model = _begin(args, network, settings, dataset, run)
     optimizer, recipe = make_optimizer(model, args), make_recipe(args)
     scheduler = make_scheduler(optimizer, args.schedule, recipe.epochs + recipe.finetune_epochs)
     about = {
@@ -110,6 +103,27 @@ def _train(
     accuracy = evaluate(model, dataset.test, recipe.amp)[1]
     if distributed.process_rank() == 0:
         print(_result(metrics, accuracy, run.folder))
+
+
+def _begin(
+    args: argparse.Namespace,
+    network: Callable[..., nn.Module],
+    settings: dict[str, Any],
+    dataset: Dataset,
+    run: Run,
+) -> nn.Module:
+    """The network as training finds it, on its device, once the run's folder has taken the options."""
+    torch.manual_seed(args.seed)
+    model = network(dataset.shape, dataset.classes, **settings)
+    options = {key: value for key, value in vars(args).items() if key not in NOT_PART_OF_THE_EXPERIMENT}
+    options["network"] = network.__name__
+    if args.from_checkpoint:
+        options["from_checkpoint"] = _take_weights(model, args.from_checkpoint, run)
+    distributed.first(lambda: run.start(options, args.resume))
+    if hasattr(args, "tau"):
+        model = to_low_rank(model, rank=args.rank, skip=args.skip)
+    # on a CPU convolutions take half the time in this layout
+    return model.to(args.device, memory_format=torch.channels_last)
 
 
 def _name(args: argparse.Namespace, settings: dict[str, Any]) -> str:
@@ -180,7 +194,9 @@ def make_recipe(args: argparse.Namespace) -> Recipe:
     )
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, schedule: str, epochs: int):
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, schedule: str, epochs: int
+) -> LRScheduler | ReduceLROnPlateau:
     """The learning rate over the epochs; plateau divides it by ten where the validation loss rests."""
     if schedule == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)

@@ -1,12 +1,15 @@
 """The README's commands are the ones tested: every one runs, on the bundled digits, from another folder."""
 
+import json
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -62,7 +65,24 @@ def test_a_command_of_the_readme_runs(command, tmp_path, request):
     assert result.stdout
     if script.startswith("mnist/") and "produce" not in script:
         assert "test accuracy" in result.stdout
-        assert len(list(tmp_path.glob("*/checkpoint.pt"))) == 1
+        assert result.stdout.count("epoch   1/1") == 1
+        assert_is_a_run(next(tmp_path.iterdir()), low_rank="baseline" not in script)
+
+
+def assert_is_a_run(folder, low_rank):
+    """What a training script leaves behind."""
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.pt", "config.json", "metrics.csv"]
+    config = (folder / "config.json").read_text()
+    options = json.loads(config)["options"]
+    assert (options["dataset"], options["seed"]) == ("digits", 0)
+    assert str(folder.parent) not in config  # records can be published
+    metrics = pd.read_csv(folder / "metrics.csv")
+    assert len(metrics) == 1
+    accuracies = metrics[["train_accuracy", "validation_accuracy", "test_accuracy"]]
+    assert ((accuracies >= 0) & (accuracies <= 100)).all(axis=None)
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert checkpoint["about"]["shape"] == [1, 28, 28]
+    assert any(name.endswith(".S") for name in checkpoint["model"]) == low_rank
 
 
 @pytest.mark.parametrize("command", GRIDS)

@@ -17,6 +17,7 @@ from dlrt.models import MLP, LeNet5
 
 
 def bytes_of(action: Callable[[], object]) -> int:
+    """How many bytes this process hands over to be summed in the action."""
     before = distributed.bytes_reduced
     action()
     return distributed.bytes_reduced - before
@@ -30,6 +31,7 @@ def dense_step(model: nn.Module) -> None:
 
 
 def low_rank_step(model: nn.Module, integrator: str) -> None:
+    """One step of DLRT on this process's share of 32 samples."""
     optimizer = DLRT(model, torch.optim.SGD, lr=1e-4, tau=0.0, integrator=integrator)
     x, y, weight = distributed.share(torch.randn(32, 1, 28, 28), torch.randint(0, 10, (32,)))
     (weight * cross_entropy(model(x), y)).backward()
@@ -38,6 +40,7 @@ def low_rank_step(model: nn.Module, integrator: str) -> None:
 
 
 def compare(title: str, network: Callable[[], nn.Module], ranks: list[dict[str, int]]) -> None:
+    """Print a line for each choice of ranks and each integrator that runs on several processes."""
     dense = bytes_of(lambda: dense_step(network()))
     for chosen in ranks:
         text = "/".join(dict.fromkeys(map(str, chosen.values())))

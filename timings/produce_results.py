@@ -37,14 +37,15 @@ SETTING = ["device", "phase", "integrator", "s_steps", "adaptive"]
 
 
 def read(folder: Path) -> pd.DataFrame:
-    """The rows of all devices, with their options; FileNotFoundError where there are none."""
+    """The rows of all devices and sizes of the net, with their options; FileNotFoundError without any."""
     found = []
     for path in sorted(folder.glob("*/config.json")):
         metrics = runs.read_metrics(path.parent)
         if metrics is not None:
             config = json.loads(path.read_text())
             metrics = metrics.fillna({"integrator": ""}).assign(**config["options"])
-            found.append(metrics.assign(torch=config["versions"]["torch"]))
+            device = "{device}, width {width}, batch {batch_size}".format(**config["options"])
+            found.append(metrics.assign(device=device, torch=config["versions"]["torch"]))
     if not found:
         raise FileNotFoundError(f"no measurements in {folder}")
     order = {
@@ -102,6 +103,7 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def label(integrator: str, s_steps: int, adaptive: bool) -> str:
+    """A setting's name in a legend; inference has no integrator."""
     if not integrator:
         return "low-rank"
     return f"{integrator}, S-steps {s_steps}" if adaptive else integrator
@@ -181,8 +183,9 @@ def shares(rows: pd.DataFrame) -> Figure:
 
 
 def caption(rows: pd.DataFrame) -> str:
+    """What was measured, where and how; without rows of a GPU it says that they are missing."""
     devices = rows.drop_duplicates("device").itertuples()
-    where = "; ".join(f"{d.device} (torch {d.torch}, width {d.width}, batch {d.batch_size})" for d in devices)
+    where = "; ".join(f"{d.device} (torch {d.torch})" for d in devices)
     gpu = "" if (rows["kind"] == "cuda").any() else " Rows of a GPU are still to come."
     return (
         "Training step and inference of the net 784-w-w-w-w-10 with the last layer dense, float32, SGD with "

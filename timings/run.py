@@ -11,6 +11,7 @@ ranks.
 
 import argparse
 import copy
+import gc
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -92,6 +93,7 @@ def counted(
     network: nn.Module, data: tuple[Tensor, Tensor], setting: Setting, rank: int | None = None
 ) -> tuple[Contender, Row]:
     """A contender with a copy of the network; the FLOPs of one of its steps, and their peak memory."""
+    gc.collect()  # a DLRT and its layers hold each other: those before would go in the midst of the counting
     device, made, counts = str(data[0].device), [], []
 
     def prepare() -> Callable[[], None]:
