@@ -65,7 +65,8 @@ def read(path: Path) -> Picture:
 def _plain(image: Image.Image) -> Image.Image:
     if image.mode.startswith(DEEP):
         values = np.asarray(image, dtype=np.float64)
-        largest = 65535 if values.max() > 255 else 255
+        fraction = image.mode == "F" and values.max() <= 1
+        largest = 1 if fraction else 255 if values.max() <= 255 else 65535
         return Image.fromarray(np.uint8(np.clip(values / largest, 0, 1) * 255))
     if "A" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -96,7 +97,7 @@ def read_labels(
     line makes no sense.
     """
     try:
-        lines = list(csv.reader(path.read_text().splitlines()))
+        lines = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()))
     except (OSError, UnicodeDecodeError) as error:
         raise PictureError(f"{path} cannot be read ({error})") from error
     labels: dict[str, tuple[tuple[int, ...], tuple[Box, ...]]] = {}
