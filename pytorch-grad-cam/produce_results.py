@@ -15,6 +15,7 @@ import pandas as pd
 from dlrt import results
 
 KINDS = ["reference", "low-rank", "SVD", "other seed", "full rank", "random weights", "RandomCAM"]
+LAST = "randomcam.csv"  # a comparison is complete when it has its last table
 MEANS = (
     *("pearson_raw", "spearman_raw", "ssim_raw", "iou_raw", "pearson", "spearman", "ssim", "iou"),
     *("deletion", "insertion", "road", "pointing", "energy"),
@@ -31,11 +32,7 @@ CAPTION = (
 
 def read_study(folder: Path) -> pd.DataFrame:
     """All rows of a comparison, of every network and picture."""
-    tables = [
-        pd.read_csv(path, keep_default_na=True)
-        for path in sorted(folder.glob("*.csv"))
-        if path.name != "times.csv"
-    ]
+    tables = map(pd.read_csv, sorted(folder.glob("*.csv")))
     return pd.concat([table for table in tables if "target" in table], ignore_index=True)
 
 
@@ -117,7 +114,7 @@ def readable(study: str, config: dict, summary: pd.DataFrame) -> pd.DataFrame:
 def main() -> None:
     args = results.parse(__doc__, Path(__file__).parent)
     studies = sorted(
-        path.parent for path in args.results.glob("*/config.json") if (path.parent / "full_rank.csv").exists()
+        path.parent for path in args.results.glob("*/config.json") if (path.parent / LAST).exists()
     )
     if not studies:
         sys.exit(
