@@ -54,7 +54,7 @@ def replacing(
 
 
 def _places(shown: np.ndarray) -> Tensor:
-    """The place (N, H, W) of each pixel in the order of its map; 0 is the highest, equals stand as they come."""
+    """The place (N, H, W) of each pixel in the order of its map; 0 is the highest, equals come in turn."""
     order = torch.from_numpy(shown).flatten(1).argsort(dim=1, descending=True, stable=True)
     return order.argsort(1).view(shown.shape)
 
