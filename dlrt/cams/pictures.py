@@ -18,6 +18,7 @@ from torch import Tensor
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 DEEP = ("I", "F")  # modes with more than eight bits, which PIL would cut off and not scale
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels; right and bottom are outside
+Labels = dict[str, tuple[tuple[int, ...], tuple[Box, ...]]]  # classes and boxes, by the name of a file
 
 
 class PictureError(ValueError):
@@ -87,12 +88,11 @@ def files(path: Path) -> list[Path]:
     return found
 
 
-def read_labels(
-    path: Path, number: Callable[[str], int]
-) -> dict[str, tuple[tuple[int, ...], tuple[Box, ...]]]:
+def read_labels(path: Path, number: Callable[[str], int | None]) -> Labels:
     """Classes and boxes of pictures by file name, from lines "file,class[,class...][,box=x y x y...]".
 
-    number makes a class of a name, and raises a ValueError for one that there is not. A box is left, top,
+    number makes a class of a name; for one that there is not, it gives None, and the class is left out, or
+    raises a ValueError. A box is left, top,
     right, bottom in pixels of the upright picture. A first line "file,class" is a title. PictureError where a
     line makes no sense.
     """
@@ -100,7 +100,7 @@ def read_labels(
         lines = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()))
     except (OSError, UnicodeDecodeError) as error:
         raise PictureError(f"{path} cannot be read ({error})") from error
-    labels: dict[str, tuple[tuple[int, ...], tuple[Box, ...]]] = {}
+    labels: Labels = {}
     for count, cells in enumerate(lines, start=1):
         cells = [cell.strip() for cell in cells]
         if not any(cells) or cells[0].startswith("#") or (count == 1 and cells[:2] == ["file", "class"]):
@@ -108,12 +108,12 @@ def read_labels(
         name, *rest = cells
         try:
             boxes = tuple(_box(cell) for cell in rest if cell.startswith("box="))
-            classes = tuple(number(cell) for cell in rest if cell and not cell.startswith("box="))
+            numbers = [number(cell) for cell in rest if cell and not cell.startswith("box=")]
         except ValueError as error:
             raise PictureError(f"{path}, line {count}: {error}") from error
         if name in labels:
             raise PictureError(f"{path}, line {count}: {name} is there twice; put its classes in one line")
-        labels[name] = classes, boxes
+        labels[name] = tuple(its for its in numbers if its is not None), boxes
     return labels
 
 
@@ -127,7 +127,7 @@ def _box(cell: str) -> Box:
     return left, top, right, bottom
 
 
-def labelled(picture: Picture, labels: dict[str, tuple[tuple[int, ...], tuple[Box, ...]]]) -> Picture:
+def labelled(picture: Picture, labels: Labels) -> Picture:
     """A picture with what a file of labels says about it."""
     classes, boxes = labels.get(picture.name, ((), ()))
     return replace(picture, classes=classes, boxes=boxes)
