@@ -79,17 +79,16 @@ def check(found: Sequence[Candidate], layer: str) -> None:
     size = spatial_layers(reference.model, reference.blank)[layer]
     for network in (candidate.network for candidate in found):
         if network.classes != reference.classes or network.shape != reference.shape:
-            (its, shape), (of, of_shape) = (
-                (len(net.classes), " x ".join(map(str, net.shape))) for net in (network, reference)
+            both = " and ".join(
+                f"{net.label} ({len(net.classes)} classes, {' x '.join(map(str, net.shape))} pixels)"
+                for net in (reference, network)
             )
+            raise ValueError(f"only networks of the same classes and input can be compared, got {both}")
+        its = spatial_layers(network.model, network.blank).get(layer)
+        if its != size:
             raise ValueError(
-                f"{network.label} has {its} classes and sees {shape}, {reference.label} {of} and {of_shape}, "
-                "or other names: only networks of the same task and input can be compared"
-            )
-        if (found_size := spatial_layers(network.model, network.blank).get(layer)) != size:
-            raise ValueError(
-                f"the layer {layer} of {reference.label} gives maps of {size}, that of {network.label} "
-                f"{found_size}: choose a --target-layer that both have"
+                f"the layer {layer} must give maps of {size} in every network, got {its} in {network.label}: "
+                "choose a --target-layer that all have"
             )
         if [candidate.network.label for candidate in found].count(network.label) > 1:
             raise ValueError(f"two networks are called {network.label}: give every folder a name of its own")

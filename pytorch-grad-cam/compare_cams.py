@@ -77,8 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         reference = networks.read(args)
         layer = networks.target_layer(reference, args.target_layer, args.method)
-        of_runs = args.low_rank, args.taus, args.seeds, args.image_size
-        found = candidates.gather(reference, args.method, *of_runs)
+        found = candidates.gather(
+            reference, args.method, args.low_rank, args.taus, args.seeds, args.image_size
+        )
         candidates.check(found, layer)
         pictures, failed = pictures_of(args.images, args.count, args.data_dir, reference)
         options = recorded(args, found[0], layer, pictures)

@@ -276,8 +276,8 @@ def test_a_comparison_of_other_tasks_or_settings_is_refused(script, runs, tmp_pa
         (tmp_path / folder).mkdir(parents=True)
         Image.new("L", (20, 20), 100 + number).save(tmp_path / folder / "grey.png")
     for network, told in (
-        ("colour", "only networks of the same task and input"),
-        ("small", "sees 1 x 16 x 16"),
+        ("colour", "only networks of the same classes and input"),
+        ("small", "small (10 classes, 1 x 16 x 16 pixels)"),
         ("lenet", "choose a --target-layer"),
     ):
         code, _, err = script("compare_cams", *flags, "--low-rank", runs / network)
