@@ -308,6 +308,16 @@ def test_networks_are_compared_at_another_size_on_a_single_picture(script, runs,
         assert maps.shape == (1, 24, 24)
 
 
+def test_a_folder_of_one_picture_is_explained(script, runs, tmp_path):
+    Image.linear_gradient("L").save(tmp_path / "one.png")
+    flags = ["--checkpoint", runs / "dense_seed0", "--image-path", ".", "--output-dir", "maps"]
+    code, printed, err = script("cam", *flags)
+    assert (code, err) == (0, "")
+    assert printed.startswith("one.png: ")
+    assert printed.count("\n") == 1
+    assert json.loads((tmp_path / "maps/config.json").read_text())["options"]["image_path"] == tmp_path.name
+
+
 def test_a_class_that_a_network_does_not_have_leaves_a_picture_its_box(modules, pictures, capsys):
     lines = "cat.v1.png,cat,box=1 2 3 4\ncat.v2.png,3,dog\ngrey.png,cat\n"
     (pictures / "labels.csv").write_text(lines)
@@ -423,13 +433,18 @@ def test_run_sh_draws_and_compares_what_has_a_checkpoint(run_sh, run_script, tmp
         "unrecognized arguments: --nonsense (--help lists all options)\n"
     )
     assert flags == ["--results", str(out / "comparison"), "--output-dir", str(out)]
-    for script, *flags in commands:
+    drawn = [Path(flags[flags.index("--output-dir") + 1]).name for _, *flags in commands[:-1]]
+    assert drawn == ["dense", "tau0.04", "tau0.08", "tau0.12", "tau0.16", "tau0.2", "tau0.3"]
+    for script, *flags in [
+        commands[1],
+        commands[3],
+        commands[-1],
+    ]:  # a network cut, one trained, all compared
         flags = [str(ROOT / flag) if flag == "test_images" else flag for flag in flags]
         quick = ["--no-faithfulness", "--time-shares"] if "compare_cams" in script else []
         result = run_script(script, *flags, *quick)
         assert result.returncode == 0, result.stderr
-    drawn = {"dense", "tau0.04", "tau0.08", "tau0.12", "tau0.16", "tau0.2", "tau0.3"}
-    assert {path.parent.name for path in out.glob("*/chelsea.png.cam.png")} == drawn
+    assert len(list(out.glob("*/chelsea.png.cam.png"))) == 2
     networks = {path.stem for path in (out / "comparison/maps").glob("*.csv")}
     cut = {f"svd_tau{tau}" for tau in (0.04, 0.08, 0.16, 0.2)}
     trained = {"dense_seed0", "dense_seed2", "tau0.12_seed0", "tau0.3_seed0"}
