@@ -40,6 +40,11 @@ def clutter(count: int, seed: int, test: bool = False) -> Clutter:
     return Clutter(np.stack(images), labels[chosen], np.array(boxes))
 
 
+def held_out() -> Clutter:
+    """The 500 pictures that are the test split of `data.digits_in_clutter`."""
+    return clutter(500, seed=0, test=True)
+
+
 def _picture(digits: list[np.ndarray], number: int, random: Generator) -> tuple[np.ndarray, tuple[int, ...]]:
     picture = random.uniform(0, 40, size=(SIDE, SIDE))
     top, left = random.integers(SIDE - DIGIT + 1, size=2)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlrt.clutter import clutter
+from dlrt.clutter import clutter, held_out
 
 MNIST_FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -188,7 +188,7 @@ def _bundled_digits(size: int, test: int) -> Arrays:
 
 def digits_in_clutter(folder: Path | None, seed: int) -> Dataset:
     """`clutter.clutter`, made on the spot: 4,000 / 500 / 500 pictures of 32 x 32 pixels; needs no folder."""
-    trained, test = clutter(4500, seed=0), clutter(500, seed=0, test=True)
+    trained, test = clutter(4500, seed=0), held_out()
     arrays = [
         torch.from_numpy(its) for part in (trained, test) for its in (part.images[:, None], part.labels)
     ]

@@ -62,7 +62,7 @@ class Run:
                     "repeat those, or choose another --name"
                 )
             return
-        text = json.dumps({"options": config, **_surroundings()}, indent=2) + "\n"
+        text = json.dumps({"options": config, **surroundings()}, indent=2) + "\n"
         _write(self.config, lambda file: file.write(text.encode()))
 
     def options(self) -> dict[str, Any]:
@@ -109,13 +109,14 @@ class Run:
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint: tensors, numbers and names, no code. RunError where the file is not one."""
-    state = _load(path)
+    state = load_file(path)
     if not {"model", "metrics"} <= state.keys():
         raise RunError(f"{path} is not a checkpoint of a run: it has no model and metrics")
     return state
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load_file(path: Path) -> dict[str, Any]:
+    """What torch.load reads in a file; RunError where that is no dictionary."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types, with long texts, on bytes that it cannot read
@@ -135,7 +136,7 @@ def trained_weights(path: Path) -> dict[str, torch.Tensor]:
     path = path / "checkpoint.pt" if path.is_dir() else path
     if not path.exists():
         raise RunError(f"{path} is not there: give a run's folder, its checkpoint.pt or a file of weights")
-    state = _load(path)
+    state = load_file(path)
     return state.get("chosen", state)
 
 
@@ -200,7 +201,7 @@ def epochs_done(folder: Path) -> int:
     return 0 if metrics is None else int(metrics["epoch"].iloc[-1])
 
 
-def _surroundings() -> dict[str, Any]:
+def surroundings() -> dict[str, Any]:
     """Versions, device and commit: what else a result may depend on."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {

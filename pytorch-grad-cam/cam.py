@@ -14,22 +14,24 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import networks
 import numpy as np
 import pandas as pd
-import torch
 from PIL import Image
+from sources import batches, readable
 
 import dlrt
 from dlrt import cli
-from dlrt.cams import Maps, check_options, default_layer, explain, spatial_layers
+from dlrt.cams import Maps, check_options, explain
 from dlrt.cams.guided import guided_gradients, visible
-from dlrt.cams.pictures import Picture, PictureError, files, overlay, read, read_labels
+from dlrt.cams.pictures import Picture, PictureError, files, overlay, read_labels
 from dlrt.cams.targets import of_classes
-from dlrt.runs import RunError
+from dlrt.runs import NOT_PART_OF_THE_EXPERIMENT, RunError, surroundings
+
+SEED = 0  # of RandomCAM
 
 
 def make_parser() -> cli.Parser:
@@ -66,33 +68,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         network = networks.read(args)
         if args.low_rank is not None or args.rank is not None:
             network = networks.truncated(network, args.low_rank, args.rank)
-        layer = target_layer(network, args.target_layer)
+        layer = networks.target_layer(network, args.target_layer, args.method)
         classes = chosen_classes(args.targets, network, paths)
         args.output_dir.mkdir(parents=True, exist_ok=True)
     except (RunError, ValueError, OSError) as error:
         parser.error(str(error))
-    warn(network)
+    networks.warn(network)
     rows, failed = [], False
-    for batch in batches(paths, args.batch_size):
-        pictures, failed = readable(batch, failed)
+    for part in batches(len(paths), args.batch_size):
+        pictures, unread = readable(paths[part])
+        failed |= unread
         if pictures:
             rows += explained(network, pictures, classes, layer, args)
     write_records(rows, network, layer, args)
     sys.exit(int(failed))
-
-
-def target_layer(network: networks.Network, name: str | None) -> str:
-    """The name of the layer to explain; ValueError where the network has no such layer."""
-    x = torch.zeros(1, *network.shape, device=network.device)
-    if name is None:
-        return default_layer(network.model, x)
-    layers = spatial_layers(network.model, x)
-    if name not in layers:
-        raise ValueError(
-            f"--target-layer must be a layer that is called once and gives feature maps, got {name!r}; "
-            f"the last of them are {', '.join(list(layers)[-12:])}"
-        )
-    return name
 
 
 def chosen_classes(
@@ -112,34 +101,6 @@ def chosen_classes(
     return labels
 
 
-def warn(network: networks.Network) -> None:
-    """Say on stderr when the network sees another size than it was trained at."""
-    if network.shape != network.trained:
-        size, trained = (f"{shape[2]} x {shape[1]}" for shape in (network.shape, network.trained))
-        print(
-            f"warning: {network.label} was trained at {trained} pixels and now sees {size}; "
-            "its predictions may be worth nothing there",
-            file=sys.stderr,
-        )
-
-
-def batches(paths: Sequence[Path], size: int) -> Iterator[Sequence[Path]]:
-    for start in range(0, len(paths), size):
-        yield paths[start : start + size]
-
-
-def readable(paths: Sequence[Path], failed: bool) -> tuple[list[Picture], bool]:
-    """The pictures that can be read, and whether one could not be, now or before; those are told."""
-    pictures = []
-    for path in paths:
-        try:
-            pictures.append(read(path))
-        except PictureError as error:
-            print(f"cam.py: {error}", file=sys.stderr)
-            failed = True
-    return pictures, failed
-
-
 def explained(
     network: networks.Network,
     pictures: Sequence[Picture],
@@ -151,7 +112,8 @@ def explained(
     x = network.images(pictures)
     numbers = [classes[picture.name] for picture in pictures] if classes else None
     targets = of_classes(numbers) if numbers else None
-    maps = explain(network.model, x, targets, args.method, layer, args.aug_smooth, args.eigen_smooth)
+    smoothing = args.aug_smooth, args.eigen_smooth
+    maps = explain(network.model, x, targets, args.method, layer, *smoothing, seed=SEED)
     numbers = numbers or [(number,) for number in maps.logits.argmax(1).tolist()]
     rows = [
         row(picture, index, its, maps, network)
@@ -204,18 +166,22 @@ def row(
 def write_records(
     rows: list[dict[str, object]], network: networks.Network, layer: str, args: argparse.Namespace
 ) -> None:
-    """cams.csv and config.json."""
+    """cams.csv and config.json; of files and folders the names alone, since records can be published."""
     pd.DataFrame(rows).to_csv(args.output_dir / "cams.csv", index=False, float_format="%.6g")
     count = dlrt.compression(network.model)
+    options = {key: its for key, its in vars(args).items() if key not in NOT_PART_OF_THE_EXPERIMENT}
+    options |= {"target_layer": layer if args.method != "fullgrad" else None, "seed": SEED}
+    for key, value in options.items():
+        if isinstance(value, (str, Path)) and Path(value).exists():
+            options[key] = Path(value).resolve().name
     config = {
         "network": network.label,
         "ranks": count.ranks,
         "evaluation_compression": round(count.evaluation_compression, 3),
         "input": list(network.shape),
-        "method": args.method,
-        "target_layer": layer,
-        "aug_smooth": args.aug_smooth,
-        "eigen_smooth": args.eigen_smooth,
+        "device": str(network.device),
+        "options": options,
+        **surroundings(),
     }
     (args.output_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 

@@ -14,6 +14,8 @@ from networks import Network
 from torch import nn
 
 import dlrt
+from dlrt.cams import spatial_layers
+from dlrt.runs import Run
 
 FULL_RANK = "full rank"
 
@@ -41,43 +43,55 @@ def gather(
     low_rank: Sequence[Path] = (),
     taus: Sequence[float] = (),
     seeds: Sequence[Path] = (),
+    image_size: int | None = None,
 ) -> list[Candidate]:
     """The reference, the low-rank networks, the same cut from the reference, other seeds, and three controls.
 
     The controls are the reference in low-rank layers of full rank, with random weights, and explained by
-    RandomCAM. ValueError where a network sees other pictures or knows other classes than the reference.
+    RandomCAM. All are on the reference's device; those of runs see pictures of image_size, too.
     """
+
+    def run(path: Path) -> Network:
+        return networks.placed(networks.from_run(path), image_size, reference.device)
 
     def cut(tau: float | None, label: str) -> Network:
         whole = replace(reference, model=deepcopy(reference.model))
         return replace(networks.truncated(whole, tau=tau), label=label)
 
     found = [Candidate(reference, "reference", method)]
-    found += [Candidate(net, "low-rank", method, tau) for net, tau in map(_with_tau, low_rank)]
+    found += [Candidate(run(path), "low-rank", method, _tau(path)) for path in low_rank]
     found += [Candidate(cut(tau, f"svd_tau{tau:g}"), "SVD", method, tau) for tau in taus]
-    found += [Candidate(networks.from_run(path), "other seed", method) for path in seeds]
+    found += [Candidate(run(path), "other seed", method) for path in seeds]
     found.append(Candidate(cut(None, "full_rank"), FULL_RANK, method))
     random = replace(reference, model=random_weights(reference.model), label="random_weights")
     found.append(Candidate(random, "random weights", method))
     found.append(Candidate(replace(reference, label="randomcam"), "RandomCAM", "randomcam"))
-    return [_checked(candidate, reference, found) for candidate in found]
+    return found
 
 
-def _with_tau(path: Path) -> tuple[Network, float | None]:
-    return networks.from_run(path), networks.tau_of_run(path)
+def _tau(run: Path) -> float | None:
+    return Run(run if run.is_dir() else run.parent).options().get("tau")
 
 
-def _checked(candidate: Candidate, reference: Network, found: Sequence[Candidate]) -> Candidate:
-    network = candidate.network
-    if network.classes != reference.classes or network.trained[0] != reference.trained[0]:
-        raise ValueError(
-            f"{network.label} has {len(network.classes)} classes and {network.trained[0]} channels, "
-            f"{reference.label} {len(reference.classes)} and {reference.trained[0]}, or other names: "
-            "only networks of the same task can be compared"
-        )
-    if [other.network.label for other in found].count(network.label) > 1:
-        raise ValueError(f"two networks are called {network.label}: give every folder a name of its own")
-    return candidate
+def check(found: Sequence[Candidate], layer: str) -> None:
+    """ValueError where a network cannot be compared with the first one at a layer, or two have one name."""
+    reference = found[0].network
+    size = spatial_layers(reference.model, reference.blank)[layer]
+    for network in (candidate.network for candidate in found):
+        if network.classes != reference.classes or network.shape != reference.shape:
+            both = " and ".join(
+                f"{net.label} ({len(net.classes)} classes, {' x '.join(map(str, net.shape))} pixels)"
+                for net in (reference, network)
+            )
+            raise ValueError(f"only networks of the same classes and input can be compared, got {both}")
+        its = spatial_layers(network.model, network.blank).get(layer)
+        if its != size:
+            raise ValueError(
+                f"the layer {layer} must give maps of {size} in every network, got {its} in {network.label}: "
+                "choose a --target-layer that all have"
+            )
+        if [candidate.network.label for candidate in found].count(network.label) > 1:
+            raise ValueError(f"two networks are called {network.label}: give every folder a name of its own")
 
 
 def random_weights(model: nn.Module) -> nn.Module:

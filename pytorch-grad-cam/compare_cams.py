@@ -12,6 +12,7 @@ ResNet20 and 200 pictures of 32 x 32 on one core; networks that are there alread
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -23,12 +24,11 @@ import measure
 import networks
 import numpy as np
 import pandas as pd
-import torch
 from map_times import map_times
-from sources import pictures_of
+from sources import digest, pictures_of
 
 from dlrt import cli
-from dlrt.cams import Maps, default_layer, spatial_layers
+from dlrt.cams import Maps
 from dlrt.cams.pictures import Picture
 from dlrt.data import DATASETS, DataError
 from dlrt.runs import Run, RunError
@@ -76,29 +76,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         reference = networks.read(args)
-        found = candidates.gather(reference, args.method, args.low_rank, args.taus, args.seeds)
-        for candidate in found:
-            networks.placed(candidate.network, args.image_size, args.device)
-        x = torch.zeros(1, *reference.shape, device=reference.device)
-        layer = args.target_layer or default_layer(reference.model, x)
-        if layer not in spatial_layers(reference.model, x):
-            raise ValueError(f"--target-layer: {reference.label} has no layer {layer!r} with feature maps")
+        layer = networks.target_layer(reference, args.target_layer, args.method)
+        found = candidates.gather(
+            reference, args.method, args.low_rank, args.taus, args.seeds, args.image_size
+        )
+        candidates.check(found, layer)
         pictures, failed = pictures_of(args.images, args.count, args.data_dir, reference)
-        run = Run(args.output_dir / (args.name or Path(args.images).name))
-        options = {
-            "images": Path(args.images).name,
-            "count": len(pictures),
-            "reference": reference.label,
-            "reference_weights": found[0].fingerprint(),
-            "input": list(reference.shape),
-            "method": args.method,
-            "target_layer": layer,
-            "faithfulness": not args.no_faithfulness,
-        }
-        check_same(run, options)
+        options = recorded(args, found[0], layer, pictures)
+        run = Run(args.output_dir / (args.name or options["images"]))
         run.start(options, resume=True)
     except (RunError, DataError, ValueError, OSError) as error:
         parser.error(str(error))
+    for network in {one.network.trained: one.network for one in reversed(found)}.values():
+        networks.warn(network)  # once of each size
     settings = measure.Settings(layer, args.batch_size, not args.no_faithfulness)
     compare(found, pictures, settings, run.folder)
     if args.time_shares:
@@ -106,19 +96,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         map_times(reference, layer, args.method, args.time_shares, sizes).to_csv(
             run.folder / "times.csv", index=False, float_format="%.6g"
         )
-    check_full_rank(run.folder, args.method)
+    check_full_rank(run.folder, reference.label, args.method)
     print(f"{run.folder}: draw it with python pytorch-grad-cam/produce_results.py")
     sys.exit(int(failed))
 
 
-def check_same(run: Run, options: dict[str, Any]) -> None:
-    """RunError where the folder holds a comparison of other pictures, another reference or another method."""
-    was = run.options()
-    other = [f"{key} {was.get(key)!r} -> {options[key]!r}" for key in options if was.get(key) != options[key]]
-    if was and other:
-        raise RunError(
-            f"{run.folder} was begun with other options ({', '.join(other)}): choose another --name"
-        )
+def recorded(
+    args: argparse.Namespace, reference: candidates.Candidate, layer: str, pictures: Sequence[Picture]
+) -> dict[str, Any]:
+    """The options that a comparison must share with one that it continues."""
+    return {
+        "images": Path(args.images).resolve().name,
+        "count": len(pictures),
+        "pictures": digest(pictures),
+        "reference": reference.network.label,
+        "reference_weights": reference.fingerprint(),
+        "input": list(reference.network.shape),
+        "method": args.method,
+        "target_layer": layer,
+        "faithfulness": not args.no_faithfulness,
+    }
 
 
 def compare(
@@ -173,11 +170,16 @@ def line(table: pd.DataFrame) -> str:
     )
 
 
-def check_full_rank(folder: Path, method: str) -> None:
-    """End with 1 where the reference in low-rank layers of full rank gives other maps."""
-    table = pd.read_csv(folder / "full_rank.csv")
-    same = table[table["target"] == "same"]
-    largest = same["largest_difference"].max()
+def check_full_rank(folder: Path, reference: str, method: str) -> None:
+    """End with 1 where the reference in low-rank layers of full rank has other maps, or leaves out others."""
+    full, dense = (pd.read_csv(folder / f"{name}.csv").set_index("file") for name in ("full_rank", reference))
+    full, dense = (table[table["target"] == "same"] for table in (full, dense))
+    if other := list(full.index[full["defined"] != dense["defined"]]):
+        sys.exit(
+            f"compare_cams.py: of {', '.join(other)} only one of the full-rank and the dense map is defined: "
+            f"the figures in {folder} cannot be trusted"
+        )
+    largest = max(full.loc[full["defined"], "largest_difference"].fillna(np.inf), default=0.0)
     if largest > FULL_RANK_TOLERANCE:
         if method == "fullgrad":  # its gradients jump where a ReLU's input is 0 but for rounding
             print(f"full rank: maps differ by up to {largest:.2g}, by rounding at the kinks of ReLUs")

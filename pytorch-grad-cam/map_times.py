@@ -18,7 +18,7 @@ from networks import Network
 
 import dlrt
 from dlrt import cli
-from dlrt.cams import default_layer, explain
+from dlrt.cams import explain
 from dlrt.timing import medians
 
 PIXELS = 16 * 32 * 32  # at a time
@@ -37,10 +37,9 @@ def map_times(
         count = max(1, PIXELS // size**2)
         x = torch.randn(count, network.shape[0], size, size, device=network.device)
         try:
-            with torch.no_grad():
-                network.model(x[:1])
-        except RuntimeError:
-            print(f"{network.label} cannot see {size} x {size} pixels: its time is not measured there")
+            networks.placed(network, size, network.device)
+        except ValueError as error:
+            print(f"{error}: its time is not measured there")
             continue
         dense, *others = medians(
             [partial(explain, model, x, None, method, layer) for model in models], repeats
@@ -69,7 +68,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         network = networks.read(args)
-        layer = default_layer(network.model, torch.zeros(1, *network.shape, device=network.device))
+        layer = networks.target_layer(network, None, args.method)
     except (dlrt.runs.RunError, ValueError, OSError) as error:
         parser.error(str(error))
     map_times(network, layer, args.method, args.shares, args.sizes, args.repeats)

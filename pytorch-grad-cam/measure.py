@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from candidates import Candidate, describe
 from networks import Network
+from sources import batches
 
 from dlrt.cams import Maps, explain
 from dlrt.cams.compare import in_boxes, similarity
@@ -20,9 +21,9 @@ from dlrt.cams.targets import of_classes
 
 @dataclass(frozen=True)
 class Settings:
-    """How maps are made: the layer (None: the last block's), the batch size, and whether they are tested."""
+    """How maps are made: the layer, the batch size, and whether they are tested."""
 
-    layer: str | None
+    layer: str
     batch_size: int
     faithfulness: bool
 
@@ -36,11 +37,10 @@ def make_maps(
 ) -> Maps:
     """Maps of all pictures, in batches, of given classes or of the predicted ones."""
     parts = []
-    for start in range(0, len(pictures), settings.batch_size):
-        part = slice(start, start + settings.batch_size)
+    for part in batches(len(pictures), settings.batch_size):
         targets = of_classes([number] for number in classes[part]) if classes is not None else None
         x = network.images(pictures[part])
-        parts.append(explain(network.model, x, targets, method, settings.layer, seed=start))
+        parts.append(explain(network.model, x, targets, method, settings.layer, seed=part.start))
     return Maps(
         raw=np.concatenate([maps.raw for maps in parts]),
         displayed=np.concatenate([maps.displayed for maps in parts]),
@@ -64,35 +64,51 @@ def measure(
     asked = reference.logits.argmax(1).tolist()
     same = make_maps(network, pictures, asked, candidate.method, settings)
     predicted = same.logits.argmax(1).tolist()
-    differing = [index for index, (a, b) in enumerate(zip(asked, predicted, strict=True)) if a != b]
-    own = {}
-    if differing:
-        others, classes = [pictures[index] for index in differing], [predicted[index] for index in differing]
-        maps = make_maps(network, others, classes, candidate.method, settings)
-        own = {index: (maps.raw[place], maps.displayed[place]) for place, index in enumerate(differing)}
+    own = _own_maps(candidate, pictures, asked, predicted, settings)
     tested = _faithfulness(network, pictures, same.displayed, asked, settings)
     rows = []
     for index, picture in enumerate(pictures):
         mine = same.raw[index], same.displayed[index]
         theirs = reference.raw[index], reference.displayed[index]
-        about = {
-            "file": picture.name,
-            "label": network.classes[picture.classes[0]] if picture.classes else "",
-            "predicted": network.classes[predicted[index]],
-            "reference_predicted": network.classes[asked[index]],
-        }
+        about = _about(network, picture, predicted[index], asked[index])
         boxes = in_boxes(mine[1], picture.boxes, (picture.image.height, picture.image.width))
-        first = {**about, "target": "same", "class": network.classes[asked[index]], **_compared(mine, theirs)}
+        first = {**about, "target": "same", "class": about["reference_predicted"], **_compared(mine, theirs)}
         rows.append({**first, **boxes, **{name: values[index] for name, values in tested.items()}})
         if index in own:
-            second = {"target": "own", "class": network.classes[predicted[index]]}
-            rows.append({**about, **second, **_compared(own[index], theirs)})
+            second = {**about, "target": "own", "class": about["predicted"]}
+            rows.append({**second, **_compared(own[index], theirs)})
     table = pd.DataFrame(rows)
     for stage, milliseconds in same.milliseconds.items():
         table[f"{stage}_ms"] = milliseconds
     for position, (name, value) in enumerate(describe(candidate).items()):
         table.insert(position, name, value)
     return table, same
+
+
+def _own_maps(
+    candidate: Candidate,
+    pictures: Sequence[Picture],
+    asked: Sequence[int],
+    predicted: Sequence[int],
+    settings: Settings,
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """The raw and the displayed map of the predicted class where another was asked for, by the index."""
+    differing = [index for index, (a, b) in enumerate(zip(asked, predicted, strict=True)) if a != b]
+    if not differing:
+        return {}
+    others, classes = [pictures[index] for index in differing], [predicted[index] for index in differing]
+    maps = make_maps(candidate.network, others, classes, candidate.method, settings)
+    return {index: (maps.raw[place], maps.displayed[place]) for place, index in enumerate(differing)}
+
+
+def _about(network: Network, picture: Picture, predicted: int, asked: int) -> dict[str, str]:
+    """What each row about a picture begins with."""
+    return {
+        "file": picture.name,
+        "label": network.classes[picture.classes[0]] if picture.classes else "",
+        "predicted": network.classes[predicted],
+        "reference_predicted": network.classes[asked],
+    }
 
 
 def _compared(mine: tuple[np.ndarray, np.ndarray], theirs: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
@@ -116,7 +132,6 @@ def _faithfulness(
     if not settings.faithfulness:
         return {name: np.full(len(pictures), np.nan) for name in MEASURES}
     parts = []
-    for start in range(0, len(pictures), settings.batch_size):
-        part = slice(start, start + settings.batch_size)
+    for part in batches(len(pictures), settings.batch_size):
         parts.append(faithfulness(network.model, network.images(pictures[part]), shown[part], classes[part]))
     return {name: np.concatenate([its[name] for its in parts]) for name in MEASURES}

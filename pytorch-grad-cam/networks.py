@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import inspect
-import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 import dlrt
 from dlrt import cli, models
-from dlrt.cams import METHODS
+from dlrt.cams import METHODS, default_layer, spatial_layers
 from dlrt.cams.pictures import Picture
 from dlrt.cams.targets import class_number
 from dlrt.data import CIFAR10_CLASSES, CLASS_NAMES
 from dlrt.loading import load_network
-from dlrt.runs import RunError, trained_weights
+from dlrt.runs import RunError, load_file
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation
 SOURCES = ("download", "random")
@@ -46,6 +46,11 @@ class Network:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def blank(self) -> Tensor:
+        """An input (1, channels, height, width) without content."""
+        return torch.zeros(1, *self.shape, device=self.device)
 
     def images(self, pictures: Sequence[Picture]) -> Tensor:
         """(N, channels, height, width), on the network's device."""
@@ -87,12 +92,38 @@ def placed(network: Network, size: int | None, device: str) -> Network:
     network.model.to(device, memory_format=torch.channels_last)
     try:
         with torch.no_grad():
-            network.model(torch.zeros(1, *network.shape, device=device))
-    except RuntimeError as error:
+            network.model(network.blank)
+    except (RuntimeError, AssertionError) as error:  # torchvision's vision transformers assert
         height, width = network.shape[1:]
         reason = " ".join(str(error).split())
         raise ValueError(f"{network.label} cannot see {width} x {height} pixels ({reason})") from error
     return network
+
+
+def warn(network: Network) -> None:
+    """Say on stderr when the network sees another size than it was trained at."""
+    if network.shape != network.trained:
+        size, trained = (f"{shape[2]} x {shape[1]}" for shape in (network.shape, network.trained))
+        print(
+            f"warning: {network.label} was trained at {trained} pixels and now sees {size}; "
+            "its predictions may be worth nothing there",
+            file=sys.stderr,
+        )
+
+
+def target_layer(network: Network, name: str | None, method: str) -> str:
+    """The name of the layer to explain; ValueError where the network or the method has no such layer."""
+    if name is None:
+        return default_layer(network.model, network.blank)
+    if method == "fullgrad":
+        raise ValueError("fullgrad looks at all layers: leave --target-layer out, or take another --method")
+    layers = spatial_layers(network.model, network.blank)
+    if name not in layers:
+        raise ValueError(
+            f"--target-layer must be a layer that is called once and gives feature maps, got {name!r}; "
+            f"the last of them are {', '.join(list(layers)[-12:])}"
+        )
+    return name
 
 
 def from_run(path: Path) -> Network:
@@ -125,8 +156,9 @@ def from_arch(arch: str, weights: str) -> Network:
     official = torchvision.models.get_model_weights(arch).DEFAULT
     state = None if weights in SOURCES else _state(weights)
     names = tuple(official.meta["categories"])
-    if state is not None and (classes := len(list(state.values())[-1])) != len(names):
-        names = tuple(map(str, range(classes)))
+    if state is not None:
+        classes = next(len(value) for value in reversed(state.values()) if value.dim())
+        names = names if classes == len(names) else tuple(map(str, range(classes)))
     if weights == "download":
         try:
             model = torchvision.models.get_model(arch, weights=official)
@@ -170,12 +202,25 @@ def _with_weights(
             reason = " ".join(str(error).split())[:300]
             raise RunError(f"--weights {source} does not fit {arch}: {reason}") from error
     mean, std = IMAGENET if shape[0] == 3 else ((0.5,) * shape[0], (0.5,) * shape[0])
+    if state is not None:
+        print(
+            f"{source} does not say what its network was trained on: pictures are normalised by the mean "
+            f"{mean} and the deviation {std}, and its classes called {', '.join(names[:3])}, ...",
+            file=sys.stderr,
+        )
     return Network(arch, model.eval(), shape, mean, std, names, shape)
 
 
 def _state(path: str) -> dict[str, Tensor]:
-    state = trained_weights(Path(path))
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+    if not Path(path).is_file():
+        raise RunError(f"--weights {path} is not there, or no file: a run is given with --checkpoint")
+    state = load_file(Path(path))
+    if "about" in state:
+        raise RunError(
+            f"--weights {path} is a run's, which says what it was trained on: give --checkpoint {path}"
+        )
+    tensors = all(isinstance(value, Tensor) for value in state.values())
+    if not tensors or not any(value.dim() for value in state.values()):
         raise RunError(f"--weights {path} holds no state dict of tensors")
     return state
 
@@ -187,9 +232,3 @@ def truncated(network: Network, tau: float | None = None, rank: int | float | No
     model = dlrt.to_low_rank(network.model, rank=rank, tau=tau)
     cut = "".join(f"_{name}{value:g}" for name, value in (("tau", tau), ("rank", rank)) if value is not None)
     return replace(network, model=model, label=f"{network.label}_svd{cut}")
-
-
-def tau_of_run(path: Path) -> float | None:
-    """The tolerance of a run, from the config.json beside its checkpoint; None where there is none."""
-    config = (path.parent if path.is_file() else path) / "config.json"
-    return json.loads(config.read_text())["options"].get("tau") if config.is_file() else None

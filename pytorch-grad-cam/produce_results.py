@@ -12,13 +12,41 @@ from pathlib import Path
 import drawings
 import pandas as pd
 
-from dlrt import results
+from dlrt import results, tables
 
 KINDS = ["reference", "low-rank", "SVD", "other seed", "full rank", "random weights", "RandomCAM"]
+LAST = "randomcam.csv"  # a comparison is complete when it has its last table
 MEANS = (
     *("pearson_raw", "spearman_raw", "ssim_raw", "iou_raw", "pearson", "spearman", "ssim", "iou"),
     *("deletion", "insertion", "road", "pointing", "energy"),
 )
+COLUMNS = {  # title: a column of the summary, and its format
+    "study": ("study", "{}"),
+    "method": ("method", "{}"),
+    "network": ("network", "{}"),
+    "kind": ("kind", "{}"),
+    "τ": ("tau", "{:g}"),
+    "compression [%]": ("compression", "{:.1f}"),
+    "accuracy [%]": ("accuracy", "{:.1f}"),
+    "reference's class [%]": ("agreement", "{:.1f}"),
+    "undefined": ("undefined", "{}"),
+    "Pearson raw": ("pearson_raw", "{:.3f}"),
+    "Spearman raw": ("spearman_raw", "{:.3f}"),
+    "SSIM raw": ("ssim_raw", "{:.3f}"),
+    "IoU raw": ("iou_raw", "{:.3f}"),
+    "Pearson": ("pearson", "{:.3f}"),
+    "Spearman": ("spearman", "{:.3f}"),
+    "SSIM": ("ssim", "{:.3f}"),
+    "IoU": ("iou", "{:.3f}"),
+    "Pearson own": ("pearson_own", "{:.3f}"),
+    "seeds": ("seeds", "{}"),
+    "deletion": ("deletion", "{:.3f}"),
+    "insertion": ("insertion", "{:.3f}"),
+    "ROAD": ("road", "{:.3f}"),
+    "pointing": ("pointing", "{:.3f}"),
+    "energy": ("energy", "{:.3f}"),
+    "ms per map": ("milliseconds", "{:.2f}"),
+}
 CAPTION = (
     "Means over the pictures. Of every network the map of the class that the reference predicts, compared "
     "with the reference's map: correlations, SSIM and the IoU of the highest fifths, raw (the method's own "
@@ -31,12 +59,8 @@ CAPTION = (
 
 def read_study(folder: Path) -> pd.DataFrame:
     """All rows of a comparison, of every network and picture."""
-    tables = [
-        pd.read_csv(path, keep_default_na=True)
-        for path in sorted(folder.glob("*.csv"))
-        if path.name != "times.csv"
-    ]
-    return pd.concat([table for table in tables if "target" in table], ignore_index=True)
+    found = map(pd.read_csv, sorted(folder.glob("*.csv")))
+    return pd.concat([table for table in found if "target" in table], ignore_index=True)
 
 
 def summarise(rows: pd.DataFrame) -> pd.DataFrame:
@@ -78,64 +102,34 @@ def against_seeds(summary: pd.DataFrame) -> pd.Series:
 
 def readable(study: str, config: dict, summary: pd.DataFrame) -> pd.DataFrame:
     """The summary of a study as text."""
-
-    def text(column: str, form: str) -> pd.Series:
-        return summary[column].map(lambda value: "" if pd.isna(value) else form.format(value))
-
-    def three(column: str) -> pd.Series:
-        return text(column, "{:.3f}")
-
-    return pd.DataFrame({
-        "study": study,
-        "method": config["method"],
-        "network": summary["network"],
-        "kind": summary["kind"],
-        "τ": text("tau", "{:g}"),
-        "compression [%]": text("compression", "{:.1f}"),
-        "accuracy [%]": text("accuracy", "{:.1f}"),
-        "reference's class [%]": text("agreement", "{:.1f}"),
-        "undefined": summary["undefined"].astype(str) + " of " + summary["pictures"].astype(str),
-        "Pearson raw": three("pearson_raw"),
-        "Spearman raw": three("spearman_raw"),
-        "SSIM raw": three("ssim_raw"),
-        "IoU raw": three("iou_raw"),
-        "Pearson": three("pearson"),
-        "Spearman": three("spearman"),
-        "SSIM": three("ssim"),
-        "IoU": three("iou"),
-        "Pearson own": three("pearson_own"),
-        "seeds": against_seeds(summary),
-        "deletion": three("deletion"),
-        "insertion": three("insertion"),
-        "ROAD": three("road"),
-        "pointing": three("pointing"),
-        "energy": three("energy"),
-        "ms per map": text("milliseconds", "{:.2f}"),
-    })  # fmt: skip
+    summary = summary.assign(study=study, method=config["method"], seeds=against_seeds(summary))
+    summary["undefined"] = summary["undefined"].astype(str) + " of " + summary["pictures"].astype(str)
+    columns = {title: tables.text(summary[name], form) for title, (name, form) in COLUMNS.items()}
+    return pd.DataFrame(columns)
 
 
 def main() -> None:
     args = results.parse(__doc__, Path(__file__).parent)
     studies = sorted(
-        path.parent for path in args.results.glob("*/config.json") if (path.parent / "full_rank.csv").exists()
+        path.parent for path in args.results.glob("*/config.json") if (path.parent / LAST).exists()
     )
     if not studies:
         sys.exit(
             f"produce_results.py: no comparisons in {args.results}; make one with: "
             "python pytorch-grad-cam/compare_cams.py --help"
         )
-    tables, figures = [], {}
+    studied, figures = [], {}
     for folder in studies:
         config = json.loads((folder / "config.json").read_text())["options"]
         summary = summarise(read_study(folder))
-        tables.append(readable(folder.name, config, summary))
+        studied.append(readable(folder.name, config, summary))
         figures[f"gradcam_{folder.name}_grid"] = drawings.grid(folder, summary)
         figures[f"gradcam_{folder.name}"] = drawings.over_compression(summary)
         if (folder / "times.csv").exists():
             figures[f"gradcam_{folder.name}_time"] = drawings.time_over_rank(
                 pd.read_csv(folder / "times.csv")
             )
-    results.publish(args, pd.concat(tables, ignore_index=True), CAPTION, figures)
+    results.publish(args, pd.concat(studied, ignore_index=True), CAPTION, figures)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from pytorch_grad_cam.base_cam import BaseCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -13,7 +15,8 @@ import dlrt
 from dlrt.cams import METHODS, check_options, default_layer, explain, spatial_layers
 from dlrt.cams.compare import in_boxes, similarity, top
 from dlrt.cams.faithfulness import faithfulness
-from dlrt.cams.methods import oriented
+from dlrt.cams.methods import NOT_SMOOTHED
+from dlrt.cams.pictures import read, read_labels
 from dlrt.cams.targets import class_number, of_classes
 from dlrt.clutter import clutter
 from dlrt.loading import load_network
@@ -112,6 +115,19 @@ def test_a_network_needs_what_its_map_shows_more_than_random_places(trained):
     assert np.nanmean(true["road"]) > np.nanmean(random["road"]) + 0.05
 
 
+def test_road_takes_equal_shares_of_a_map_that_is_zero_almost_everywhere():
+    torch.manual_seed(0)
+    model, x = ConvNet((1, 16, 16)).eval(), torch.randn(2, 1, 16, 16)
+    sparse = np.zeros((2, 256), dtype=np.float32)
+    sparse[:, 100:150] = np.random.default_rng(0).uniform(0.1, 1, size=(2, 50))
+    without_ties = sparse + np.linspace(1e-3, 0, 256, dtype=np.float32) * (sparse == 0)
+    one, other = (
+        faithfulness(model, x, shown.reshape(2, 16, 16), [0, 1]) for shown in (sparse, without_ties)
+    )
+    for name in ("road", "deletion", "insertion"):
+        np.testing.assert_array_equal(one[name], other[name])
+
+
 def test_a_saved_and_reloaded_low_rank_network_has_the_same_maps_bit_for_bit(resnet, tmp_path):
     model, x = resnet
     low_rank = dlrt.to_low_rank(deepcopy(model), rank=0.5)
@@ -141,12 +157,23 @@ def test_several_classes_on_one_picture_are_summed(resnet):
         ([[ClassifierOutputTarget(1)]], "got 1 for 2"),
         ([[ClassifierOutputTarget(1)], []], "picture 1 has none"),
         ([[ClassifierOutputTarget(1)], [ClassifierOutputTarget(10)]], r"\[0, 9\], got 10"),
+        ([[ClassifierOutputTarget(1)], [ClassifierOutputTarget(-1)]], r"\[0, 9\], got -1"),
     ],
 )
 def test_targets_that_do_not_fit_the_pictures_are_refused(targets, told, resnet):
     model, x = resnet
     with pytest.raises(ValueError, match=told):
         explain(model, x, targets)
+
+
+@pytest.mark.parametrize(
+    ("layer", "told"), [("nowhere", "no layer 'nowhere'"), ("linear", "give feature maps, got Linear")]
+)
+@pytest.mark.parametrize("method", ["gradcam", "layercam", "shapleycam"])
+def test_a_layer_that_cannot_be_explained_is_refused(method, layer, told, resnet):
+    model, x = resnet
+    with pytest.raises(ValueError, match=told):
+        explain(model, x, method=method, layer=layer)
 
 
 @pytest.mark.parametrize("method", ["gradcam", "shapleycam", "ablationcam", "fullgrad", "eigencam"])
@@ -212,11 +239,30 @@ def test_a_map_without_anything_positive_is_undefined():
 
 def test_principal_components_point_to_where_the_network_is_active(resnet):
     model, x = resnet
-    for method in ("eigencam", "eigengradcam", "kpca_cam"):
-        raw = explain(model, x, method=method).raw
-        np.testing.assert_allclose(oriented(-raw, raw), raw)
-    smooth, plain = (explain(model, x, eigen_smooth=its).raw for its in (True, False))
-    assert ((smooth * (plain - plain.mean((1, 2), keepdims=True))).sum((1, 2)) > 0).all()
+    activations = []
+    handle = model.layer3.register_forward_hook(lambda module, x, y: activations.append(y.detach().numpy()))
+    with torch.no_grad():
+        model(x)
+    handle.remove()
+    active, with_gradients = activations[0].sum(1), explain(model, x, method="hirescam").raw
+    for method, total in (("eigencam", active), ("kpca_cam", active), ("eigengradcam", with_gradients)):
+        assert (along(total, explain(model, x, method=method).raw) > 0).all()
+
+
+def along(total, component):
+    """How much each of several maps varies as another one does."""
+    return (component * (total - total.mean((1, 2), keepdims=True))).sum((1, 2))
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in NOT_SMOOTHED])
+def test_the_component_of_a_method_points_to_where_its_plain_map_does(method):
+    torch.manual_seed(0)
+    head = nn.Linear(8 * 36, 16), nn.ReLU(), nn.Linear(16, 3)
+    model, x = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), *head).eval(), torch.randn(4, 1, 8, 8)
+    smooth, plain = (explain(model, x, method=method, eigen_smooth=its) for its in (True, False))
+    assert smooth.defined.any()
+    if issubclass(METHODS[method], BaseCAM):  # SESS puts maps together that are positive already
+        assert (along(plain.raw, smooth.raw) > 0).all()
 
 
 def test_smoothing_by_augmentation_leaves_a_mirrored_picture_a_mirrored_map(resnet):
@@ -233,6 +279,7 @@ def test_smoothing_by_augmentation_leaves_a_mirrored_picture_a_mirrored_map(resn
         ("gradcan", {}, "unknown method"),
         ("sess", {"aug_smooth": True}, "no smoothing"),
         ("fem", {"eigen_smooth": True}, "no eigen"),
+        ("fullgrad", {"eigen_smooth": True}, "no eigen"),
     ],
 )
 def test_what_a_method_cannot_do_is_refused(method, options, told):
@@ -274,6 +321,17 @@ def test_boxes_are_counted_in_the_pixels_of_the_picture():
     ):
         assert in_boxes(shown, [box], (40, 40)) == {"pointing": pointing, "energy": pytest.approx(energy)}
     assert np.isnan(in_boxes(shown, [], (40, 40))["energy"])
+
+
+def test_a_picture_of_fractions_is_not_black(tmp_path):
+    values = np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)
+    Image.fromarray(values).save(tmp_path / "heights.tiff")
+    np.testing.assert_allclose(read(tmp_path / "heights.tiff").pixels()[..., 0], values, atol=1 / 255)
+
+
+def test_labels_are_read_as_a_spreadsheet_writes_them(tmp_path):
+    (tmp_path / "labels.csv").write_text("file,class\nä.png,3\n", encoding="utf-8-sig")
+    assert read_labels(tmp_path / "labels.csv", int) == {"ä.png": ((3,), ())}
 
 
 def test_a_class_is_found_by_name_or_number():

@@ -8,26 +8,18 @@ Python keep it from.
 """
 
 import argparse
-import statistics
-from collections.abc import Callable
 
 import torch
-from measure import evaluation, flops, in_turn, inference, training_steps
+from measure import evaluation, flops, inference, training_steps
 from networks import LENET5_RANKS, low_rank, make_parser, mlp_ranks, parse
 from torch import nn
 
 from dlrt import DLRT, compression, to_low_rank
 from dlrt.cli import NATURAL
 from dlrt.models import MLP, LeNet5, ResNet20
+from dlrt.timing import medians
 
-WARM_UP = 3
 RESNET20_SHARE = 0.34  # of the full ranks: 60 % compression
-
-
-def medians(functions: list[Callable], repeats: int) -> list[float]:
-    """Median milliseconds of each, run in turn after a warm-up."""
-    in_turn(functions, WARM_UP)
-    return [statistics.median(its) for its in in_turn(functions, repeats)]
 
 
 def compare(

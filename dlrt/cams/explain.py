@@ -63,24 +63,21 @@ def explain(
     targets, a method or a layer that cannot be used.
     """
     check_options(method, aug_smooth, eigen_smooth)
+    smoothing = {"eigen_smooth": eigen_smooth} | ({"aug_smooth": True} if aug_smooth else {})
     parameter = next(model.parameters())
     images = images.to(parameter.device, parameter.dtype)
     if method == "fullgrad" and any(isinstance(module, LowRankLayer) for module in model.modules()):
         model = dlrt.export(model)  # it looks for the biases of torch's own layers
     # ShapleyCAM differentiates gradients, of which a frozen network has no graph
     with _undisturbed(model, trainable=method == "shapleycam"), torch.enable_grad():
-        with torch.no_grad():
-            logits = model(images)
+        target_layer = model if method == "fullgrad" else _module(model, layer, images[:1])
+        logits = _logits(model, images, target_layer)
         lists = per_picture(targets, logits)
         if method == "finercam":
             lists = finer(lists, logits)
-        if layer is None and method != "fullgrad":
-            layer = default_layer(model, images[:1])
-        record = Record(images.device)
-        summed = [SumOfTargets(its) for its in lists]
-        target_layer = model if method == "fullgrad" else model.get_submodule(layer)
+        summed, record = [SumOfTargets(its) for its in lists], Record(images.device)
         with _hooked(model, target_layer, method, record) as explainer, _random_numbers(seed):
-            displayed, raw = _maps(explainer, images, summed, method, record, aug_smooth, eigen_smooth)
+            displayed, raw = _maps(explainer, images, summed, method, record, smoothing)
     displayed = np.where(_defined(raw)[:, None, None], displayed, np.nan).astype(np.float32)
     return Maps(
         raw=raw,
@@ -90,26 +87,53 @@ def explain(
     )
 
 
+def _module(model: nn.Module, layer: str | None, image: Tensor) -> nn.Module:
+    """The module of that name, or the default one; ValueError where there is none."""
+    name, modules = layer or default_layer(model, image), dict(model.named_modules())
+    if name not in modules:
+        raise ValueError(
+            f"{type(model).__name__} has no layer {name!r}; the last are {', '.join([*modules][1:][-12:])}"
+        )
+    return modules[name]
+
+
+def _logits(model: nn.Module, images: Tensor, layer: nn.Module) -> Tensor:
+    """What the network says of images; ValueError where its layer does not give feature maps, or not once."""
+    outputs = []
+    handle = layer.register_forward_hook(lambda module, x, y: outputs.append(y))
+    try:
+        with torch.no_grad():
+            logits = model(images)
+    finally:
+        handle.remove()
+    if layer is not model and not (
+        len(outputs) == 1 and torch.is_tensor(outputs[0]) and outputs[0].dim() == 4
+    ):
+        raise ValueError(
+            f"the layer must be called once and give feature maps, got {type(layer).__name__}: "
+            "dlrt.cams.spatial_layers names those that can be explained"
+        )
+    return logits
+
+
 def _maps(
     explainer: object,
     images: Tensor,
     targets: list[Target],
     method: str,
     record: Record,
-    aug_smooth: bool,
-    eigen_smooth: bool,
+    smoothing: dict[str, bool],
 ) -> tuple[np.ndarray, np.ndarray]:
     """The displayed maps (N, H, W), and the raw ones (N, h, w); with aug_smooth means over all passes."""
-    options = {"eigen_smooth": eigen_smooth} | ({"aug_smooth": True} if aug_smooth else {})
     bars = contextlib.redirect_stderr(io.StringIO()) if method in PROGRESS_BARS else contextlib.nullcontext()
     record.start()
     with bars:
-        displayed = explainer(images.clone(), targets, **options)
+        displayed = explainer(images.clone(), targets, **smoothing)
     record.lap("assembly")
     if method == "sess":
         return displayed, displayed
     raws = [np.float32(raw) for raw in record.raws]
-    if aug_smooth:  # some passes saw the mirror image
+    if "aug_smooth" in smoothing:  # some passes saw the mirror image
         transforms = list(explainer.tta_transforms)
         raws = [
             transform.deaugment_mask(torch.from_numpy(raw)[:, None])[:, 0].numpy()
@@ -151,7 +175,10 @@ def _hooked(model: nn.Module, layer: nn.Module, method: str, record: Record) -> 
         yield explainer
     finally:
         if explainer is not None:
-            inner(explainer).activations_and_grads.release()
+            kept = inner(explainer).activations_and_grads
+            # the package detaches in place what it kept, which a gradient that is a view does not allow
+            kept.gradients = [gradient.detach() for gradient in kept.gradients]
+            kept.release()
         for handle in handles:
             handle.remove()
 

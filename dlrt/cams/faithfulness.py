@@ -44,15 +44,19 @@ def replacing(
 
     By the trapezoidal rule over the share of pixels, in [0, 1].
     """
-    order = torch.from_numpy(shown).flatten(1).argsort(dim=1, descending=True, stable=True)
-    place = order.argsort(1).view(len(shown), 1, *shown.shape[1:]).to(before.device)  # 0 is the highest
-    pixels = shown[0].size
+    place, pixels = _places(shown)[:, None].to(before.device), shown[0].size
     curve = []
     for step in range(steps + 1):
         mixed = torch.where(place < pixels * step / steps, after, before)
         probabilities = model(mixed).softmax(1)
         curve.append(probabilities[torch.arange(len(mixed)), classes].cpu().numpy())
     return np.trapezoid(np.array(curve), dx=1 / steps, axis=0)
+
+
+def _places(shown: np.ndarray) -> Tensor:
+    """The place (N, H, W) of each pixel in the order of its map; 0 is the highest, equals come in turn."""
+    order = torch.from_numpy(shown).flatten(1).argsort(dim=1, descending=True, stable=True)
+    return order.argsort(1).view(shown.shape)
 
 
 def blur(images: Tensor) -> Tensor:
@@ -67,6 +71,8 @@ def blur(images: Tensor) -> Tensor:
 
 def _road(model: nn.Module, images: Tensor, shown: np.ndarray, classes: list[int]) -> np.ndarray:
     targets = [ClassifierOutputSoftmaxTarget(number) for number in classes]
+    # ranks, since the package finds no percentile among pixels that are equal, as those cut at 0 are
+    ranks = 1 - (_places(shown).double().numpy() + 0.5) / shown[0].size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of the noise, which is small; the same call gives the same number
-        return ROADCombined(percentiles=list(PERCENTILES))(images, shown, targets, model)
+        return ROADCombined(percentiles=list(PERCENTILES))(images, ranks, targets, model)

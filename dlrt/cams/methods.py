@@ -28,8 +28,9 @@ METHODS: dict[str, type] = {
     name.lower(): kind for name, kind in vars(pytorch_grad_cam).items() if _takes_model_and_layers(kind)
 }
 COMPONENTS = ("eigencam", "eigengradcam", "kpca_cam")  # maps that are a principal component
-# those take no other component, FEM looks at no weights, and RefineCAM hands the option on as another one
-NOT_SMOOTHED = (*COMPONENTS, "segeigencam", "fem", "refinecam")
+# those take no other component, FEM looks at no weights, RefineCAM hands the option on as another one, and
+# the sign of FullGrad's component is arbitrary
+NOT_SMOOTHED = (*COMPONENTS, "segeigencam", "fem", "refinecam", "fullgrad")
 PROGRESS_BARS = ("scorecam", "ablationcam")
 
 
@@ -78,13 +79,19 @@ def _recording(kind: type[BaseCAM], record: Record) -> type[BaseCAM]:
     component = kind.__name__.lower() in COMPONENTS
 
     class Recording(kind):
+        def get_cam_weights(self, *arguments) -> np.ndarray:
+            if self.weights is None:
+                self.weights = super().get_cam_weights(*arguments)
+            return self.weights
+
         def get_cam_image(
             self, input_tensor, target_layer, targets, activations, grads, eigen_smooth=False
         ) -> np.ndarray:
             arguments = input_tensor, target_layer, targets, activations, grads
+            self.weights = None  # computed once: RandomCAM would draw others, ShapleyCAM has freed its graph
             raw = super().get_cam_image(*arguments, eigen_smooth)
             if component:
-                weights = 1 if grads is None or not self.uses_gradients else grads
+                weights = 1 if grads is None else grads
                 raw = oriented(raw, (weights * activations).sum(1))
             elif eigen_smooth:
                 raw = oriented(raw, super().get_cam_image(*arguments, False))

@@ -18,6 +18,7 @@ from torch import Tensor
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 DEEP = ("I", "F")  # modes with more than eight bits, which PIL would cut off and not scale
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels; right and bottom are outside
+Labels = dict[str, tuple[tuple[int, ...], tuple[Box, ...]]]  # classes and boxes, by the name of a file
 
 
 class PictureError(ValueError):
@@ -65,7 +66,8 @@ def read(path: Path) -> Picture:
 def _plain(image: Image.Image) -> Image.Image:
     if image.mode.startswith(DEEP):
         values = np.asarray(image, dtype=np.float64)
-        largest = 65535 if values.max() > 255 else 255
+        fraction = image.mode == "F" and values.max() <= 1
+        largest = 1 if fraction else 255 if values.max() <= 255 else 65535
         return Image.fromarray(np.uint8(np.clip(values / largest, 0, 1) * 255))
     if "A" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -86,20 +88,19 @@ def files(path: Path) -> list[Path]:
     return found
 
 
-def read_labels(
-    path: Path, number: Callable[[str], int]
-) -> dict[str, tuple[tuple[int, ...], tuple[Box, ...]]]:
+def read_labels(path: Path, number: Callable[[str], int | None]) -> Labels:
     """Classes and boxes of pictures by file name, from lines "file,class[,class...][,box=x y x y...]".
 
-    number makes a class of a name, and raises a ValueError for one that there is not. A box is left, top,
+    number makes a class of a name; for one that there is not, it gives None, and the class is left out, or
+    raises a ValueError. A box is left, top,
     right, bottom in pixels of the upright picture. A first line "file,class" is a title. PictureError where a
     line makes no sense.
     """
     try:
-        lines = list(csv.reader(path.read_text().splitlines()))
+        lines = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()))
     except (OSError, UnicodeDecodeError) as error:
         raise PictureError(f"{path} cannot be read ({error})") from error
-    labels: dict[str, tuple[tuple[int, ...], tuple[Box, ...]]] = {}
+    labels: Labels = {}
     for count, cells in enumerate(lines, start=1):
         cells = [cell.strip() for cell in cells]
         if not any(cells) or cells[0].startswith("#") or (count == 1 and cells[:2] == ["file", "class"]):
@@ -107,12 +108,12 @@ def read_labels(
         name, *rest = cells
         try:
             boxes = tuple(_box(cell) for cell in rest if cell.startswith("box="))
-            classes = tuple(number(cell) for cell in rest if cell and not cell.startswith("box="))
+            numbers = [number(cell) for cell in rest if cell and not cell.startswith("box=")]
         except ValueError as error:
             raise PictureError(f"{path}, line {count}: {error}") from error
         if name in labels:
             raise PictureError(f"{path}, line {count}: {name} is there twice; put its classes in one line")
-        labels[name] = classes, boxes
+        labels[name] = tuple(its for its in numbers if its is not None), boxes
     return labels
 
 
@@ -126,7 +127,7 @@ def _box(cell: str) -> Box:
     return left, top, right, bottom
 
 
-def labelled(picture: Picture, labels: dict[str, tuple[tuple[int, ...], tuple[Box, ...]]]) -> Picture:
+def labelled(picture: Picture, labels: Labels) -> Picture:
     """A picture with what a file of labels says about it."""
     classes, boxes = labels.get(picture.name, ((), ()))
     return replace(picture, classes=classes, boxes=boxes)

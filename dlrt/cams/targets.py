@@ -34,7 +34,7 @@ def per_picture(targets: Sequence[Iterable[Target]] | None, logits: Tensor) -> l
     """
     if targets is None:
         return of_classes([[number] for number in logits.argmax(1).tolist()])
-    lists = [[its] if callable(its) else list(its) for its in targets]
+    lists = [list(its) for its in targets]
     if len(lists) != len(logits):
         raise ValueError(
             f"as many lists of targets as pictures are needed, got {len(lists)} for {len(logits)}"
@@ -44,7 +44,7 @@ def per_picture(targets: Sequence[Iterable[Target]] | None, logits: Tensor) -> l
     classes = logits.shape[1]
     for target in (target for its in lists for target in its):
         number = getattr(target, "category", 0)
-        if not -classes <= number < classes:
+        if not 0 <= number < classes:
             raise ValueError(f"a class must lie in [0, {classes - 1}], got {number}")
     return lists
 
