@@ -10,7 +10,7 @@ Python keep it from.
 import argparse
 
 import torch
-from measure import evaluation, flops, inference, training_steps
+from measure import AT_LEAST, evaluation, flops, inference, training_steps
 from networks import LENET5_RANKS, low_rank, make_parser, mlp_ranks, parse
 from torch import nn
 
@@ -54,7 +54,7 @@ def compare(
     steps = [1, *(s_steps for _ in others)]
     training = [training_steps(*each) for each in zip(optimizers, closures, steps, strict=True)]
     for what, functions, calls, repeats in (
-        ("training step", training, s_steps, max(1, args.repeats // s_steps)),
+        ("training step", training, s_steps, max(AT_LEAST, args.repeats // s_steps)),
         ("inference", [inference(model, x) for model in models], 1, args.repeats),
     ):
         times, counts = medians(functions, repeats), [flops(function) for function in functions]

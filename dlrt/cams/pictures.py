@@ -92,9 +92,8 @@ def read_labels(path: Path, number: Callable[[str], int | None]) -> Labels:
     """Classes and boxes of pictures by file name, from lines "file,class[,class...][,box=x y x y...]".
 
     number makes a class of a name; for one that there is not, it gives None, and the class is left out, or
-    raises a ValueError. A box is left, top,
-    right, bottom in pixels of the upright picture. A first line "file,class" is a title. PictureError where a
-    line makes no sense.
+    raises a ValueError. A box is left, top, right, bottom in pixels of the upright picture. A first line
+    "file,class" is a title. PictureError where a line makes no sense.
     """
     try:
         lines = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()))
