@@ -70,19 +70,8 @@ def fit(
         if len(getattr(dataset, name)) == 0:
             raise ValueError(f"training needs samples in every split, {dataset.name} has none for {name}")
     scaler = GradScaler(dataset.train.images.device.type, enabled=recipe.amp == "float16")
-    rows: list[dict[str, Any]] = []
-    chosen: dict[str, Tensor] = {}
-    if (state := distributed.first(run.load)) is not None:
-        rows, chosen = state["metrics"], state["chosen"]
-        try:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            scheduler.load_state_dict(state["scheduler"])
-            scaler.load_state_dict(state.get("scaler", {}))
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise RunError(
-                f"{run.checkpoint} is of another network, or of another way to train it: move it away"
-            ) from error
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+    rows, chosen = _continued(parts, run)
     total = recipe.epochs + recipe.finetune_epochs
     first = rows[-1]["epoch"] + 1 if rows else 0 if recipe.measure_first else 1
     for epoch in range(first, total + 1):
@@ -97,14 +86,28 @@ def fit(
             scheduler.step()
         if chosen_epoch(pd.DataFrame(rows)) == len(rows) - 1:
             chosen = deepcopy(model.state_dict())
-        states = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-        states = {name: part.state_dict() for name, part in states.items()}
-        states |= {"chosen": chosen, "metrics": rows, "about": about}
-        distributed.first(lambda states=states: run.save(states))
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= {"chosen": chosen, "metrics": rows, "about": about}
+        distributed.first(lambda state=state: run.save(state))
         if not quiet:
             print(describe(rows[-1], total), flush=True)
     model.load_state_dict(chosen)
     return pd.DataFrame(rows)
+
+
+def _continued(parts: dict[str, Any], run: Run) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Give the parts their states of the last checkpoint; its rows and chosen weights, or none of either."""
+    state = distributed.first(run.load)
+    if state is None:
+        return [], {}
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state.get(name, {}))  # older checkpoints have no scaler
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise RunError(
+            f"{run.checkpoint} is of another network, or of another way to train it: move it away"
+        ) from error
+    return state["metrics"], state["chosen"]
 
 
 def _epoch(
