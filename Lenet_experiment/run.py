@@ -1,6 +1,6 @@
 """LeNet5 on MNIST over many tolerances, and the dense net, over seeds: the runs behind table and frontier.
 
-    python Lenet_experiment/run.py --jobs 2        about 7 hours on two CPU cores
+    python Lenet_experiment/run.py --jobs 2        about 5 hours on two CPU cores
 
 Two sweeps: "plain", with the whole tolerance from the first step on, bases that move at every step, a
 low-rank first layer, and digits and targets as they are; and "best", with the defaults of the training
