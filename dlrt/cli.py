@@ -135,6 +135,10 @@ def _add_low_rank_flags(parser: Parser) -> None:
     add("--integrator", choices=INTEGRATORS, default="augmented", help="bug keeps the rank")
     add("--rank", type=rank, default=0.5, help="to begin with: 20 is a rank, 0.5 a share of the full rank")
     add("--skip", nargs="*", default=[], metavar="LAYER", help="layers that stay dense")
+    kept = "keep of --from-checkpoint what the layers' outputs need, not what is largest in the weights"
+    add(
+        "--by-outputs", action="store_true", default=None, help=kept
+    )  # runs made before it have no such option
     add("--min-rank", type=NATURAL, default=2, help="of every layer")
     s_steps = f"steps of S in each move of the bases; by default {S_STEPS}, and 1 where the integrator is bug"
     add("--s-steps", type=NATURAL, help=s_steps)
@@ -177,6 +181,8 @@ def parse(parser: Parser, arguments: Sequence[str] | None = None) -> argparse.Na
         args.tau_warmup = args.epochs / 2
     if low_rank and args.tau_warmup > args.epochs:
         parser.error(f"--tau-warmup must be at most --epochs, got {args.tau_warmup:g} > {args.epochs}")
+    if low_rank and args.by_outputs and not args.from_checkpoint:
+        parser.error("--by-outputs must come with --from-checkpoint: random weights have nothing to keep")
     if low_rank and args.integrator == "bug" and args.amp == "float16":
         parser.error("--integrator bug takes two gradients a step, a loss scale one: take --amp bfloat16")
     return args

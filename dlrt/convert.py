@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dlrt.layers import LowRankConv2d, LowRankLayer, LowRankLinear
+from dlrt.lowrank import check_tolerance
+from dlrt.outputs import output_covariances, project
 
 LOW_RANK_TYPES = {nn.Linear: LowRankLinear, nn.Conv2d: LowRankConv2d}
 OTHER_KINDS = {
@@ -22,13 +24,19 @@ OTHER_KINDS = {
 
 
 def to_low_rank(
-    model: nn.Module, rank: int | float | None = None, tau: float | None = None, skip: Iterable[str] = ()
+    model: nn.Module,
+    rank: int | float | None = None,
+    tau: float | None = None,
+    skip: Iterable[str] = (),
+    inputs: Tensor | None = None,
 ) -> nn.Module:
     """Replace every nn.Linear and nn.Conv2d of a model, in place, by its truncated SVD; give the model back.
 
     A model that is itself such a layer is left as it is, and what is given back is for its place.
     rank is an int (in a layer too small for it, that layer's full rank), a share in (0, 1] of each layer's
     full rank, or None for the full rank; tau drops singular values up to that share of each weight's norm.
+    With inputs, a batch (N, ...) for the model, what is kept is what the layers' outputs on it need most, see
+    `outputs.project`, and tau is a share of their deviation: trained networks lose much less accuracy.
     skip names the modules that stay dense, with all that they contain. Grouped convolutions, layers that
     share their weight with another module, recurrent layers and nn.MultiheadAttention stay dense with a
     warning, other kinds of modules (embeddings, convolutions that are not two-dimensional) without. Make the
@@ -40,6 +48,10 @@ def to_low_rank(
     root = nn.Module()
     root._modules[""] = model  # so that a model which is a layer itself has a parent, too
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    covariances = {}
+    if inputs is not None:
+        dense = [module for module in root.modules() if type(module) in LOW_RANK_TYPES]
+        covariances = output_covariances(model, dense, inputs)
     converted: dict[nn.Module, nn.Module] = {}  # a module that occurs twice stays one module
     for path, parent in list(root.named_modules()):
         for name, child in list(parent._modules.items()):  # named_children leaves repetitions out
@@ -50,7 +62,7 @@ def to_low_rank(
                 warnings.warn(f"{whole or type(child).__name__} stays dense: {reason}", stacklevel=2)
             elif type(child) in LOW_RANK_TYPES:
                 if child not in converted:
-                    converted[child] = _convert(child, rank, tau)
+                    converted[child] = _convert(child, rank, tau, covariances.get(child))
                 setattr(parent, name, converted[child])
     return root._modules[""]
 
@@ -85,11 +97,19 @@ def _check(model: nn.Module, rank: int | float | None, skip: tuple[str, ...]) ->
         )
 
 
-def _convert(dense: nn.Linear | nn.Conv2d, rank: int | float | None, tau: float | None) -> LowRankLayer:
+def _convert(
+    dense: nn.Linear | nn.Conv2d, rank: int | float | None, tau: float | None, covariance: Tensor | None
+) -> LowRankLayer:
     largest = min(dense.weight.flatten(1).shape)
     if isinstance(rank, float):
         rank = math.ceil(rank * largest - 1e-9)  # 0.07 * 100 is a little more than 7
-    return LOW_RANK_TYPES[type(dense)].from_dense(dense, None if rank is None else min(rank, largest), tau)
+    rank, kind = None if rank is None else min(rank, largest), LOW_RANK_TYPES[type(dense)]
+    if covariance is None:
+        return kind.from_dense(dense, rank, tau)
+    check_tolerance(tau)
+    layer = kind.in_place_of(dense)
+    layer.factors = project(dense.weight.detach().flatten(1), covariance, rank, tau)
+    return layer
 
 
 def to_dense(model: nn.Module) -> nn.Module:

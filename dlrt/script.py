@@ -23,6 +23,8 @@ from dlrt.optimizer import DLRT
 from dlrt.runs import DIVERGED, NOT_PART_OF_THE_EXPERIMENT, Run, RunError, chosen_epoch, trained_weights
 from dlrt.training import Recipe, evaluate, fit
 
+CUT_BY = 1000  # training images whose outputs say what to keep of a weight, with --by-outputs
+
 
 def run(
     args: argparse.Namespace,
@@ -121,7 +123,8 @@ def _begin(
         options["from_checkpoint"] = _take_weights(model, args.from_checkpoint, run)
     distributed.first(lambda: run.start(options, args.resume))
     if hasattr(args, "tau"):
-        model = to_low_rank(model, rank=args.rank, skip=args.skip)
+        inputs = dataset.train.images[:CUT_BY].cpu() if args.by_outputs else None
+        model = to_low_rank(model, rank=args.rank, skip=args.skip, inputs=inputs)
     # on a CPU convolutions take half the time in this layout
     return model.to(args.device, memory_format=torch.channels_last)
 

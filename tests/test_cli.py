@@ -287,6 +287,9 @@ def test_a_run_starts_from_the_truncated_weights_of_a_dense_run(lenet5, tmp_path
     assert full["test_loss"][0] == pytest.approx(trained["test_loss"][0], rel=1e-4)
     assert cut["ranks"][0] == "2/2"
     assert cut["validation_loss"][0] > full["validation_loss"][0]
+    assert lenet5(*start, "--name", "by", "--rank", "2", "--by-outputs").returncode == 0
+    assert read_metrics(tmp_path / "by")["validation_loss"][0] < cut["validation_loss"][0]
+    assert "random weights have nothing to keep" in lenet5("--by-outputs").stderr
     missing = lenet5("--from-checkpoint", tmp_path / "nowhere", "--name", "a")
     assert missing.returncode == 1
     assert "give a run's folder" in missing.stderr

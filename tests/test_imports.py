@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ORDER = [
     ["lowrank", "clutter", "timing"],
-    ["integrators", "gradient"],
+    ["integrators", "gradient", "outputs"],
     ["compiled", "fields"],
     ["layers"],
     ["convert", "distributed"],
