@@ -136,9 +136,8 @@ def _add_low_rank_flags(parser: Parser) -> None:
     add("--rank", type=rank, default=0.5, help="to begin with: 20 is a rank, 0.5 a share of the full rank")
     add("--skip", nargs="*", default=[], metavar="LAYER", help="layers that stay dense")
     kept = "keep of --from-checkpoint what the layers' outputs need, not what is largest in the weights"
-    add(
-        "--by-outputs", action="store_true", default=None, help=kept
-    )  # runs made before it have no such option
+    # None, since runs that were made before it have no such option
+    add("--by-outputs", action="store_true", default=None, help=kept)
     add("--min-rank", type=NATURAL, default=2, help="of every layer")
     s_steps = f"steps of S in each move of the bases; by default {S_STEPS}, and 1 where the integrator is bug"
     add("--s-steps", type=NATURAL, help=s_steps)

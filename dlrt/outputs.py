@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from dlrt.lowrank import LowRank, truncated_svd
+
+
+def observe(model: nn.Module, inputs: Tensor, layers: Iterable[nn.Module], watch: Callable) -> None:
+    """One pass of the inputs in evaluation mode; watch(layer, its inputs, its outputs) sees every call.
+
+    Afterwards every module is in the mode that it was in.
+    """
+    handles = [layer.register_forward_hook(watch) for layer in layers]
+    training = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            model.eval()(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, was in training.items():
+            module.training = was
 
 
 def output_covariances(
@@ -24,16 +41,7 @@ def output_covariances(
         sums, products, count = moments.get(layer, (0, 0, 0))  # outputs themselves would fill the memory
         moments[layer] = sums + y.sum(0), products + y.mT @ y, count + len(y)
 
-    handles = [layer.register_forward_hook(watch) for layer in layers]
-    training = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad():
-            model.eval()(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, was in training.items():
-            module.training = was
+    observe(model, inputs, layers, watch)
     return {
         layer: products / count - torch.outer(sums, sums) / count**2
         for layer, (sums, products, count) in moments.items()

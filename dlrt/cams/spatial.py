@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from dlrt.layers import LowRankConv2d
+from dlrt.outputs import observe
 
 
 def spatial_layers(model: nn.Module, image: Tensor) -> dict[str, tuple[int, int]]:
@@ -34,20 +34,8 @@ def default_layer(model: nn.Module, image: Tensor) -> str:
 
 def _called_once(model: nn.Module, image: Tensor) -> list[tuple[str, tuple[int, int], nn.Module]]:
     calls: list[tuple[str, object, nn.Module]] = []
-    handles = [
-        module.register_forward_hook(lambda module, x, y, name=name: calls.append((name, y, module)))
-        for name, module in model.named_modules()
-        if name
-    ]
-    training = [(module, module.training) for module in model.modules()]
-    try:
-        with torch.no_grad():
-            model.eval()(image)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in training:
-            module.training = mode
+    paths = {module: path for path, module in model.named_modules() if path}
+    observe(model, image, paths, lambda module, x, y: calls.append((paths[module], y, module)))
     names = [name for name, _, _ in calls]
     return [
         (name, tuple(y.shape[2:]), module)
