@@ -23,7 +23,8 @@ DATA = "CIFAR-10 (the runs that are committed: a JPEG copy of it)"
 CAPTION = (
     f"{DATA}: test accuracy in %, mean and standard deviation over the seeds, at the epoch chosen on 5,000 "
     "validation pictures and at the last one. below dense: points below the dense net that began alike and "
-    "was trained for as many epochs (from trained weights with lr 0.02 dense, 0.1 low-rank). Trained weights "
+    "was trained for as many epochs (from trained weights with lr 0.02 dense, 0.1 low-rank). cut to: the "
+    "compression of the SVD of trained weights, which is the least. Trained weights "
     "of others may have seen the validation pictures, dense and low-rank nets that begin with them alike. "
     f"{tables.COUNTED}"
 )
@@ -37,11 +38,13 @@ SETTING = ["network", "start", "epochs"]
 
 def compared(found: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Means over the seeds of all runs without fine-tuning, as numbers and as text."""
-    summary = results.over_seeds(found, [*SETTING, "tau"])
+    summary = results.over_seeds(found, [*SETTING, "tau", "asked"])
     dense = summary[summary["tau"].isna()].set_index(SETTING)["accuracy"]
     below = summary.join(dense.rename("dense"), on=SETTING)["dense"] - summary["accuracy"]
     tau = tables.text(summary["tau"], "{:g}", "dense")
-    table = tables.readable(summary, {"network": summary["network"], "start": summary["start"], "τ": tau})
+    asked = tables.text(summary["asked"], "{:g}")
+    setting = {"network": summary["network"], "start": summary["start"], "cut to [%]": asked, "τ": tau}
+    table = tables.readable(summary, setting)
     below = tables.text(below.where(summary["tau"].notna()), "{:.2f}")
     table.insert(table.columns.get_loc("at the last epoch [%]") + 1, "below dense", below)
     return summary, table
@@ -82,8 +85,9 @@ def main() -> None:
     found["tau"] = tables.dense_or_tau(found)
     start = found["from_checkpoint"].astype("string").str.replace(r" [0-9a-f]{8}$", "", regex=True)
     found["start"] = start.str.replace(r"_seed\d+$", "", regex=True).fillna("scratch")
-    none = pd.Series(0, found.index)  # of dense runs alone, which have no such option
-    tuned = found.get("finetune_epochs", none) > 0
+    # dense runs alone have no such options
+    found["asked"] = found.get("compression", pd.Series(float("nan"), found.index))
+    tuned = found.get("finetune_epochs", pd.Series(0, found.index)) > 0
     if tuned.any():
         table = fine_tuned(found[tuned], args.results)
         tables.write(table, args.output_dir, FINE_TUNING, name="fine_tune_effects")

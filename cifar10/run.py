@@ -3,8 +3,9 @@
     python cifar10/run.py --weights resnet20-12fca82f.pt        about 3 hours on two CPU cores
 
 `--weights` is a file of a trained dense ResNet20. It is first trained on for `--adapt-epochs`, since the
-pictures and their normalisation may be others; from there DLRT begins, with 0.45 of every rank, and beside it
-the dense net goes on for as long. Without `--weights` there are the runs from scratch only.
+pictures and their normalisation may be others; from there DLRT begins, cut to each of the `--compressions`,
+and beside it the dense net goes on for as long. Without `--weights` there are the runs from scratch only, at
+each of the `--taus`.
 """
 
 from pathlib import Path
@@ -14,17 +15,17 @@ from dlrt import cli, grid
 HERE = Path(__file__).parent
 NETWORKS = ("resnet20", "alexnet", "vgg16")
 GENTLE = {"lr": 0.02}  # more would first undo what dense weights have learned
-COMPRESSING = {"rank": 0.45, "lr": 0.1, "tau_warmup": 0}  # what is cut at once has all epochs to heal
+# what is cut at once has all epochs to heal
+COMPRESSING = {"lr": 0.1, "tau": 0.1, "tau_warmup": 0, "max_rank": "initial"}
 
 
-def twins(name: str, options: dict, of_dlrt: dict, taus: list[float]) -> list[grid.Plan]:
-    """A dense run and one for each tolerance; name is "network/start"."""
+def twins(name: str, options: dict, low_rank: dict[str, dict]) -> list[grid.Plan]:
+    """A dense run and low-rank ones, by what their names end in; name is "network/start"."""
     network, seed = name.split("/")[0], options["seed"]
-    low_rank, dense = (HERE / f"{network}_cifar10{end}.py" for end in ("", "_baseline"))
-    plans = [grid.Plan(f"{name}_dense_seed{seed}", dense, options)]
-    for tau in taus:
-        of_tau = {**options, **of_dlrt, "tau": tau}
-        plans.append(grid.Plan(f"{name}_tau{tau}_seed{seed}", low_rank, of_tau))
+    scripts = [HERE / f"{network}_cifar10{end}.py" for end in ("_baseline", "")]
+    plans = [grid.Plan(f"{name}_dense_seed{seed}", scripts[0], options)]
+    for end, more in low_rank.items():
+        plans.append(grid.Plan(f"{name}_{end}_seed{seed}", scripts[1], {**options, **more}))
     return plans
 
 
@@ -33,6 +34,8 @@ def main() -> None:
     parser.set_defaults(dataset="cifar10")
     add = parser.add_argument
     add("--weights", type=Path, metavar="PATH", help="of a trained dense ResNet20, to begin with")
+    percent = {"type": cli.number(float, "(0, 100)"), "metavar": "PERCENT"}
+    add("--compressions", **percent, nargs="*", default=(60, 75), help="of what begins with --weights")
     add("--adapt-epochs", type=cli.NATURAL, default=2, help="of the dense net, before all that begin with it")
     add("--scratch-epochs", type=cli.NATURAL, default=5, help="of the runs from scratch")
     networks = "to train from scratch; all but resnet20 want a GPU"
@@ -49,10 +52,11 @@ def main() -> None:
             begin = {"epochs": args.adapt_epochs, "from_checkpoint": args.weights.resolve()}
             first.append(grid.Plan(adapted, script, {**options, **GENTLE, **begin}))
             begin = {"epochs": args.epochs, "from_checkpoint": args.output_dir / adapted}
-            then += twins("resnet20/adapted", {**options, **GENTLE, **begin}, COMPRESSING, args.taus)
+            cuts = {f"compression{c:g}": {**COMPRESSING, "compression": float(c)} for c in args.compressions}
+            then += twins("resnet20/adapted", {**options, **GENTLE, **begin}, cuts)
         options["epochs"] = args.scratch_epochs
         for network in args.networks:
-            then += twins(f"{network}/scratch", options, {}, args.taus)
+            then += twins(f"{network}/scratch", options, {f"tau{tau}": {"tau": tau} for tau in args.taus})
     grid.make(first, args.output_dir, args.jobs, then=then)
     grid.make(then, args.output_dir, args.jobs)
 

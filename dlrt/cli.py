@@ -68,6 +68,11 @@ def rank(text: str) -> int | float:
         raise argparse.ArgumentTypeError(told) from error
 
 
+def max_rank(text: str) -> int | str:
+    """An argparse type: a whole number, or "initial"."""
+    return text if text == "initial" else NATURAL(text)
+
+
 def device(text: str) -> str:
     """An argparse type: a device that torch has here."""
     try:
@@ -93,7 +98,8 @@ def training_parser(description: str, low_rank: bool, **defaults: Any) -> Parser
     add("--label-smoothing", type=TOLERANCE, default=0.1, help=smoothing)
     shifted = "shift training images at random, mirror half of CIFAR-10's"
     add("--augment", action=argparse.BooleanOptionalAction, default=True, help=shifted)
-    start = "weights to begin with, truncated to --rank" if low_rank else "weights to begin with"
+    start = "weights to begin with"
+    start += ", cut to --rank or --compression where the loss needs them least" if low_rank else ""
     where = "a dense run's folder or checkpoint, or a state dict"
     add("--from-checkpoint", type=Path, metavar="PATH", help=f"{start}: {where}")
     if low_rank:
@@ -133,15 +139,16 @@ def _add_low_rank_flags(parser: Parser) -> None:
     warmup = "over which the tolerance rises from 0 to tau; by default half of all"
     add("--tau-warmup", type=number(float, "[0, inf)"), metavar="EPOCHS", help=warmup)
     add("--integrator", choices=INTEGRATORS, default="augmented", help="bug keeps the rank")
-    add("--rank", type=rank, default=0.5, help="to begin with: 20 is a rank, 0.5 a share of the full rank")
+    start = parser.add_mutually_exclusive_group().add_argument
+    start("--rank", type=rank, default=0.5, help="to begin with: 20 is a rank, 0.5 a share of the full rank")
+    budget = "to begin with, at least: instead of --rank, ranks that keep what the loss needs most"
+    start("--compression", type=number(float, "(0, 100)"), metavar="PERCENT", help=budget)
     add("--skip", nargs="*", default=[], metavar="LAYER", help="layers that stay dense")
-    kept = "keep of --from-checkpoint what the layers' outputs need, not what is largest in the weights"
-    # None, since runs that were made before it have no such option
-    add("--by-outputs", action="store_true", default=None, help=kept)
     add("--min-rank", type=NATURAL, default=2, help="of every layer")
     s_steps = f"steps of S in each move of the bases; by default {S_STEPS}, and 1 where the integrator is bug"
     add("--s-steps", type=NATURAL, help=s_steps)
-    add("--max-rank", type=NATURAL, help="of every layer; by default only its size limits it")
+    largest = "of every layer, or initial: what it begins with; by default only its size limits it"
+    add("--max-rank", type=max_rank, metavar="{RANK,initial}", help=largest)
     add("--finetune-epochs", type=COUNT, default=0, help="afterwards, of S and the rest, bases frozen")
 
 
@@ -170,7 +177,7 @@ def parse(parser: Parser, arguments: Sequence[str] | None = None) -> argparse.Na
     """Parse and check what one flag alone does not show."""
     args = parser.parse_args(arguments)
     low_rank = hasattr(args, "tau")
-    if low_rank and args.max_rank is not None and args.max_rank < args.min_rank:
+    if low_rank and isinstance(args.max_rank, int) and args.max_rank < args.min_rank:
         parser.error(f"--max-rank must be at least --min-rank, got {args.max_rank} < {args.min_rank}")
     if low_rank and args.s_steps is None:
         args.s_steps = 1 if args.integrator == "bug" else S_STEPS
@@ -180,8 +187,8 @@ def parse(parser: Parser, arguments: Sequence[str] | None = None) -> argparse.Na
         args.tau_warmup = args.epochs / 2
     if low_rank and args.tau_warmup > args.epochs:
         parser.error(f"--tau-warmup must be at most --epochs, got {args.tau_warmup:g} > {args.epochs}")
-    if low_rank and args.by_outputs and not args.from_checkpoint:
-        parser.error("--by-outputs must come with --from-checkpoint: random weights have nothing to keep")
+    if low_rank and args.compression and not args.from_checkpoint:
+        parser.error("--compression must come with --from-checkpoint: random weights have nothing to keep")
     if low_rank and args.integrator == "bug" and args.amp == "float16":
         parser.error("--integrator bug takes two gradients a step, a loss scale one: take --amp bfloat16")
     return args

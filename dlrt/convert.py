@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dlrt.curvature import kronecker_factors, ranks_within, terms
 from dlrt.layers import LowRankConv2d, LowRankLayer, LowRankLinear
-from dlrt.lowrank import check_tolerance
-from dlrt.outputs import output_covariances, project
+from dlrt.lowrank import check_tolerance, rank_within
 
 LOW_RANK_TYPES = {nn.Linear: LowRankLinear, nn.Conv2d: LowRankConv2d}
 OTHER_KINDS = {
@@ -29,42 +29,53 @@ def to_low_rank(
     tau: float | None = None,
     skip: Iterable[str] = (),
     inputs: Tensor | None = None,
+    compression: float | None = None,
 ) -> nn.Module:
     """Replace every nn.Linear and nn.Conv2d of a model, in place, by its truncated SVD; give the model back.
 
     A model that is itself such a layer is left as it is, and what is given back is for its place.
     rank is an int (in a layer too small for it, that layer's full rank), a share in (0, 1] of each layer's
     full rank, or None for the full rank; tau drops singular values up to that share of each weight's norm.
-    With inputs, a batch (N, ...) for the model, what is kept is what the layers' outputs on it need most, see
-    `outputs.project`, and tau is a share of their deviation: trained networks lose much less accuracy.
+    Instead of both, compression is the least evaluation compression of the model in %: over all layers, the
+    singular values whose squares are worth most per parameter are kept. With inputs, a batch (N, ...) for a
+    classifier, the SVD is that of √G W √A, see `dlrt.curvature`, which keeps what the loss needs: a trained
+    network loses much less accuracy.
     skip names the modules that stay dense, with all that they contain. Grouped convolutions, layers that
     share their weight with another module, recurrent layers and nn.MultiheadAttention stay dense with a
     warning, other kinds of modules (embeddings, convolutions that are not two-dimensional) without. Make the
-    optimizer afterwards: S is a new parameter. ValueError for an impossible rank or tau, or where skip names
-    no module.
+    optimizer afterwards: S is a new parameter. ValueError for an impossible rank, tau or compression, for
+    inputs of what is no classifier, or where skip names no module.
     """
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
-    _check(model, rank, skip)
+    _check(model, rank, tau, skip, compression)
     root = nn.Module()
     root._modules[""] = model  # so that a model which is a layer itself has a parent, too
-    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-    covariances = {}
-    if inputs is not None:
-        dense = [module for module in root.modules() if type(module) in LOW_RANK_TYPES]
-        covariances = output_covariances(model, dense, inputs)
-    converted: dict[nn.Module, nn.Module] = {}  # a module that occurs twice stays one module
-    for path, parent in list(root.named_modules()):
-        for name, child in list(parent._modules.items()):  # named_children leaves repetitions out
+    places = _places(root, skip)
+    layers = list(dict.fromkeys(layer for _, _, layer in places))
+    if inputs is None and compression is None:
+        made = [LOW_RANK_TYPES[type(layer)].from_dense(layer, _rank(layer, rank), tau) for layer in layers]
+    else:
+        made = _cut(model, layers, rank, tau, inputs, compression)
+    made_of = dict(zip(layers, made, strict=True))  # a module that occurs twice stays one module
+    for parent, name, layer in places:
+        setattr(parent, name, made_of[layer])
+    return root._modules[""]
+
+
+def _places(root: nn.Module, skip: tuple[str, ...]) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Where layers become low-rank: parent, name in it, layer. Warns of those that unexpectedly do not."""
+    owners = Counter(id(p) for module in root.modules() for p in module._parameters.values())
+    places = []
+    for path, parent in root.named_modules():
+        for name, child in parent._modules.items():  # named_children leaves repetitions out
             whole = f"{path}.{name}" if path else name
             if any(f"{whole}.".startswith(f"{stem}.") for stem in skip):
                 continue
             if reason := _stays_dense(child, owners):
-                warnings.warn(f"{whole or type(child).__name__} stays dense: {reason}", stacklevel=2)
+                warnings.warn(f"{whole or type(child).__name__} stays dense: {reason}", stacklevel=3)
             elif type(child) in LOW_RANK_TYPES:
-                if child not in converted:
-                    converted[child] = _convert(child, rank, tau, covariances.get(child))
-                setattr(parent, name, converted[child])
-    return root._modules[""]
+                places.append((parent, name, child))
+    return places
 
 
 def _stays_dense(module: nn.Module, owners: Counter[int]) -> str | None:
@@ -84,7 +95,13 @@ def _stays_dense(module: nn.Module, owners: Counter[int]) -> str | None:
     return next((reason for kind, reason in OTHER_KINDS.items() if isinstance(module, kind)), None)
 
 
-def _check(model: nn.Module, rank: int | float | None, skip: tuple[str, ...]) -> None:
+def _check(
+    model: nn.Module,
+    rank: int | float | None,
+    tau: float | None,
+    skip: tuple[str, ...],
+    compression: float | None,
+) -> None:
     names = [name for name, _ in model.named_modules() if name]
     if unknown := sorted(set(skip) - set(names)):
         raise ValueError(
@@ -95,21 +112,48 @@ def _check(model: nn.Module, rank: int | float | None, skip: tuple[str, ...]) ->
         raise ValueError(
             f"rank must be an int of at least 1, a share in (0, 1] as a float, or None, got {rank!r}"
         )
+    check_tolerance(tau)
+    if compression is not None and not (0 < compression < 100 and rank is None and tau is None):
+        raise ValueError(
+            "compression must lie in (0, 100), in %, and come without rank and tau, "
+            f"got {compression!r} with rank {rank!r} and tau {tau!r}"
+        )
 
 
-def _convert(
-    dense: nn.Linear | nn.Conv2d, rank: int | float | None, tau: float | None, covariance: Tensor | None
-) -> LowRankLayer:
+def _rank(dense: nn.Linear | nn.Conv2d, rank: int | float | None) -> int:
+    """What a rank means for this layer."""
     largest = min(dense.weight.flatten(1).shape)
     if isinstance(rank, float):
-        rank = math.ceil(rank * largest - 1e-9)  # 0.07 * 100 is a little more than 7
-    rank, kind = None if rank is None else min(rank, largest), LOW_RANK_TYPES[type(dense)]
-    if covariance is None:
-        return kind.from_dense(dense, rank, tau)
-    check_tolerance(tau)
-    layer = kind.in_place_of(dense)
-    layer.factors = project(dense.weight.detach().flatten(1), covariance, rank, tau)
-    return layer
+        return math.ceil(rank * largest - 1e-9)  # 0.07 * 100 is a little more than 7
+    return min(rank or largest, largest)
+
+
+def _cut(
+    model: nn.Module,
+    layers: list[nn.Linear | nn.Conv2d],
+    rank: int | float | None,
+    tau: float | None,
+    inputs: Tensor | None,
+    percent: float | None,
+) -> list[LowRankLayer]:
+    """The layers at the ranks asked for, in the norm of the loss where there are inputs."""
+    factors = {} if inputs is None else kronecker_factors(model, layers, inputs)
+    weights = [layer.weight.detach().flatten(1) for layer in layers]
+    parts = [terms(W, factors.get(layer)) for W, layer in zip(weights, layers, strict=True)]
+    if percent is None:
+        ranks = [_rank(layer, rank) for layer in layers]
+    else:
+        now = compression(model)
+        others = now.evaluation_parameters - sum(W.numel() for W in weights)
+        ranks = ranks_within(math.floor((1 - percent / 100) * now.dense_parameters) - others, parts)
+    made = []
+    for layer, part, r in zip(layers, parts, ranks, strict=True):
+        if tau is not None:
+            r = min(r, max(1, rank_within(part.sigma, tau)))
+        low_rank = LOW_RANK_TYPES[type(layer)].in_place_of(layer)
+        low_rank.factors = part.matrix(r, layer.weight.dtype)
+        made.append(low_rank)
+    return made
 
 
 def to_dense(model: nn.Module) -> nn.Module:

@@ -82,6 +82,12 @@ def check_rank_bounds(min_rank: int, max_rank: int | None) -> None:
         raise ValueError(f"ranks must satisfy 1 ≤ min_rank ≤ max_rank, got {min_rank} and {max_rank}")
 
 
+def rank_within(sigma: Tensor, tau: float) -> int:
+    """The smallest r with ‖sigma[r:]‖ ≤ tau ‖sigma‖, for singular values that descend."""
+    tail = sigma.square().flip(0).cumsum(0).flip(0).sqrt()  # tail[j] = ‖sigma[j:]‖
+    return int((tail > tau * tail[0]).sum())
+
+
 def truncated_svd(
     S: Tensor, tau: float | None = None, min_rank: int = 1, max_rank: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,10 +99,7 @@ def truncated_svd(
     check_tolerance(tau)
     check_rank_bounds(min_rank, max_rank)
     P, sigma, Qh = svd(S)
-    rank = len(sigma)
-    if tau is not None:
-        tail = sigma.square().flip(0).cumsum(0).flip(0).sqrt()  # tail[j] = ‖sigma[j:]‖
-        rank = max(min_rank, int((tail > tau * tail[0]).sum()))
+    rank = len(sigma) if tau is None else max(min_rank, rank_within(sigma, tau))
     rank = min(rank, len(sigma), max_rank or len(sigma))
     return P[:, :rank], sigma[:rank], Qh[:rank].mT
 

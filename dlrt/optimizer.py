@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,9 @@ class DLRT(torch.optim.Optimizer):
     - "bug": the unconventional integrator at fixed rank; Ceruti & Lubich 2022. Its S-step needs the gradient
       at other weights, hence `step(closure)`, which evaluates the closure twice.
 
+    max_rank bounds the rank of every layer; "initial" bounds each layer's by what it is now, so that ranks
+    which were chosen for a budget keep to it.
+
     ValueError for an impossible option, or for an inner optimizer whose state has no law under a change of
     basis.
     """
@@ -59,7 +63,7 @@ class DLRT(torch.optim.Optimizer):
         tau: float = 0.1,
         integrator: str = "augmented",
         min_rank: int = 2,
-        max_rank: int | None = None,
+        max_rank: int | Literal["initial"] | None = None,
         s_steps: int = 1,
         **inner,
     ) -> None:
@@ -70,7 +74,7 @@ class DLRT(torch.optim.Optimizer):
         if not isinstance(model, nn.Module):
             raise TypeError(f"the first argument must be the model itself, not {type(model).__name__}")
         check_tolerance(tau)
-        check_rank_bounds(min_rank, max_rank)
+        check_rank_bounds(min_rank, None if max_rank == "initial" else max_rank)
         _check_state_names(optimizer_class, inner)
         self.tau, self.integrator, self.min_rank, self.max_rank = tau, integrator, min_rank, max_rank
         self.s_steps, self._taken = s_steps, 0  # S-steps from one move of the bases to the next, and so far
@@ -83,6 +87,7 @@ class DLRT(torch.optim.Optimizer):
             raise ValueError(
                 "the model has no low-rank layer: call dlrt.to_low_rank(model) first, and skip fewer layers"
             )
+        self._initial_ranks = {layer: layer.rank for layer in self.names}
         for layer in self.names:  # model.requires_grad_() may have reached them
             layer.U.requires_grad_(False)
             layer.V.requires_grad_(False)
@@ -207,7 +212,8 @@ class DLRT(torch.optim.Optimizer):
         self, U_hat: tuple[Tensor, ...], layer: LowRankLayer, V_hat: tuple[Tensor, ...]
     ) -> None:
         min_rank = min(self.min_rank, *layer.shape)
-        max_rank = None if self.max_rank is None else max(min_rank, self.max_rank)
+        max_rank = self._initial_ranks[layer] if self.max_rank == "initial" else self.max_rank
+        max_rank = None if max_rank is None else max(min_rank, max_rank)
         try:
             layer.factors, P, Q = recompress(U_hat, layer.S, V_hat, self.tau, min_rank, max_rank)
         except torch.linalg.LinAlgError as error:
@@ -263,6 +269,7 @@ class DLRT(torch.optim.Optimizer):
         ranks = [list(layer.S.shape) for layer in self.names]
         paused = [layer.gradient is not None and layer.gradient.paused for layer in self.names]
         own = {"tau": self.tau, "ranks": ranks, "taken": self._taken, "paused": paused}
+        own["initial_ranks"] = list(self._initial_ranks.values())
         return {**self.inner.state_dict(), "dlrt": own}
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -276,6 +283,8 @@ class DLRT(torch.optim.Optimizer):
             )
         self.inner.load_state_dict(state_dict)
         self.tau, self._taken = own["tau"], own.get("taken", 0)
+        initial = own.get("initial_ranks", self._initial_ranks.values())
+        self._initial_ranks = dict(zip(self.names, initial, strict=True))
         for layer, paused in zip(self.names, own.get("paused", [False] * len(ranks)), strict=True):
             if layer.gradient is not None:
                 layer.gradient.paused = paused

@@ -23,7 +23,7 @@ from dlrt.optimizer import DLRT
 from dlrt.runs import DIVERGED, NOT_PART_OF_THE_EXPERIMENT, Run, RunError, chosen_epoch, trained_weights
 from dlrt.training import Recipe, evaluate, fit
 
-CUT_BY = 1000  # training images whose outputs say what to keep of a weight, with --by-outputs
+CUT_BY = 1000  # training images that say what the loss needs of trained weights
 
 
 def run(
@@ -123,8 +123,9 @@ def _begin(
         options["from_checkpoint"] = _take_weights(model, args.from_checkpoint, run)
     distributed.first(lambda: run.start(options, args.resume))
     if hasattr(args, "tau"):
-        inputs = dataset.train.images[:CUT_BY].cpu() if args.by_outputs else None
-        model = to_low_rank(model, rank=args.rank, skip=args.skip, inputs=inputs)
+        rank = args.rank if args.compression is None else None
+        inputs = dataset.train.images[:CUT_BY].cpu() if args.from_checkpoint else None
+        model = to_low_rank(model, rank, None, args.skip, inputs, args.compression)
     # on a CPU convolutions take half the time in this layout
     return model.to(args.device, memory_format=torch.channels_last)
 

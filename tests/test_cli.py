@@ -275,6 +275,19 @@ def lenet5(run_script, tmp_path):
     )
 
 
+def test_a_run_starts_at_a_compression_and_keeps_to_it(lenet5, tmp_path):
+    assert lenet5("--name", "dense", dense=True).returncode == 0
+    start = ["--from-checkpoint", tmp_path / "dense", "--tau", "0.001", "--tau-warmup", "0"]
+    budget = [*start, "--compression", "80", "--max-rank", "initial", "--name", "cut"]
+    assert lenet5(*budget).returncode == 0
+    (tmp_path / "dense").rename(tmp_path / "gone")  # the ranks of the first start are in the checkpoint
+    assert lenet5(*budget, "--epochs", "1", "--resume").returncode == 0
+    compression = read_metrics(tmp_path / "cut")["evaluation_compression"]
+    assert 80 <= compression[0] < 82
+    assert compression[1] == compression[0]
+    assert lenet5("--max-rank", "all").returncode == 2
+
+
 def test_a_run_starts_from_the_truncated_weights_of_a_dense_run(lenet5, tmp_path):
     assert lenet5("--name", "dense", dense=True).returncode == 0
     start = ["--from-checkpoint", tmp_path / "dense", "--tau-warmup", "0"]
@@ -287,9 +300,8 @@ def test_a_run_starts_from_the_truncated_weights_of_a_dense_run(lenet5, tmp_path
     assert full["test_loss"][0] == pytest.approx(trained["test_loss"][0], rel=1e-4)
     assert cut["ranks"][0] == "2/2"
     assert cut["validation_loss"][0] > full["validation_loss"][0]
-    assert lenet5(*start, "--name", "by", "--rank", "2", "--by-outputs").returncode == 0
-    assert read_metrics(tmp_path / "by")["validation_loss"][0] < cut["validation_loss"][0]
-    assert "random weights have nothing to keep" in lenet5("--by-outputs").stderr
+    assert "random weights have nothing to keep" in lenet5("--compression", "50").stderr
+    assert "not allowed with argument" in lenet5("--compression", "50", "--rank", "3").stderr
     missing = lenet5("--from-checkpoint", tmp_path / "nowhere", "--name", "a")
     assert missing.returncode == 1
     assert "give a run's folder" in missing.stderr

@@ -5,8 +5,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    ["lowrank", "clutter", "timing"],
-    ["integrators", "gradient", "outputs"],
+    ["lowrank", "clutter", "timing", "watching"],
+    ["integrators", "gradient", "curvature"],
     ["compiled", "fields"],
     ["layers"],
     ["convert", "distributed"],

@@ -452,6 +452,21 @@ def test_min_rank_and_max_rank_bound_every_layer():
     assert [layer.rank for layer in low_rank_layers(model)] == [5, 5, 4]
 
 
+def test_initial_ranks_are_the_largest_also_after_a_restart():
+    model = dlrt.to_low_rank(network(), rank=5)
+    largest = [layer.rank for layer in low_rank_layers(model)]
+    options = {"lr": 0.1, "max_rank": "initial"}
+    optimizer = DLRT(model, torch.optim.SGD, tau=0.9, **options)
+    train(model, optimizer, [batch()])
+    smaller = [layer.rank for layer in low_rank_layers(model)]
+    assert all(now < then for now, then in zip(smaller, largest, strict=True))
+    again = DLRT(model, torch.optim.SGD, tau=0.0, **options)
+    again.load_state_dict({**optimizer.state_dict()})
+    again.tau = 0.0
+    train(model, again, [batch()] * 4)
+    assert [layer.rank for layer in low_rank_layers(model)] == largest
+
+
 def test_state_round_trips_between_different_ranks_and_training_continues_alike():
     data = [batch() for _ in range(6)]
     model = dlrt.to_low_rank(network(), rank=5, skip=["5"])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from dlrt.layers import LowRankConv2d
-from dlrt.outputs import observe
+from dlrt.watching import watching
 
 
 def spatial_layers(model: nn.Module, image: Tensor) -> dict[str, tuple[int, int]]:
@@ -35,7 +36,12 @@ def default_layer(model: nn.Module, image: Tensor) -> str:
 def _called_once(model: nn.Module, image: Tensor) -> list[tuple[str, tuple[int, int], nn.Module]]:
     calls: list[tuple[str, object, nn.Module]] = []
     paths = {module: path for path, module in model.named_modules() if path}
-    observe(model, image, paths, lambda module, x, y: calls.append((paths[module], y, module)))
+
+    def watch(module: nn.Module, _: tuple[Tensor, ...], y: object) -> None:
+        calls.append((paths[module], y, module))
+
+    with torch.no_grad(), watching(model, paths, watch):
+        model(image)
     names = [name for name, _, _ in calls]
     return [
         (name, tuple(y.shape[2:]), module)

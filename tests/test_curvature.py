@@ -1,0 +1,163 @@
+"""A trained weight is cut where the loss needs it least, and ranks share a budget by what they are worth."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dlrt
+from dlrt.curvature import kronecker_factors, ranks_within, terms
+from dlrt.models import LeNet5
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def covariance(n):
+    """Of very different size in different directions."""
+    Q = torch.linalg.qr(torch.randn(n, n))[0]
+    return (Q * torch.logspace(0, -3, n)) @ Q.mT
+
+
+def change(D, A, G):
+    """‖√G D √A‖, without a square root."""
+    return torch.trace(G @ D @ A @ D.mT).sqrt()
+
+
+def test_the_terms_are_the_best_of_every_rank_in_the_norm_of_the_curvature():
+    W, A, G = torch.randn(7, 9), covariance(9), covariance(7)
+    parts = terms(W, (A, G))
+    LA, LG = torch.linalg.cholesky(A), torch.linalg.cholesky(G)  # other roots, the same singular values
+    sigma = torch.linalg.svdvals(LG.mT @ W @ LA)
+    assert torch.allclose(parts.sigma, sigma / sigma.norm(), rtol=1e-3)
+    assert torch.allclose(parts.matrix(7, W.dtype).dense(), W, atol=1e-10)
+    for rank in (1, 3, 6):
+        Y = parts.matrix(rank, W.dtype)
+        best = sigma[rank:].norm()
+        # damping changes the norm a little
+        assert torch.isclose(change(W - Y.dense(), A, G), best, rtol=1e-3)
+        assert change(W - dlrt.LowRank.from_dense(W, rank).dense(), A, G) > best
+        assert torch.allclose(Y.U.mT @ Y.U, torch.eye(rank), atol=1e-12)
+
+
+def test_without_factors_the_terms_are_the_singular_value_decomposition():
+    W = torch.randn(6, 4)
+    assert torch.allclose(terms(W).matrix(2, W.dtype).dense(), dlrt.LowRank.from_dense(W, 2).dense())
+    assert torch.allclose(terms(W).sigma, torch.linalg.svdvals(W))
+
+
+def test_the_factors_of_a_linear_layer_are_the_fisher_information_where_they_separate():
+    """All inputs alike, so A is one outer product, and G that of logits: diag(p) - p pᵀ."""
+    layer = nn.Linear(5, 3)
+    x = torch.randn(5).expand(20_000, 5)
+    A, G = kronecker_factors(nn.Sequential(layer), [layer], x)[layer]
+    p = layer(x[0]).softmax(0).detach()
+    assert torch.allclose(A, torch.outer(x[0], x[0]))
+    assert torch.allclose(G, p.diag() - torch.outer(p, p), atol=0.02)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
+def test_the_patches_are_what_the_kernel_is_multiplied_by_and_calls_add_up(mode):
+    conv = nn.Conv2d(2, 2, 3, padding=2, dilation=2, padding_mode=mode, bias=False)
+    network = nn.Sequential(conv, nn.ReLU(inplace=True), conv, nn.Flatten(), nn.Linear(2 * 36, 4))
+    x = torch.randn(40, 2, 6, 6)
+    A, G = kronecker_factors(network, [conv], x)[conv]
+    outputs = conv(x), conv(F.relu(conv(x)))
+    W = conv.weight.flatten(1)
+    moment = sum(
+        (y.movedim(1, -1).flatten(end_dim=2).mT @ y.movedim(1, -1).flatten(end_dim=2)) for y in outputs
+    )
+    assert torch.allclose(W @ A @ W.mT, moment / (2 * 40 * 36))
+    assert torch.linalg.eigvalsh(G)[0] > 0
+
+
+def test_a_cut_by_the_loss_keeps_a_network_nearer_to_itself_than_one_by_the_weights():
+    network = nn.Sequential(
+        nn.Linear(20, 16), nn.ReLU(inplace=True), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3)
+    )
+    x = torch.randn(500, 20) @ covariance(20)
+    x, unseen = x.split(400)
+    expected = network(unseen).log_softmax(1)
+    distances = []
+    for inputs in (x, None):
+        low_rank = dlrt.to_low_rank(nn.Sequential(*network), rank=4, inputs=inputs)
+        distances.append(
+            F.kl_div(low_rank(unseen).log_softmax(1), expected, log_target=True, reduction="batchmean")
+        )
+    assert distances[0] < 0.5 * distances[1]
+
+
+def test_at_full_rank_the_network_is_what_it_was_and_its_modes_gradients_and_norms_too():
+    network = nn.Sequential(LeNet5(), nn.BatchNorm1d(10))
+    x = torch.randn(20, 1, 28, 28)
+    expected, mean = network.eval()(x), network[1].running_mean.clone()
+    network.train()
+    network[0].eval()
+    modes = [
+        module.training for module in network.modules() if not isinstance(module, (nn.Linear, nn.Conv2d))
+    ]
+    dlrt.to_low_rank(network, inputs=x)
+    kept = [module.training for module in network.modules() if not isinstance(module, dlrt.LowRankLayer)]
+    assert kept == modes
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert not x.requires_grad
+    assert torch.equal(network[1].running_mean, mean)
+    assert torch.allclose(network.eval()(x), expected, atol=1e-8)
+
+
+@pytest.mark.parametrize("tau", [0.05, 0.3])
+def test_tau_bounds_the_change_in_the_norm_of_the_curvature(tau):
+    layer, x = nn.Linear(12, 9), torch.randn(400, 12) @ covariance(12)
+    A, G = kronecker_factors(nn.Sequential(layer), [layer], x)[layer]
+    low_rank = dlrt.to_low_rank(nn.Sequential(layer), tau=tau, inputs=x)[0]
+    W = layer.weight.detach()
+    assert 1e-4 < change(low_rank.weight - W, A, G) / change(W, A, G) <= tau
+    assert low_rank.rank < 9
+
+
+def test_a_layer_without_influence_is_cut_by_its_weights():
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    idle = network[0]
+    network.forward = lambda x: network[1](x + 0 * idle(x).detach())
+    assert idle not in kronecker_factors(network, [idle, network[1]], torch.randn(9, 4))
+    low_rank = dlrt.to_low_rank(network, rank=2, inputs=torch.randn(9, 4))[0]
+    assert torch.allclose(low_rank.weight, dlrt.LowRank.from_dense(idle.weight.detach(), 2).dense())
+
+
+def test_ranks_within_a_budget_lose_least():
+    torch.manual_seed(3)
+    shapes = [(4, 6), (5, 3), (2, 9)]
+    parts = [terms(torch.randn(shape)) for shape in shapes]
+
+    def loss(ranks):
+        return sum(part.sigma[rank:].square().sum() for part, rank in zip(parts, ranks, strict=True))
+
+    def cost(ranks):
+        return sum(rank * part.parameters for part, rank in zip(parts, ranks, strict=True))
+
+    grid = torch.cartesian_prod(*(torch.arange(1, min(shape) + 1) for shape in shapes)).tolist()
+    for budget in range(29, 100, 3):
+        ranks = ranks_within(budget, parts)
+        assert cost(ranks) <= budget
+        best = min(loss(other) for other in grid if cost(other) <= cost(ranks))
+        assert loss(ranks) <= best + 1e-12
+    with pytest.raises(ValueError, match="ranks of 1 have 29 parameters, more than 28"):
+        ranks_within(28, parts)
+
+
+@pytest.mark.parametrize("percent", [30, 60, 90])
+def test_a_network_is_compressed_by_at_least_what_was_asked(percent):
+    network = dlrt.to_low_rank(LeNet5(), skip="conv1", compression=percent)
+    cost = dlrt.compression(network)
+    largest = max(sum(layer.shape) for layer in network.modules() if isinstance(layer, dlrt.LowRankLayer))
+    step = 100 * largest / cost.dense_parameters
+    assert percent <= cost.evaluation_compression < percent + step
+
+
+def test_what_cannot_be_is_refused():
+    for options in ({"compression": 100}, {"compression": 50, "rank": 3}, {"compression": 50, "tau": 0.1}):
+        with pytest.raises(ValueError, match=r"compression must lie in \(0, 100\), in %, and come without"):
+            dlrt.to_low_rank(LeNet5(), **options)
+    with pytest.raises(ValueError, match="ranks of 1 have"):
+        dlrt.to_low_rank(LeNet5(), compression=99.9)
+    with pytest.raises(ValueError, match=r"needs logits \(N, classes\), got outputs \(5, 1, 26, 26\)"):
+        dlrt.to_low_rank(nn.Sequential(nn.Conv2d(1, 1, 3)), rank=1, inputs=torch.randn(5, 1, 28, 28))
