@@ -1,7 +1,8 @@
 """Dynamical low-rank training: PyTorch networks whose every weight lives as W = U S Vᵀ with adaptive rank."""
 
 from dlrt import fields, integrators
-from dlrt.convert import Compression, compression, load_factors, singular_values, to_dense, to_low_rank
+from dlrt.convert import load_factors, to_dense, to_low_rank
+from dlrt.costs import Compression, compression, singular_values
 from dlrt.export import export
 from dlrt.layers import LowRankConv2d, LowRankLayer, LowRankLinear
 from dlrt.lowrank import LowRank, truncate

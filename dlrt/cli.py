@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from dlrt.data import DATASETS
+from dlrt.datasets import DATASETS
 from dlrt.optimizer import INTEGRATORS
 from dlrt.training import AMP
 
@@ -68,6 +68,15 @@ def rank(text: str) -> int | float:
         raise argparse.ArgumentTypeError(told) from error
 
 
+def folder_name(text: str) -> str:
+    """An argparse type: the name of one folder."""
+    if text in ("", ".", "..") or Path(text).name != text:
+        raise argparse.ArgumentTypeError(
+            f"must name one folder, got {text!r}: --output-dir says where it goes"
+        )
+    return text
+
+
 def max_rank(text: str) -> int | str:
     """An argparse type: a whole number, or "initial"."""
     return text if text == "initial" else NATURAL(text)
@@ -118,7 +127,7 @@ def training_parser(description: str, low_rank: bool, **defaults: Any) -> Parser
         default=0,
         help="of initial weights, validation split and order",
     )
-    add("--name", help="of the run's folder; by default made of the settings and the seed")
+    add("--name", type=folder_name, help="of the run's folder; by default made of the settings and the seed")
     add("--output-dir", type=Path, help="where the run's folder goes; by default results/ beside the script")
     add("--resume", action="store_true", help="continue a run that broke off, after its last complete epoch")
     add("--quiet", action="store_true", help="print the result only")

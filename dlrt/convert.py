@@ -1,4 +1,4 @@
-"""Dense networks to low-rank ones and back, and what each of them costs in parameters."""
+"""Dense networks to low-rank ones and back."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
+from dlrt.costs import compression as cost_of
 from dlrt.curvature import kronecker_factors, ranks_within, terms
 from dlrt.layers import LowRankConv2d, LowRankLayer, LowRankLinear
 from dlrt.lowrank import check_tolerance, rank_within
@@ -134,18 +133,18 @@ def _cut(
     rank: int | float | None,
     tau: float | None,
     inputs: Tensor | None,
-    percent: float | None,
+    compression: float | None,
 ) -> list[LowRankLayer]:
     """The layers at the ranks asked for, in the norm of the loss where there are inputs."""
     factors = {} if inputs is None else kronecker_factors(model, layers, inputs)
     weights = [layer.weight.detach().flatten(1) for layer in layers]
     parts = [terms(W, factors.get(layer)) for W, layer in zip(weights, layers, strict=True)]
-    if percent is None:
+    if compression is None:
         ranks = [_rank(layer, rank) for layer in layers]
     else:
-        now = compression(model)
+        now = cost_of(model)
         others = now.evaluation_parameters - sum(W.numel() for W in weights)
-        ranks = ranks_within(math.floor((1 - percent / 100) * now.dense_parameters) - others, parts)
+        ranks = ranks_within(math.floor((1 - compression / 100) * now.dense_parameters) - others, parts)
     made = []
     for layer, part, r in zip(layers, parts, ranks, strict=True):
         if tau is not None:
@@ -192,58 +191,3 @@ def load_factors(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
             model.set_submodule(name, made[dense])
     model.load_state_dict(state)
     return model
-
-
-@dataclass(frozen=True)
-class Compression:
-    """Parameters of a network, weights only: biases and norms are left out on both sides.
-
-    A layer of rank r with an m x n weight counts r (m + n) for evaluation; for training, what the rank-
-    adaptive step holds at its peak, k m + k l + l n with k = min(2 r, m), l = min(2 r, n). A dense layer
-    counts m n everywhere. The compressions are 1 - parameters / dense parameters, in %. Schotthöfer et al.
-    2022.
-    """
-
-    evaluation_parameters: int
-    training_parameters: int
-    dense_parameters: int
-    ranks: dict[str, int]
-
-    @property
-    def evaluation_compression(self) -> float:
-        return 100 * (1 - self.evaluation_parameters / self.dense_parameters)
-
-    @property
-    def training_compression(self) -> float:
-        return 100 * (1 - self.training_parameters / self.dense_parameters)
-
-
-def compression(model: nn.Module) -> Compression:
-    """Count a network's weights and say the rank of each of its low-rank layers, by module name."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLayer)}
-    factors = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
-    rest = sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in factors)
-    evaluation = training = dense = rest
-    for layer in layers.values():
-        (m, n), r = layer.shape, layer.rank
-        k, l = min(2 * r, m), min(2 * r, n)  # noqa: E741
-        evaluation += r * (m + n)
-        training += k * m + k * l + l * n
-        dense += m * n
-    if dense == 0:
-        raise ValueError("the model has no weights to count (no parameter with two or more dimensions)")
-    return Compression(evaluation, training, dense, {name: layer.rank for name, layer in layers.items()})
-
-
-def singular_values(model: nn.Module) -> dict[str, Tensor]:
-    """The singular values of every linear and convolutional weight as a matrix, by module name, descending.
-
-    Of a low-rank layer those of S, which W = U S Vᵀ shares.
-    """
-    values = {}
-    for name, module in model.named_modules():
-        if isinstance(module, LowRankLayer):
-            values[name] = torch.linalg.svdvals(module.S.detach())
-        elif type(module) in LOW_RANK_TYPES:
-            values[name] = torch.linalg.svdvals(module.weight.detach().flatten(1))
-    return values

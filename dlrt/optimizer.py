@@ -273,7 +273,12 @@ class DLRT(torch.optim.Optimizer):
         return {**self.inner.state_dict(), "dlrt": own}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Take over a state; the model's own, with its ranks, must be loaded first (else ValueError)."""
+        """Take over a DLRT's state; ValueError unless the model has its own, with its ranks, already."""
+        if "dlrt" not in state_dict:
+            raise ValueError(
+                f"the state must be a DLRT's, got one without its part, with {', '.join(state_dict)}: "
+                "train on with the optimizer that it is of, or begin a new DLRT"
+            )
         state_dict = dict(state_dict)
         own = state_dict.pop("dlrt")
         ranks = [list(layer.S.shape) for layer in self.names]

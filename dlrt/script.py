@@ -17,7 +17,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from dlrt import distributed
 from dlrt.cli import OPTIMIZERS
 from dlrt.convert import to_low_rank
-from dlrt.data import DataError, Dataset, load
+from dlrt.data import Dataset
+from dlrt.datasets import DataError, load
 from dlrt.distributed import ProcessError
 from dlrt.optimizer import DLRT
 from dlrt.runs import DIVERGED, NOT_PART_OF_THE_EXPERIMENT, Run, RunError, chosen_epoch, trained_weights

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 from torch import nn
 
-from dlrt.convert import compression, singular_values
+from dlrt.costs import compression, singular_values
 
 COUNTED = "Weights only, biases and norms left out; a layer of rank r counts r (m + n), a dense one m n."
 

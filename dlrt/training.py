@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
 from dlrt import distributed
-from dlrt.convert import compression
+from dlrt.costs import compression
 from dlrt.data import Dataset, Split, augmented_batch
 from dlrt.optimizer import DLRT
 from dlrt.runs import Run, RunError, chosen_epoch

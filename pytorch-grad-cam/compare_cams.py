@@ -30,7 +30,7 @@ from sources import digest, pictures_of
 from dlrt import cli
 from dlrt.cams import Maps
 from dlrt.cams.pictures import Picture
-from dlrt.data import DATASETS, DataError
+from dlrt.datasets import DATASETS, DataError
 from dlrt.runs import Run, RunError
 
 FULL_RANK_TOLERANCE = 2e-5

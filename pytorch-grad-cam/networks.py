@@ -19,7 +19,7 @@ from dlrt import cli, models
 from dlrt.cams import METHODS, default_layer, spatial_layers
 from dlrt.cams.pictures import Picture
 from dlrt.cams.targets import class_number
-from dlrt.data import CIFAR10_CLASSES, CLASS_NAMES
+from dlrt.datasets import CIFAR10_CLASSES, CLASS_NAMES
 from dlrt.loading import load_network
 from dlrt.runs import RunError, load_file
 

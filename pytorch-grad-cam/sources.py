@@ -14,7 +14,7 @@ from PIL import Image
 
 from dlrt.cams.pictures import Labels, Picture, PictureError, files, labelled, read, read_labels
 from dlrt.clutter import held_out
-from dlrt.data import DATASETS, load
+from dlrt.datasets import DATASETS, load
 
 
 def pictures_of(source: str, count: int, data_dir: Path, network: Network) -> tuple[list[Picture], bool]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dlrt import compression
-from dlrt.data import load
+from dlrt.datasets import load
 from dlrt.loading import load_network
 from dlrt.training import evaluate
 

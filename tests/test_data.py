@@ -7,7 +7,8 @@ import pytest
 import torch
 import torchvision.datasets as tv
 
-from dlrt.data import DataError, Split, augmented_batch, cifar10, digits, digits32, load, mnist
+from dlrt.data import Split, augmented_batch
+from dlrt.datasets import DataError, cifar10, digits, digits32, load, mnist
 
 SAMPLES = 10_050  # MNIST's validation split takes 10,000 of them
 IDX_FILES = {

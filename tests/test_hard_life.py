@@ -19,7 +19,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from dlrt import DLRT, LowRankConv2d, LowRankLinear, cli, script, to_low_rank
-from dlrt.data import DataError, Split, _split
+from dlrt.data import Split
+from dlrt.datasets import DataError, _split
 from dlrt.models import MLP
 from dlrt.runs import Run, RunError, load_checkpoint
 from dlrt.training import fit

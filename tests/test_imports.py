@@ -9,6 +9,7 @@ ORDER = [
     ["integrators", "gradient", "curvature"],
     ["compiled", "fields"],
     ["layers"],
+    ["costs"],
     ["convert", "distributed"],
     ["export", "optimizer"],
     [
@@ -24,7 +25,7 @@ ORDER = [
         "tables",
         "plots",
     ],
-    ["training", "loading"],
+    ["datasets", "training", "loading"],
     ["cams.targets", "cams.pictures", "cams.methods", "cams.spatial", "cams.faithfulness"],
     ["cams.compare", "cams.guided", "cams.explain"],
     ["cams"],

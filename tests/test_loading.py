@@ -11,7 +11,7 @@ from torch import nn
 
 import dlrt
 from dlrt.__main__ import main
-from dlrt.data import load
+from dlrt.datasets import load
 from dlrt.loading import load_network
 from dlrt.models import MLP
 from dlrt.runs import Run, RunError, load_checkpoint

@@ -480,6 +480,8 @@ def test_state_round_trips_between_different_ranks_and_training_continues_alike(
     resumed = DLRT(other, torch.optim.Adam, lr=1.0, tau=0.5, min_rank=1)
     with pytest.raises(ValueError, match="load the model's state first"):
         resumed.load_state_dict(state["optimizer"])
+    with pytest.raises(ValueError, match="the state must be a DLRT's, got one without its part"):
+        resumed.load_state_dict(optimizer.inner.state_dict())
     other.load_state_dict(state["model"])
     resumed.load_state_dict(state["optimizer"])
     assert resumed.tau == 0.05

@@ -9,7 +9,8 @@ from torch import nn
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LambdaLR, ReduceLROnPlateau
 
 from dlrt import DLRT, LowRankLayer, to_low_rank
-from dlrt.data import Split, digits
+from dlrt.data import Split
+from dlrt.datasets import digits
 from dlrt.models import MLP
 from dlrt.runs import Run, chosen_epoch, read_metrics
 from dlrt.training import Recipe, evaluate, fit, train_epoch, warmth

@@ -1,0 +1,65 @@
+"""What a network costs in parameters, and the spectra of its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dlrt.layers import LowRankLayer
+
+
+@dataclass(frozen=True)
+class Compression:
+    """Parameters of a network, weights only: biases and norms are left out on both sides.
+
+    A layer of rank r with an m x n weight counts r (m + n) for evaluation; for training, what the rank-
+    adaptive step holds at its peak, k m + k l + l n with k = min(2 r, m), l = min(2 r, n). A dense layer
+    counts m n everywhere. The compressions are 1 - parameters / dense parameters, in %. Schotthöfer et al.
+    2022.
+    """
+
+    evaluation_parameters: int
+    training_parameters: int
+    dense_parameters: int
+    ranks: dict[str, int]
+
+    @property
+    def evaluation_compression(self) -> float:
+        return 100 * (1 - self.evaluation_parameters / self.dense_parameters)
+
+    @property
+    def training_compression(self) -> float:
+        return 100 * (1 - self.training_parameters / self.dense_parameters)
+
+
+def compression(model: nn.Module) -> Compression:
+    """Count a network's weights and say the rank of each of its low-rank layers, by module name."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLayer)}
+    factors = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
+    rest = sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in factors)
+    evaluation = training = dense = rest
+    for layer in layers.values():
+        (m, n), r = layer.shape, layer.rank
+        k, l = min(2 * r, m), min(2 * r, n)  # noqa: E741
+        evaluation += r * (m + n)
+        training += k * m + k * l + l * n
+        dense += m * n
+    if dense == 0:
+        raise ValueError("the model has no weights to count (no parameter with two or more dimensions)")
+    return Compression(evaluation, training, dense, {name: layer.rank for name, layer in layers.items()})
+
+
+def singular_values(model: nn.Module) -> dict[str, Tensor]:
+    """The singular values of every linear and convolutional weight as a matrix, by module name, descending.
+
+    Of a low-rank layer those of S, which W = U S Vᵀ shares.
+    """
+    values = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankLayer):
+            values[name] = torch.linalg.svdvals(module.S.detach())
+        elif type(module) in (nn.Linear, nn.Conv2d):
+            values[name] = torch.linalg.svdvals(module.weight.detach().flatten(1))
+    return values

@@ -1,0 +1,195 @@
+"""MNIST, CIFAR-10, the digits bundled with scikit-learn, and those in clutter.
+
+One function each, the same return type. All are small enough to live in memory as one tensor, so a batch is
+one indexing operation and no loader fetches single samples.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dlrt.clutter import clutter, held_out
+from dlrt.data import Dataset, Split
+
+MNIST_FILES = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+CIFAR10_FILES = tuple(f"data_batch_{number}" for number in range(1, 6))
+Arrays = tuple[
+    Tensor, Tensor, Tensor, Tensor
+]  # training images (N, C, H, W) uint8, labels (N,); the same of the test
+
+
+class DataError(RuntimeError):
+    """A data set is missing or damaged; the message says which file and what to do."""
+
+
+def load(name: str, folder: Path, seed: int) -> Dataset:
+    """The data set of that name in `DATASETS`, from a data folder; the seed draws the validation split."""
+    return DATASETS[name](folder, seed)
+
+
+def mnist(folder: Path, seed: int) -> Dataset:
+    """MNIST: 50,000 / 10,000 / 10,000 digits of 28 x 28 pixels.
+
+    Read from folder/MNIST/raw or folder/mnist.npz, downloaded where neither is there. DataError if that
+    fails.
+    """
+    import torchvision.datasets as tv  # here, since it takes as long to import as the digits to train on
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+
+    raw, npz = folder / "MNIST" / "raw", folder / "mnist.npz"
+    idx_files_are_there = all((raw / name).is_file() for names in MNIST_FILES.values() for name in names)
+    if not idx_files_are_there and npz.is_file():  # a failed download leaves an empty folder behind
+        return _split("mnist", _read_npz(npz), seed, validation=10_000)
+    if not idx_files_are_there:
+        files = ", ".join(name for names in MNIST_FILES.values() for name in names)
+        _download(lambda: tv.MNIST(folder, download=True), f"{files} in {raw}, or {npz}")
+    arrays = []
+    for images, labels in MNIST_FILES.values():
+        arrays.append(_read(read_image_file, raw / images)[:, None])
+        arrays.append(_read(read_label_file, raw / labels))
+    return _split("mnist", tuple(arrays), seed, validation=10_000)
+
+
+def cifar10(folder: Path, seed: int) -> Dataset:
+    """CIFAR-10: 45,000 / 5,000 / 10,000 pictures of 3 x 32 x 32.
+
+    Read from folder/cifar-10-batches-py or folder/cifar10.npz, downloaded where neither is there. DataError
+    if that fails.
+    """
+    import torchvision.datasets as tv
+    from torchvision.datasets.utils import check_integrity
+
+    batches, npz = folder / "cifar-10-batches-py", folder / "cifar10.npz"
+    if not batches.is_dir() and npz.is_file():
+        return _split("cifar10", _read_npz(npz), seed, validation=5_000)
+    if not batches.is_dir():
+        files = f"{', '.join((*CIFAR10_FILES, 'test_batch'))} in {batches}, or {npz}"
+        _download(lambda: tv.CIFAR10(folder, download=True), files)
+    for name, md5 in (*tv.CIFAR10.train_list, *tv.CIFAR10.test_list):
+        if not check_integrity(batches / name, md5):
+            raise DataError(f"{batches / name} is missing or damaged: delete {batches} and fetch it again")
+    arrays = []
+    for train in (True, False):
+        part = tv.CIFAR10(folder, train=train)
+        arrays += [torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets)]
+    return _split("cifar10", tuple(arrays), seed, validation=5_000)
+
+
+def digits(folder: Path | None, seed: int) -> Dataset:
+    """The 1,797 handwritten digits bundled with scikit-learn, 8 x 8 pixels made 28 x 28; needs no folder.
+
+    1,077 / 360 / 360; the last 360 in scikit-learn's order are the test.
+    """
+    return _split("digits", _bundled_digits(28, test=360), seed, validation=360)
+
+
+def digits32(folder: Path | None, seed: int) -> Dataset:
+    """500 of the bundled digits in the shape of CIFAR-10, 3 x 32 x 32, to try its networks; needs no folder.
+
+    300 / 100 / 100; the last 100 are the test.
+    """
+    images, labels, test_images, test_labels = _bundled_digits(32, test=100)
+    images, test_images = (part.expand(-1, 3, -1, -1) for part in (images[:400], test_images))
+    return _split("digits32", (images, labels[:400], test_images, test_labels), seed, validation=100)
+
+
+def _bundled_digits(size: int, test: int) -> Arrays:
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    small = torch.from_numpy(images).float().view(-1, 1, 8, 8) * (255 / 16)
+    large = torch.nn.functional.interpolate(small, size=(size, size), mode="bilinear", align_corners=False)
+    images, labels = large.round().to(torch.uint8), torch.from_numpy(labels)
+    return images[:-test], labels[:-test], images[-test:], labels[-test:]
+
+
+def digits_in_clutter(folder: Path | None, seed: int) -> Dataset:
+    """`clutter.clutter`, made on the spot: 4,000 / 500 / 500 pictures of 32 x 32 pixels; needs no folder."""
+    trained, test = clutter(4500, seed=0), held_out()
+    arrays = [
+        torch.from_numpy(its) for part in (trained, test) for its in (part.images[:, None], part.labels)
+    ]
+    return _split("clutter", tuple(arrays), seed, validation=500)
+
+
+DATASETS: dict[str, Callable[[Path, int], Dataset]] = {
+    "mnist": mnist,
+    "cifar10": cifar10,
+    "digits": digits,
+    "digits32": digits32,
+    "clutter": digits_in_clutter,
+}
+CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+CLASS_NAMES = {"cifar10": CIFAR10_CLASSES}  # of the others a class's number is its name
+
+
+def _split(name: str, arrays: Arrays, seed: int, validation: int) -> Dataset:
+    """Normalise by the training images' mean and deviation, and set part of them aside for validation."""
+    images, labels, test_images, test_labels = arrays
+    for part, of in ((images, labels), (test_images, test_labels)):
+        if len(part) != len(of):
+            raise DataError(f"{name}: as many labels as images are needed, got {len(of)} for {len(part)}")
+    if len(images) <= validation:
+        raise DataError(f"{name}: more than {validation} training images are needed, got {len(images)}")
+    pixels = images.float() / 255
+    mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+
+    def split(part: Tensor, of: Tensor) -> Split:
+        return Split((part.float() / 255 - mean[:, None, None]) / std[:, None, None], of.long())
+
+    train, held_out = order[validation:], order[:validation]
+    return Dataset(
+        name=name,
+        train=split(images[train], labels[train]),
+        validation=split(images[held_out], labels[held_out]),
+        test=split(test_images, test_labels),
+        classes=int(labels.max()) + 1,
+        mean=tuple(mean.tolist()),
+        std=tuple(std.tolist()),
+        shift=2 if images.shape[1] == 1 else 4,
+        flip=name == "cifar10",
+    )
+
+
+def _read(reader: Callable, path: Path):
+    try:
+        return reader(str(path))
+    except Exception as error:  # the readers fail in many ways on damaged bytes; whichever it was, it is told
+        reason = f"{type(error).__name__} {error}".strip()
+        raise DataError(f"{path} is damaged ({reason}): delete it and fetch it again") from error
+
+
+def _read_npz(path: Path) -> Arrays:
+    """x_train, y_train, x_test, y_test as Keras writes them: (N, H, W[, C]) uint8, labels (N,) or (N, 1)."""
+
+    def read(name: str) -> Arrays:
+        with np.load(name) as file:
+            arrays = [torch.from_numpy(file[key]) for key in ("x_train", "y_train", "x_test", "y_test")]
+        for i in (0, 2):
+            arrays[i] = arrays[i][:, None] if arrays[i].dim() == 3 else arrays[i].permute(0, 3, 1, 2)
+            arrays[i + 1] = arrays[i + 1].flatten()
+        return tuple(arrays)
+
+    if not zipfile.is_zipfile(path):
+        raise DataError(f"{path} is damaged (not an .npz file, or cut short): delete it and fetch it again")
+    return _read(read, path)
+
+
+def _download(fetch: Callable, needed: str) -> None:
+    try:
+        fetch()
+    except Exception as error:  # no network, no mirror, no space: whichever it was, it is told
+        raise DataError(
+            f"needed: {needed}; downloading them failed ({' '.join(str(error).split())}). Put them there "
+            "(--data-dir or DLRT_DATA name another data folder), or take the bundled --dataset digits"
+        ) from error
