@@ -52,7 +52,7 @@ case "${1:-}" in
     train dense_seed0 _baseline
     train dense_seed1 _baseline --seed 1
     for tau in "${taus[@]}"; do
-        train "tau${tau}_seed0" "" --tau "$tau" --from-checkpoint "$reference" --rank 1.0 --lr 0.02 \
+        train "tau${tau}_seed0" "" --tau "$tau" --from-checkpoint "$reference" --rank 1.0 --cut-by weights --lr 0.02 \
             --epochs 3 --tau-warmup 2.5
     done
     "$PYTHON" pytorch-grad-cam/clutter_pictures.py "$images" --count 8
@@ -88,11 +88,11 @@ for tau in "${taus[@]}"; do
     fi
 done
 
-for run in "$prefix"tau*_seed0; do # trained at other tolerances
-    tau=$(basename "$run" | sed 's/.*tau\(.*\)_seed0/\1/')
-    case " ${taus[*]} " in *" $tau "*) continue ;; esac
+for run in "$prefix"tau*_seed0 "$prefix"compression*_seed0; do # trained at others
+    name=$(basename "${run%_seed0}" | sed 's/^.*_//')
+    case " ${taus[*]} " in *" ${name#tau} "*) continue ;; esac
     if [ -f "$run/checkpoint.pt" ]; then
-        draw "tau$tau" --checkpoint "$run"
+        draw "$name" --checkpoint "$run"
         trained+=("$run")
     fi
 done

@@ -12,7 +12,7 @@ from dlrt import cli, grid
 
 HERE = Path(__file__).parent
 TAUS = (0.03, 0.05, 0.07, 0.09, 0.11, 0.13, 0.15, 0.17)
-RETRAINING = {"lr": 0.01, "tau": 0, "tau_warmup": 0}
+RETRAINING = {"lr": 0.01, "tau": 0, "tau_warmup": 0, "cut_by": "weights"}
 
 
 def main() -> None:

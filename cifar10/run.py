@@ -16,11 +16,11 @@ HERE = Path(__file__).parent
 NETWORKS = ("resnet20", "alexnet", "vgg16")
 GENTLE = {"lr": 0.02}  # more would first undo what dense weights have learned
 # what is cut at once has all epochs to heal
-COMPRESSING = {"lr": 0.1, "tau": 0.1, "tau_warmup": 0, "max_rank": "initial"}
+COMPRESSING = {"lr": 0.05, "tau": 0.1, "tau_warmup": 0, "max_rank": "initial"}
 
 
 def twins(name: str, options: dict, low_rank: dict[str, dict]) -> list[grid.Plan]:
-    """A dense run and low-rank ones, by what their names end in; name is "network/start"."""
+    """A dense run and low-rank ones, {end of the name: options}; name is "network/start"."""
     network, seed = name.split("/")[0], options["seed"]
     scripts = [HERE / f"{network}_cifar10{end}.py" for end in ("_baseline", "")]
     plans = [grid.Plan(f"{name}_dense_seed{seed}", scripts[0], options)]

@@ -79,7 +79,13 @@ def folder_name(text: str) -> str:
 
 def max_rank(text: str) -> int | str:
     """An argparse type: a whole number, or "initial"."""
-    return text if text == "initial" else NATURAL(text)
+    if text == "initial":
+        return text
+    try:
+        return NATURAL(text)
+    except ValueError as error:
+        told = f"must be a whole number from 1 on, or initial, got {text}"
+        raise argparse.ArgumentTypeError(told) from error
 
 
 def device(text: str) -> str:
@@ -108,7 +114,7 @@ def training_parser(description: str, low_rank: bool, **defaults: Any) -> Parser
     shifted = "shift training images at random, mirror half of CIFAR-10's"
     add("--augment", action=argparse.BooleanOptionalAction, default=True, help=shifted)
     start = "weights to begin with"
-    start += ", cut to --rank or --compression where the loss needs them least" if low_rank else ""
+    start += ", cut to --rank or --compression" if low_rank else ""
     where = "a dense run's folder or checkpoint, or a state dict"
     add("--from-checkpoint", type=Path, metavar="PATH", help=f"{start}: {where}")
     if low_rank:
@@ -150,8 +156,10 @@ def _add_low_rank_flags(parser: Parser) -> None:
     add("--integrator", choices=INTEGRATORS, default="augmented", help="bug keeps the rank")
     start = parser.add_mutually_exclusive_group().add_argument
     start("--rank", type=rank, default=0.5, help="to begin with: 20 is a rank, 0.5 a share of the full rank")
-    budget = "to begin with, at least: instead of --rank, ranks that keep what the loss needs most"
+    budget = "at least, to begin with: instead of --rank, a rank for each layer by what the loss needs of it"
     start("--compression", type=number(float, "(0, 100)"), metavar="PERCENT", help=budget)
+    needed = "what is kept of --from-checkpoint: what the loss needs, or what is largest in the weights"
+    add("--cut-by", choices=("loss", "weights"), default="loss", help=needed)
     add("--skip", nargs="*", default=[], metavar="LAYER", help="layers that stay dense")
     add("--min-rank", type=NATURAL, default=2, help="of every layer")
     s_steps = f"steps of S in each move of the bases; by default {S_STEPS}, and 1 where the integrator is bug"
@@ -196,6 +204,8 @@ def parse(parser: Parser, arguments: Sequence[str] | None = None) -> argparse.Na
         args.tau_warmup = args.epochs / 2
     if low_rank and args.tau_warmup > args.epochs:
         parser.error(f"--tau-warmup must be at most --epochs, got {args.tau_warmup:g} > {args.epochs}")
+    if low_rank and args.compression:
+        args.rank = None
     if low_rank and args.compression and not args.from_checkpoint:
         parser.error("--compression must come with --from-checkpoint: random weights have nothing to keep")
     if low_rank and args.integrator == "bug" and args.amp == "float16":

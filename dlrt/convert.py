@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from torch import Tensor, nn
 
 from dlrt.costs import compression as cost_of
-from dlrt.curvature import kronecker_factors, ranks_within, terms
+from dlrt.curvature import Terms, kronecker_factors, ranks_within, terms
 from dlrt.layers import LowRankConv2d, LowRankLayer, LowRankLinear
 from dlrt.lowrank import check_tolerance, rank_within
 
@@ -35,10 +35,11 @@ def to_low_rank(
     A model that is itself such a layer is left as it is, and what is given back is for its place.
     rank is an int (in a layer too small for it, that layer's full rank), a share in (0, 1] of each layer's
     full rank, or None for the full rank; tau drops singular values up to that share of each weight's norm.
-    Instead of both, compression is the least evaluation compression of the model in %: over all layers, the
-    singular values whose squares are worth most per parameter are kept. With inputs, a batch (N, ...) for a
-    classifier, the SVD is that of √G W √A, see `dlrt.curvature`, which keeps what the loss needs: a trained
-    network loses much less accuracy.
+    Instead of both, compression is the evaluation compression in % that the model has at least: the singular
+    values of all layers, squared and each as a share of its layer's, are kept in the order of their worth per
+    parameter. With inputs, a batch (N, ...) for a classifier, the SVD is that of √G W √A, see
+    `dlrt.curvature`, which keeps what the loss needs: a trained network loses much less accuracy. It takes
+    n x n matrices of float64 for every layer with n inputs.
     skip names the modules that stay dense, with all that they contain. Grouped convolutions, layers that
     share their weight with another module, recurrent layers and nn.MultiheadAttention stay dense with a
     warning, other kinds of modules (embeddings, convolutions that are not two-dimensional) without. Make the
@@ -51,10 +52,7 @@ def to_low_rank(
     root._modules[""] = model  # so that a model which is a layer itself has a parent, too
     places = _places(root, skip)
     layers = list(dict.fromkeys(layer for _, _, layer in places))
-    if inputs is None and compression is None:
-        made = [LOW_RANK_TYPES[type(layer)].from_dense(layer, _rank(layer, rank), tau) for layer in layers]
-    else:
-        made = _cut(model, layers, rank, tau, inputs, compression)
+    made = _cut(model, layers, rank, tau, inputs, compression)
     made_of = dict(zip(layers, made, strict=True))  # a module that occurs twice stays one module
     for parent, name, layer in places:
         setattr(parent, name, made_of[layer])
@@ -136,23 +134,36 @@ def _cut(
     compression: float | None,
 ) -> list[LowRankLayer]:
     """The layers at the ranks asked for, in the norm of the loss where there are inputs."""
+    if inputs is None and compression is None:
+        return [LOW_RANK_TYPES[type(layer)].from_dense(layer, _rank(layer, rank), tau) for layer in layers]
     factors = {} if inputs is None else kronecker_factors(model, layers, inputs)
-    weights = [layer.weight.detach().flatten(1) for layer in layers]
-    parts = [terms(W, factors.get(layer)) for W, layer in zip(weights, layers, strict=True)]
+    parts = [terms(layer.weight.detach().flatten(1), factors.get(layer)) for layer in layers]
     if compression is None:
         ranks = [_rank(layer, rank) for layer in layers]
     else:
-        now = cost_of(model)
-        others = now.evaluation_parameters - sum(W.numel() for W in weights)
-        ranks = ranks_within(math.floor((1 - compression / 100) * now.dense_parameters) - others, parts)
+        ranks = ranks_within(_budget(model, layers, parts, compression), parts)
     made = []
     for layer, part, r in zip(layers, parts, ranks, strict=True):
-        if tau is not None:
-            r = min(r, max(1, rank_within(part.sigma, tau)))
+        within = r if tau is None else max(1, rank_within(part.sigma, tau))
         low_rank = LOW_RANK_TYPES[type(layer)].in_place_of(layer)
-        low_rank.factors = part.matrix(r, layer.weight.dtype)
+        low_rank.factors = part.matrix(min(r, within), layer.weight.dtype)
         made.append(low_rank)
     return made
+
+
+def _budget(model: nn.Module, layers: list[nn.Module], parts: list[Terms], compression: float) -> int:
+    """How many parameters these layers may have; ValueError where ranks of 1 have more."""
+    cost = cost_of(model)
+    others = cost.evaluation_parameters - sum(layer.weight.numel() for layer in layers)
+    budget = math.floor((1 - compression / 100) * cost.dense_parameters) - others
+    least = sum(part.parameters_per_rank for part in parts)
+    if least > budget:
+        most = 100 * (1 - (others + least) / cost.dense_parameters)
+        raise ValueError(
+            f"compression must be at most {math.floor(100 * most) / 100} here, at ranks of 1 and with the "
+            f"layers that stay dense, got {compression}: ask for less, or skip fewer layers"
+        )
+    return budget
 
 
 def to_dense(model: nn.Module) -> nn.Module:

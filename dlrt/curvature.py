@@ -1,13 +1,12 @@
 """What of its weights a trained classifier needs: cuts that raise the loss least, and ranks for a budget.
 
-To second order a change D of a weight W (m, n) raises the loss by a multiple of ‖√G D √A‖². G and A are the
-Kronecker factors of the Fisher information: second moments of the gradient for the layer's outputs and of its
-inputs (Martens & Grosse 2015; for convolutions Grosse & Martens 2016). Where there are none, √G = √A = I.
+To second order a change D of a weight W (m, n) raises the loss by about a multiple of ‖√G D √A‖². G and A are
+the Kronecker factors of the Fisher information: second moments of the gradient for the layer's outputs and of
+its inputs (Martens & Grosse 2015; for convolutions Grosse & Martens 2016). Without them √G = √A = I.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from dlrt.lowrank import LowRank, svd
 from dlrt.watching import watching
 
-AT_A_TIME = 16  # the patches of more inputs would fill the memory
+BATCH_SIZE = 16  # the patches of more inputs would fill the memory
 DAMPING = 1e-6  # of the largest eigenvalue: directions without any curvature have to stay invertible
 
 Factors = tuple[Tensor, Tensor]  # A (n, n), G (m, m), float64
@@ -29,55 +28,64 @@ def kronecker_factors(
 ) -> dict[nn.Module, Factors]:
     """A and G of each layer, from a classifier's inputs (N, ...), with classes drawn as the model sees them.
 
-    Both in evaluation mode; of a convolution A is a mean over positions, G a sum. A layer without influence
-    on the logits has none. ValueError where the model does not give logits (N, classes).
+    In evaluation mode. A is a mean over all that the weight is multiplied by, G a sum over all outputs for an
+    input. A layer that the logits do not depend on has none. ValueError unless the model gives logits
+    (N, classes) of at least two classes.
     """
     A: dict[nn.Module, Tensor] = {}
     G: dict[nn.Module, Tensor] = {}
-    outputs: Counter[nn.Module] = Counter()
+    count: dict[nn.Module, int] = {}
+    probes: list[tuple[nn.Module, Tensor]] = []
 
-    def watch(layer: nn.Module, x: tuple[Tensor, ...], y: Tensor) -> None:
-        patches = _patches(layer, x[0].detach())
-        A[layer] = A.get(layer, 0) + (patches.mT @ patches).double()
-        outputs[layer] += len(patches)
-        if (
-            y.requires_grad
-        ):  # the hook of a tensor sees the right gradient even if the next layer works in place
-            y.register_hook(lambda gradient: add(layer, gradient))
-
-    def add(layer: nn.Module, gradient: Tensor) -> None:
-        rows = (gradient.movedim(-3, -1) if isinstance(layer, nn.Conv2d) else gradient).flatten(end_dim=-2)
-        G[layer] = G.get(layer, 0) + (rows.mT @ rows).double()
+    def watch(layer: nn.Module, x: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        rows = _patches(layer, x[0].detach())
+        A[layer] = A.get(layer, 0) + (rows.mT @ rows).double()
+        count[layer] = count.get(layer, 0) + len(rows)
+        probes.append((layer, torch.zeros_like(y, requires_grad=True)))
+        return y + probes[-1][1]  # the gradient for y, also where the next layer works in place
 
     generator = torch.Generator(inputs.device).manual_seed(0)
     with watching(model, layers, watch), torch.enable_grad():
-        for x in inputs.detach().split(AT_A_TIME):
-            logits = model(x.requires_grad_())
-            if logits.dim() != 2:
+        for x in inputs.detach().clone().split(BATCH_SIZE):  # a first layer in place would change the user's
+            logits = model(x)
+            if logits.dim() != 2 or logits.shape[1] < 2:
                 raise ValueError(
-                    f"a cut by the loss needs logits (N, classes), got outputs {tuple(logits.shape)}: "
-                    "leave inputs out to cut by the weights"
+                    "a cut by the loss needs logits (N, classes) of two classes at least, got outputs "
+                    f"{tuple(logits.shape)}: leave inputs out to cut by the weights"
                 )
-            classes = torch.multinomial(logits.detach().softmax(1), 1, generator=generator)[:, 0]
-            torch.autograd.grad(F.cross_entropy(logits, classes, reduction="sum"), x)
-    return {layer: (A[layer] / outputs[layer], G[layer] / len(inputs)) for layer in G}
+            p = logits.detach().float().softmax(1)
+            classes = torch.multinomial(p, 1, generator=generator)[:, 0]
+            loss = F.cross_entropy(logits, classes, reduction="sum")
+            gradients = torch.autograd.grad(loss, [probe for _, probe in probes], allow_unused=True)
+            for (layer, _), gradient in zip(probes, gradients, strict=True):
+                if gradient is not None:
+                    rows = _rows(gradient, channels=-3 if isinstance(layer, nn.Conv2d) else -1)
+                    G[layer] = G.get(layer, 0) + (rows.mT @ rows).double()
+            probes.clear()
+    return {layer: (A[layer] / count[layer], G[layer] / len(inputs)) for layer in G}
 
 
 def _patches(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
     """What the weight as a matrix is multiplied by, a row for each output."""
     if isinstance(layer, nn.Linear):
-        return x.flatten(end_dim=-2)
+        return _rows(x, channels=-1)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     x = F.pad(x, layer._reversed_padding_repeated_twice, mode)
     patches = F.unfold(x, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)
-    return patches.movedim(1, -1).flatten(end_dim=-2)
+    return _rows(patches, channels=-2)
+
+
+def _rows(x: Tensor, channels: int) -> Tensor:
+    """A row of channels for all else, in single precision at least: products of halves would overflow."""
+    x = x.movedim(channels, -1)
+    return x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
 
 
 @dataclass(frozen=True, eq=False)
 class Terms:
     """W = Σ left_j right_jᵀ, for left (m, k), right (n, k), where the first r terms are the best of rank r.
 
-    To leave some out raises the loss by the sum of their sigma²; the sigma (k,) descend.
+    sigma (k,) descends; to leave terms out costs the sum of their sigma², as a share of the whole layer's.
     """
 
     left: Tensor
@@ -85,9 +93,14 @@ class Terms:
     sigma: Tensor
 
     @property
-    def parameters(self) -> int:
-        """What a term costs, m + n."""
+    def parameters_per_rank(self) -> int:
+        """m + n."""
         return len(self.left) + len(self.right)
+
+    @property
+    def largest_rank(self) -> int:
+        """With more the factors have more parameters than W, if W is not all that thin."""
+        return max(1, len(self.left) * len(self.right) // self.parameters_per_rank)
 
     def matrix(self, rank: int, dtype: torch.dtype) -> LowRank:
         """The first terms, as U S Vᵀ."""
@@ -99,16 +112,18 @@ class Terms:
 def terms(W: Tensor, factors: Factors | None = None) -> Terms:
     """W (m, n) taken apart by the singular values of √G W √A, as float64: Eckart-Young in that norm.
 
-    With factors sigma is a share of its norm. The second order holds for small changes only, and without the
-    whole of a layer a network is lost, whichever layer it is.
+    They are shares of their norm. The second order holds for small changes only, and without the whole of a
+    layer a network is lost, whichever layer it is; before a norm the scale of a weight means nothing anyway.
     """
     W = W.double()
     if factors is None:
         P, sigma, Qh = svd(W)
-        return Terms(P * sigma, Qh.mT, sigma)
-    (A, A_inverse), (G, G_inverse) = map(_roots, factors)
-    P, sigma, Qh = svd(G @ W @ A)
-    return Terms(G_inverse @ P * sigma, A_inverse @ Qh.mT, sigma / sigma.norm().clamp(min=1e-300))
+        left, right = P * sigma, Qh.mT
+    else:
+        (A, A_inverse), (G, G_inverse) = map(_roots, factors)
+        P, sigma, Qh = svd(G @ W @ A)
+        left, right = G_inverse @ P * sigma, A_inverse @ Qh.mT
+    return Terms(left, right, sigma / sigma.norm() if sigma.any() else sigma)
 
 
 def _roots(C: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,24 +135,21 @@ def _roots(C: Tensor) -> tuple[Tensor, Tensor]:
     return (vectors * roots) @ vectors.mT, (vectors / roots) @ vectors.mT
 
 
-def ranks_within(parameters: int, layers: Sequence[Terms]) -> list[int]:
-    """The ranks, of at least 1, that cost at most so many parameters in all and lose least.
+def ranks_within(budget: int, parts: Sequence[Terms]) -> list[int]:
+    """Ranks of at least 1 that have at most so many parameters in all.
 
-    Terms are taken in the order of what they are worth per parameter, as in a knapsack, up to the first that
-    does not fit. ValueError where ranks of 1 cost more.
+    Greedy, as for a knapsack: terms are taken in the order of what they are worth per parameter, each if it
+    still fits. A budget below that of ranks of 1 is the caller's mistake.
     """
-    least = sum(layer.parameters for layer in layers)
-    if least > parameters:
-        raise ValueError(f"ranks of 1 have {least:,} parameters, more than {parameters:,}")
     worth = [
-        (loss / layer.parameters, number)
-        for number, layer in enumerate(layers)
-        for loss in layer.sigma[1:].square().tolist()
+        (share / part.parameters_per_rank, number)
+        for number, part in enumerate(parts)
+        for share in part.sigma[1 : part.largest_rank].square().tolist()
     ]
-    ranks, left = [1] * len(layers), parameters - least
+    ranks = [1] * len(parts)
+    left = budget - sum(part.parameters_per_rank for part in parts)
     for _, number in sorted(worth, reverse=True):
-        left -= layers[number].parameters
-        if left < 0:
-            break
-        ranks[number] += 1
+        if parts[number].parameters_per_rank <= left:
+            left -= parts[number].parameters_per_rank
+            ranks[number] += 1
     return ranks

@@ -74,6 +74,8 @@ class DLRT(torch.optim.Optimizer):
         if not isinstance(model, nn.Module):
             raise TypeError(f"the first argument must be the model itself, not {type(model).__name__}")
         check_tolerance(tau)
+        if isinstance(max_rank, str) and max_rank != "initial":
+            raise ValueError(f'max_rank must be a whole number, "initial" or None, got {max_rank!r}')
         check_rank_bounds(min_rank, None if max_rank == "initial" else max_rank)
         _check_state_names(optimizer_class, inner)
         self.tau, self.integrator, self.min_rank, self.max_rank = tau, integrator, min_rank, max_rank
@@ -211,9 +213,12 @@ class DLRT(torch.optim.Optimizer):
     def _truncate_layer(
         self, U_hat: tuple[Tensor, ...], layer: LowRankLayer, V_hat: tuple[Tensor, ...]
     ) -> None:
-        min_rank = min(self.min_rank, *layer.shape)
-        max_rank = self._initial_ranks[layer] if self.max_rank == "initial" else self.max_rank
-        max_rank = None if max_rank is None else max(min_rank, max_rank)
+        min_rank, max_rank = min(self.min_rank, *layer.shape), self.max_rank
+        if max_rank == "initial":
+            max_rank = self._initial_ranks[layer]
+            min_rank = min(min_rank, max_rank)
+        elif max_rank is not None:
+            max_rank = max(min_rank, max_rank)
         try:
             layer.factors, P, Q = recompress(U_hat, layer.S, V_hat, self.tau, min_rank, max_rank)
         except torch.linalg.LinAlgError as error:
@@ -277,7 +282,7 @@ class DLRT(torch.optim.Optimizer):
         if "dlrt" not in state_dict:
             raise ValueError(
                 f"the state must be a DLRT's, got one without its part, with {', '.join(state_dict)}: "
-                "train on with the optimizer that it is of, or begin a new DLRT"
+                "load it into that optimizer, or begin a new DLRT without it"
             )
         state_dict = dict(state_dict)
         own = state_dict.pop("dlrt")

@@ -24,7 +24,7 @@ from dlrt.optimizer import DLRT
 from dlrt.runs import DIVERGED, NOT_PART_OF_THE_EXPERIMENT, Run, RunError, chosen_epoch, trained_weights
 from dlrt.training import Recipe, evaluate, fit
 
-CUT_BY = 1000  # training images that say what the loss needs of trained weights
+CALIBRATION_IMAGES = 1000  # of the training split: they say what the loss needs of trained weights
 
 
 def run(
@@ -124,11 +124,21 @@ def _begin(
         options["from_checkpoint"] = _take_weights(model, args.from_checkpoint, run)
     distributed.first(lambda: run.start(options, args.resume))
     if hasattr(args, "tau"):
-        rank = args.rank if args.compression is None else None
-        inputs = dataset.train.images[:CUT_BY].cpu() if args.from_checkpoint else None
-        model = to_low_rank(model, rank, None, args.skip, inputs, args.compression)
+        model = _low_rank(model, args, dataset, run)
     # on a CPU convolutions take half the time in this layout
     return model.to(args.device, memory_format=torch.channels_last)
+
+
+def _low_rank(model: nn.Module, args: argparse.Namespace, dataset: Dataset, run: Run) -> nn.Module:
+    """The network at the ranks that the flags say; one that goes on takes those of its checkpoint anyway."""
+    if run.checkpoint.exists():
+        return to_low_rank(model, rank=args.rank or 1, skip=args.skip)
+    by_loss = args.from_checkpoint and args.cut_by == "loss"
+    inputs = dataset.train.images[:CALIBRATION_IMAGES].cpu() if by_loss else None
+    try:
+        return to_low_rank(model, rank=args.rank, skip=args.skip, inputs=inputs, compression=args.compression)
+    except ValueError as error:
+        raise RunError(f"--{error}") from error
 
 
 def _name(args: argparse.Namespace, settings: dict[str, Any]) -> str:

@@ -90,7 +90,7 @@ IMPOSSIBLE = [
     (["--min-rank", "5", "--max-rank", "3"], ["--max-rank must be at least --min-rank", "3 < 5"]),
     (["--tau-warmup", "50", "--epochs", "3"], ["--tau-warmup must be at most --epochs", "50 > 3"]),
     (["--finetune-epochs", "-1"], ["--finetune-epochs", "[0, inf)", "got -1"]),
-    (["--max-rank", "all"], ["--max-rank", "all"]),
+    (["--max-rank", "all"], ["--max-rank", "whole number from 1 on, or initial", "got all"]),
     (["--compression", "100"], ["--compression", "(0, 100)", "got 100"]),
     (["--name", "../../x"], ["--name", "must name one folder", "--output-dir says where", "'../../x'"]),
     (["--seed", "-1"], ["--seed", "[0, 4294967295]", "got -1"]),
@@ -283,11 +283,13 @@ def test_a_run_starts_at_a_compression_and_keeps_to_it(lenet5, tmp_path):
     start = ["--from-checkpoint", tmp_path / "dense", "--tau", "0.001", "--tau-warmup", "0"]
     budget = [*start, "--compression", "80", "--max-rank", "initial", "--name", "cut"]
     assert lenet5(*budget).returncode == 0
-    (tmp_path / "dense").rename(tmp_path / "gone")  # the ranks of the first start are in the checkpoint
-    assert lenet5(*budget, "--epochs", "1", "--resume").returncode == 0
     compression = read_metrics(tmp_path / "cut")["evaluation_compression"]
     assert 80 <= compression[0] < 82
     assert compression[1] == compression[0]
+    assert json.loads((tmp_path / "cut" / "config.json").read_text())["options"]["rank"] is None
+    impossible = lenet5(*start, "--compression", "99.9", "--name", "none")
+    assert (impossible.returncode, impossible.stderr.count("\n")) == (1, 1)
+    assert "--compression must be at most 9" in impossible.stderr
 
 
 def test_a_run_starts_from_the_truncated_weights_of_a_dense_run(lenet5, tmp_path):
@@ -302,6 +304,8 @@ def test_a_run_starts_from_the_truncated_weights_of_a_dense_run(lenet5, tmp_path
     assert full["test_loss"][0] == pytest.approx(trained["test_loss"][0], rel=1e-4)
     assert cut["ranks"][0] == "2/2"
     assert cut["validation_loss"][0] > full["validation_loss"][0]
+    assert lenet5(*start, "--name", "weights", "--rank", "2", "--cut-by", "weights").returncode == 0
+    assert cut["validation_loss"][0] < read_metrics(tmp_path / "weights")["validation_loss"][0]
     assert "random weights have nothing to keep" in lenet5("--compression", "50").stderr
     assert "not allowed with argument" in lenet5("--compression", "50", "--rank", "3").stderr
     missing = lenet5("--from-checkpoint", tmp_path / "nowhere", "--name", "a")

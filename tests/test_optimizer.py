@@ -461,10 +461,15 @@ def test_initial_ranks_are_the_largest_also_after_a_restart():
     smaller = [layer.rank for layer in low_rank_layers(model)]
     assert all(now < then for now, then in zip(smaller, largest, strict=True))
     again = DLRT(model, torch.optim.SGD, tau=0.0, **options)
-    again.load_state_dict({**optimizer.state_dict()})
+    again.load_state_dict(optimizer.state_dict())
     again.tau = 0.0
     train(model, again, [batch()] * 4)
     assert [layer.rank for layer in low_rank_layers(model)] == largest
+    ones = dlrt.to_low_rank(network(), rank=1)  # below min_rank
+    train(ones, DLRT(ones, torch.optim.SGD, tau=0.0, **options), [batch()] * 2)
+    assert {layer.rank for layer in low_rank_layers(ones)} == {1}
+    with pytest.raises(ValueError, match="max_rank must be a whole number, \"initial\" or None, got 'all'"):
+        DLRT(ones, torch.optim.SGD, lr=0.1, max_rank="all")
 
 
 def test_state_round_trips_between_different_ranks_and_training_continues_alike():
