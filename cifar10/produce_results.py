@@ -23,10 +23,9 @@ DATA = "CIFAR-10 (the runs that are committed: a JPEG copy of it)"
 CAPTION = (
     f"{DATA}: test accuracy in %, mean and standard deviation over the seeds, at the epoch chosen on 5,000 "
     "validation pictures and at the last one. below dense: points below the dense net that began alike and "
-    "was trained for as many epochs (from trained weights with lr 0.02 dense, 0.05 low-rank). cut to: the "
-    "compression that trained weights were cut to at the start. Trained weights "
-    "of others may have seen the validation pictures, dense and low-rank nets that begin with them alike. "
-    f"{tables.COUNTED}"
+    "was trained for as many epochs (from trained weights with a smaller lr). cut to: the compression that "
+    "trained weights were cut to at the start. Trained weights of others may have seen the validation "
+    f"pictures, dense and low-rank nets that begin with them alike. {tables.COUNTED}"
 )
 FINE_TUNING = (
     f"{DATA}: test accuracy in % before and after fine-tuning of S and all that is dense in frozen bases, "
