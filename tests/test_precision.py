@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 from test_optimizer import batch, low_rank_layers, network
-from test_training import BrokenOff, assert_equal_weights, constant, dataset, one_thread, train
+from test_training import BrokenOff, assert_equal_weights, dataset, one_thread, train
 from torch.amp import GradScaler
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from dlrt import DLRT, LowRank, LowRankLinear, cli, to_low_rank
 from dlrt.gradient import Gradient
@@ -23,11 +24,12 @@ def test_autocast_trains_about_as_well_as_float32(dataset, tmp_path):
     for amp in (None, "bfloat16", "float16"):
         torch.manual_seed(0)
         model = to_low_rank(MLP(width=64), rank=0.5, skip=["fc5"])
-        optimizer = DLRT(model, torch.optim.SGD, lr=0.05, momentum=0.9)
-        recipe = Recipe(epochs=6, batch_size=32, tau=0.05, amp=amp)
+        optimizer = DLRT(model, torch.optim.SGD, lr=0.03, momentum=0.9)
+        scheduler = CosineAnnealingLR(optimizer, T_max=10)  # without it the last epochs differ by chance
+        recipe = Recipe(epochs=10, batch_size=32, tau=0.05, amp=amp)
         run = Run(tmp_path / str(amp))
         run.folder.mkdir()
-        metrics = fit(model, optimizer, constant(optimizer), dataset, recipe, run, {}, quiet=True)
+        metrics = fit(model, optimizer, scheduler, dataset, recipe, run, {}, quiet=True)
         accuracies[amp] = metrics["validation_accuracy"].max()
         for layer in low_rank_layers(model):
             for factor in (layer.U, layer.S, layer.V):
@@ -36,7 +38,7 @@ def test_autocast_trains_about_as_well_as_float32(dataset, tmp_path):
                 assert torch.allclose(basis.mT @ basis, torch.eye(layer.rank), atol=1e-5)
     assert accuracies[None] > 85
     for amp in ("bfloat16", "float16"):
-        assert abs(accuracies[amp] - accuracies[None]) < 4  # a sample of 360 leaves about a point of doubt
+        assert abs(accuracies[amp] - accuracies[None]) < 2  # a sample of 360 leaves about a point of doubt
 
 
 def test_a_step_inside_an_autocast_region_rounds_no_factor():
