@@ -52,8 +52,8 @@ case "${1:-}" in
     train dense_seed0 _baseline
     train dense_seed1 _baseline --seed 1
     for tau in "${taus[@]}"; do
-        train "tau${tau}_seed0" "" --tau "$tau" --from-checkpoint "$reference" --rank 1.0 --cut-by weights --lr 0.02 \
-            --epochs 3 --tau-warmup 2.5
+        train "tau${tau}_seed0" "" --tau "$tau" --from-checkpoint "$reference" --rank 1.0 --cut-by weights \
+            --lr 0.02 --epochs 3 --tau-warmup 2.5
     done
     "$PYTHON" pytorch-grad-cam/clutter_pictures.py "$images" --count 8
     ;;

@@ -1,10 +1,9 @@
-"""The scripts about class-activation maps: every kind of picture, every mistake, and from maps to figures."""
+"""cam.py and what it explains: every kind of picture, and every mistake."""
 
 import argparse
 import importlib
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -240,74 +239,6 @@ def test_a_network_that_asserts_its_size_is_told_as_any_other(modules, capsys):
     assert "its time is not measured there" in capsys.readouterr().out
 
 
-def test_a_comparison_goes_from_networks_to_table_and_figures(script, runs, tmp_path):
-    flags = ["--reference", runs / "dense_seed0", "--low-rank", runs / "tau0.3_seed0", "--taus", 0.2]
-    flags += ["--seeds", runs / "dense_seed1", "--images", "clutter-test", "--count", 6]
-    flags += ["--output-dir", tmp_path / "results", "--name", "one", "--time-shares", 0.5, "--time-sizes", 32]
-    code, printed, err = script("compare_cams", *flags)
-    assert (code, err) == (0, "")
-    assert "full rank: maps agree" in printed
-    code, printed, _ = script("compare_cams", *flags)  # what is there is not measured again
-    assert printed.count("is there") == 7
-    rows = pd.read_csv(tmp_path / "results/one/tau0.3_seed0.csv")
-    assert (rows["tau"] == 0.3).all()
-    same = rows[rows["target"] == "same"]
-    for name in ("deletion", "insertion", "road", "pointing", "energy"):
-        assert (same[name].notna() == same["defined"]).all()
-    for _ in range(2):  # it can be run twice
-        flags = ["--results", tmp_path / "results", "--output-dir", tmp_path / "out"]
-        code, printed, err = script("produce_results", *flags)
-        assert (code, err) == (0, "")
-    table = pd.read_csv(tmp_path / "out/table.csv").set_index("kind")
-    assert list(table.index) == [
-        *("reference", "low-rank", "SVD", "other seed", "full rank", "random weights", "RandomCAM")
-    ]
-    assert table.loc["reference", "Pearson raw"] == table.loc["full rank", "Pearson raw"] == 1
-    assert table.loc["random weights", "Pearson raw"] < table.loc["low-rank", "Pearson raw"] < 1
-    assert table.loc["low-rank", "seeds"] in ("above", "inside", "below")
-    for name in ("gradcam_one", "gradcam_one_grid", "gradcam_one_time"):
-        assert (tmp_path / f"out/{name}.png").stat().st_size > 5000
-
-
-def test_a_comparison_of_other_tasks_or_settings_is_refused(script, runs, tmp_path):
-    flags = ["--reference", runs / "dense_seed0", "--images", "one", "--no-faithfulness", "--time-shares"]
-    flags += ["--output-dir", "results", "--name", "both"]
-    for number, folder in enumerate(("one", "other/one")):
-        (tmp_path / folder).mkdir(parents=True)
-        Image.new("L", (20, 20), 100 + number).save(tmp_path / folder / "grey.png")
-    for network, told in (
-        ("colour", "only networks of the same classes and input"),
-        ("small", "small (10 classes, 1 x 16 x 16 pixels)"),
-        ("lenet", "choose a --target-layer"),
-    ):
-        code, _, err = script("compare_cams", *flags, "--low-rank", runs / network)
-        assert code == 2
-        assert told in err
-        assert err.count("\n") == 1
-    assert not (tmp_path / "results").exists()
-    assert script("compare_cams", *flags)[0] == 0
-    for changed in (["--method", "layercam"], ["--images", "other/one"]):
-        code, _, err = script("compare_cams", *flags, *changed)
-        assert code == 2
-        assert "begun with other options" in err
-
-
-def test_networks_are_compared_at_another_size_on_a_single_picture(script, runs, tmp_path):
-    Image.linear_gradient("L").save(tmp_path / "one.png")
-    flags = ["--reference", runs / "dense_seed0", "--low-rank", runs / "tau0.3_seed0", "--images", "."]
-    flags += ["--seeds", runs / "small", "--image-size", 24, "--no-faithfulness", "--time-shares"]
-    code, _, err = script("compare_cams", *flags, "--output-dir", "results")
-    assert code == 0
-    assert err.splitlines() == [
-        f"warning: {name} was trained at {size} pixels and now sees 24 x 24; "
-        "its predictions may be worth nothing there"
-        for name, size in (("dense_seed0", "32 x 32"), ("small", "16 x 16"))
-    ]
-    for name in ("tau0.3_seed0", "small"):
-        maps = np.load(tmp_path / f"results/{tmp_path.name}/{name}.npz")["displayed"]
-        assert maps.shape == (1, 24, 24)
-
-
 def test_a_folder_of_one_picture_is_explained(script, runs, tmp_path):
     Image.linear_gradient("L").save(tmp_path / "one.png")
     flags = ["--checkpoint", runs / "dense_seed0", "--image-path", ".", "--output-dir", "maps"]
@@ -316,146 +247,6 @@ def test_a_folder_of_one_picture_is_explained(script, runs, tmp_path):
     assert printed.startswith("one.png: ")
     assert printed.count("\n") == 1
     assert json.loads((tmp_path / "maps/config.json").read_text())["options"]["image_path"] == tmp_path.name
-
-
-def test_a_class_that_a_network_does_not_have_leaves_a_picture_its_box(modules, pictures, capsys):
-    lines = "cat.v1.png,cat,box=1 2 3 4\ncat.v2.png,3,dog\ngrey.png,cat\n"
-    (pictures / "labels.csv").write_text(lines)
-    names, shape = tuple("0123456789"), (1, 32, 32)
-    network = modules.networks.Network("digits", None, shape, (0.0,), (1.0,), names, shape)
-    found, failed = modules.sources.pictures_of(str(pictures), 9, None, network)
-    assert not failed
-    its = {picture.name: (picture.classes, picture.boxes) for picture in found}
-    assert its["cat.v1.png"] == ((), ((1, 2, 3, 4),))
-    assert its["cat.v2.png"] == ((3,), ())
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert "digits has no class cat, dog" in told
-
-
-@pytest.mark.parametrize(
-    ("defined", "difference", "told"),
-    [([True, False], [0, np.nan], "of b.png only one"), ([True, True], [0, np.nan], "differ by inf")],
-)
-def test_a_map_that_is_undefined_fails_the_control_of_full_rank(defined, difference, told, modules, tmp_path):
-    rows = {"file": ["a.png", "b.png"], "target": "same"}
-    for name, its, gaps in (("dense", [True, True], [0, 0]), ("full_rank", defined, difference)):
-        table = pd.DataFrame({**rows, "defined": its, "largest_difference": gaps})
-        table.to_csv(tmp_path / f"{name}.csv", index=False)
-    with pytest.raises(SystemExit, match=told):
-        modules.compare_cams.check_full_rank(tmp_path, "dense", "gradcam")
-
-
-def test_a_comparison_that_broke_off_is_not_drawn(script, tmp_path):
-    (tmp_path / "results/one").mkdir(parents=True)
-    (tmp_path / "results/one/config.json").write_text('{"options": {"method": "gradcam"}}')
-    (tmp_path / "results/one/full_rank.csv").write_text("network,target\nfull_rank,same\n")
-    code, _, err = script("produce_results", "--results", "results", "--output-dir", "out")
-    assert code == 1
-    assert "no comparisons in results" in err
-
-
-def test_a_grid_of_undefined_maps_is_drawn(modules, tmp_path):
-    np.savez(tmp_path / "pictures.npz", **{"a.png": np.zeros((8, 8, 3), np.uint8)})
-    for name, value in (("dense", 0.5), ("low_rank", np.nan)):
-        np.savez(tmp_path / f"{name}.npz", displayed=np.full((1, 8, 8), value))
-    summary = {"network": ["dense", "low_rank"], "kind": ["reference", "low-rank"], "tau": [np.nan, 0.1]}
-    figure = modules.drawings.grid(tmp_path, pd.DataFrame({**summary, "compression": [0, 50]}))
-    assert [ax.get_ylabel() for ax in figure.axes][-1].startswith("map - dense map")
-
-
-def test_times_at_many_sizes_have_curves_that_differ(modules):
-    times = {"pixels": range(6), "share": 0.5, "ratio": 0.5, "dense_milliseconds": 1}
-    figure = modules.drawings.time_over_rank(pd.DataFrame(times))
-    looks = {(line.get_color(), line.get_linestyle()) for line in figure.axes[0].get_lines()[:6]}
-    assert len(looks) == 6
-
-
-def test_without_comparisons_it_says_where_they_come_from(script, tmp_path):
-    code, _, err = script("produce_results", "--results", tmp_path)
-    assert code == 1
-    assert "compare_cams.py" in err
-
-
-def test_run_sh_says_which_commands_train_what_it_needs(tmp_path):
-    environment = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "CHECKPOINTS": str(tmp_path)}
-    for flags, code, told in (
-        ([], 1, "python cifar10/resnet20_cifar10_baseline.py"),
-        (["--slow"], 2, "takes --quick"),
-    ):
-        command = ["bash", str(ROOT / "run.sh"), *flags]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert result.returncode == code
-        assert told in result.stderr
-
-
-RECORDER = """#!/bin/sh
-printf '%s\\n' "$@" end >> "$RECORD"
-case "$1" in
-pytorch-grad-cam/cam.py) exit "${CODE:-0}" ;;
-esac
-"""
-
-
-@pytest.fixture
-def run_sh(tmp_path):
-    """Run run.sh with a Python that writes commands down and ends cam.py as told; exit code and commands."""
-    (tmp_path / "python").write_text(RECORDER)
-    (tmp_path / "python").chmod(0o755)
-
-    def call(checkpoints, out, code=0):
-        record = tmp_path / "record"
-        record.write_text("")
-        variables = {"PYTHON": tmp_path / "python", "CHECKPOINTS": checkpoints, "OUT": out, "RECORD": record}
-        environment = {"PATH": "/usr/bin:/bin", "CODE": str(code)} | {
-            key: str(value) for key, value in variables.items()
-        }
-        command = ["bash", str(ROOT / "run.sh")]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        commands = [its.splitlines() for its in record.read_text().split("end\n") if its]
-        return result.returncode, commands
-
-    return call
-
-
-def test_run_sh_draws_and_compares_what_has_a_checkpoint(run_sh, run_script, tmp_path):
-    runs, out = tmp_path / "my runs", tmp_path / "out"
-    save_run(runs / "dense_seed0", shape=(3, 16, 16))
-    save_run(runs / "dense_seed2", seed=2, shape=(3, 16, 16))
-    save_run(runs / "tau0.12_seed0", shape=(3, 16, 16), tau=0.12)
-    save_run(runs / "tau0.3_seed0", shape=(3, 16, 16), tau=0.3)
-    (runs / "dense_seed1").mkdir()  # its record was committed, its checkpoint was not
-    code, commands = run_sh(runs, out)
-    assert code == 0
-    assert len(commands) == 9
-    *commands, (script, *flags) = commands
-    assert run_script(script, *flags, "--nonsense").stderr.endswith(
-        "unrecognized arguments: --nonsense (--help lists all options)\n"
-    )
-    assert flags == ["--results", str(out / "comparison"), "--output-dir", str(out)]
-    drawn = [Path(flags[flags.index("--output-dir") + 1]).name for _, *flags in commands[:-1]]
-    assert drawn == ["dense", "tau0.04", "tau0.08", "tau0.12", "tau0.16", "tau0.2", "tau0.3"]
-    for script, *flags in [
-        commands[1],
-        commands[3],
-        commands[-1],
-    ]:  # a network cut, one trained, all compared
-        flags = [str(ROOT / flag) if flag == "test_images" else flag for flag in flags]
-        quick = ["--no-faithfulness", "--time-shares"] if "compare_cams" in script else []
-        result = run_script(script, *flags, *quick)
-        assert result.returncode == 0, result.stderr
-    assert len(list(out.glob("*/chelsea.png.cam.png"))) == 2
-    networks = {path.stem for path in (out / "comparison/maps").glob("*.csv")}
-    cut = {f"svd_tau{tau}" for tau in (0.04, 0.08, 0.16, 0.2)}
-    trained = {"dense_seed0", "dense_seed2", "tau0.12_seed0", "tau0.3_seed0"}
-    assert networks == trained | cut | {"full_rank", "random_weights", "randomcam"}
-
-
-@pytest.mark.parametrize(("code", "commands"), [(1, 8), (2, 1)])
-def test_run_sh_goes_on_after_an_unreadable_picture_and_after_nothing_else(code, commands, run_sh, tmp_path):
-    save_run(tmp_path / "runs/dense_seed0")
-    ended, called = run_sh(tmp_path / "runs", tmp_path / "out", code)
-    assert (ended, len(called)) == (code, commands)
 
 
 @pytest.mark.parametrize("name", ["convnet_clutter", "convnet_clutter_baseline"])

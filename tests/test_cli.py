@@ -286,6 +286,9 @@ def test_a_run_starts_at_a_compression_and_keeps_to_it(lenet5, tmp_path):
     compression = read_metrics(tmp_path / "cut")["evaluation_compression"]
     assert 80 <= compression[0] < 82
     assert compression[1] == compression[0]
+    (tmp_path / "dense").rename(tmp_path / "gone")  # what goes on has weights and ranks of its own
+    assert f"compression {compression[1]:.2f} %" in lenet5(*budget, "--resume").stdout
+    (tmp_path / "gone").rename(tmp_path / "dense")
     assert json.loads((tmp_path / "cut" / "config.json").read_text())["options"]["rank"] is None
     impossible = lenet5(*start, "--compression", "99.9", "--name", "none")
     assert (impossible.returncode, impossible.stderr.count("\n")) == (1, 1)
