@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 NETWORKS = ("resnet20", "alexnet", "vgg16")
 GENTLE = {"lr": 0.02}  # more would first undo what dense weights have learned
 # what is cut at once has all epochs to heal
-COMPRESSING = {"lr": 0.05, "tau": 0.1, "tau_warmup": 0, "max_rank": "initial"}
+COMPRESSING = {"spatial": True, "tau": 0.03, "tau_warmup": 0, "max_rank": "initial"}
 
 
 def twins(name: str, options: dict, low_rank: dict[str, dict]) -> list[grid.Plan]:

@@ -7,6 +7,7 @@ from dlrt.export import export
 from dlrt.layers import LowRankConv2d, LowRankLayer, LowRankLinear
 from dlrt.lowrank import LowRank, truncate
 from dlrt.optimizer import DLRT
+from dlrt.spatial_conv import SpatialLowRankConv2d
 
 __all__ = [
     "DLRT",
@@ -15,6 +16,7 @@ __all__ = [
     "LowRankConv2d",
     "LowRankLayer",
     "LowRankLinear",
+    "SpatialLowRankConv2d",
     "compression",
     "export",
     "fields",

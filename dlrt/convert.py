@@ -13,8 +13,10 @@ from dlrt.costs import compression as cost_of
 from dlrt.curvature import Terms, kronecker_factors, ranks_within, terms
 from dlrt.layers import LowRankConv2d, LowRankLayer, LowRankLinear
 from dlrt.lowrank import check_tolerance, rank_within
+from dlrt.spatial_conv import SpatialLowRankConv2d
 
 LOW_RANK_TYPES = {nn.Linear: LowRankLinear, nn.Conv2d: LowRankConv2d}
+SPATIAL_TYPES = {**LOW_RANK_TYPES, nn.Conv2d: SpatialLowRankConv2d}
 OTHER_KINDS = {
     nn.MultiheadAttention: "nn.MultiheadAttention packs its projections into one parameter",
     nn.RNNBase: "recurrent layers have no low-rank form here",
@@ -29,6 +31,7 @@ def to_low_rank(
     skip: Iterable[str] = (),
     inputs: Tensor | None = None,
     compression: float | None = None,
+    spatial: bool = False,
 ) -> nn.Module:
     """Replace every nn.Linear and nn.Conv2d of a model, in place, by its truncated SVD; give the model back.
 
@@ -40,6 +43,8 @@ def to_low_rank(
     parameter. With inputs, a batch (N, ...) for a classifier, the SVD is that of √G W √A, see
     `dlrt.curvature`, which keeps what the loss needs: a trained network loses much less accuracy. It takes
     n x n matrices of float64 for every layer with n inputs.
+    A kernel is a matrix (out_channels, in_channels * height * width), or with spatial the matrix
+    (out_channels * height, in_channels * width), see `dlrt.SpatialLowRankConv2d`.
     skip names the modules that stay dense, with all that they contain. Grouped convolutions, layers that
     share their weight with another module, recurrent layers and nn.MultiheadAttention stay dense with a
     warning, other kinds of modules (embeddings, convolutions that are not two-dimensional) without. Make the
@@ -52,7 +57,7 @@ def to_low_rank(
     root._modules[""] = model  # so that a model which is a layer itself has a parent, too
     places = _places(root, skip)
     layers = list(dict.fromkeys(layer for _, _, layer in places))
-    made = _cut(model, layers, rank, tau, inputs, compression)
+    made = _cut(model, layers, rank, tau, inputs, compression, spatial)
     made_of = dict(zip(layers, made, strict=True))  # a module that occurs twice stays one module
     for parent, name, layer in places:
         setattr(parent, name, made_of[layer])
@@ -117,9 +122,9 @@ def _check(
         )
 
 
-def _rank(dense: nn.Linear | nn.Conv2d, rank: int | float | None) -> int:
-    """What a rank means for this layer."""
-    largest = min(dense.weight.flatten(1).shape)
+def _rank(W: Tensor, rank: int | float | None) -> int:
+    """What a rank means for this weight."""
+    largest = min(W.shape)
     if isinstance(rank, float):
         return math.ceil(rank * largest - 1e-9)  # 0.07 * 100 is a little more than 7
     return min(rank or largest, largest)
@@ -132,20 +137,22 @@ def _cut(
     tau: float | None,
     inputs: Tensor | None,
     compression: float | None,
+    spatial: bool,
 ) -> list[LowRankLayer]:
     """The layers at the ranks asked for, in the norm of the loss where there are inputs."""
+    kinds = [(SPATIAL_TYPES if spatial else LOW_RANK_TYPES)[type(layer)] for layer in layers]
+    weights = [kind.as_matrix(layer.weight.detach()) for kind, layer in zip(kinds, layers, strict=True)]
+    ranks = [_rank(W, rank) for W in weights]
     if inputs is None and compression is None:
-        return [LOW_RANK_TYPES[type(layer)].from_dense(layer, _rank(layer, rank), tau) for layer in layers]
-    factors = {} if inputs is None else kronecker_factors(model, layers, inputs)
-    parts = [terms(layer.weight.detach().flatten(1), factors.get(layer)) for layer in layers]
-    if compression is None:
-        ranks = [_rank(layer, rank) for layer in layers]
-    else:
+        return [kind.from_dense(layer, r, tau) for kind, layer, r in zip(kinds, layers, ranks, strict=True)]
+    factors = {} if inputs is None else kronecker_factors(model, layers, inputs, spatial)
+    parts = [terms(W, factors.get(layer)) for W, layer in zip(weights, layers, strict=True)]
+    if compression is not None:
         ranks = ranks_within(_budget(model, layers, parts, compression), parts)
     made = []
-    for layer, part, r in zip(layers, parts, ranks, strict=True):
+    for kind, layer, part, r in zip(kinds, layers, parts, ranks, strict=True):
         within = r if tau is None else max(1, rank_within(part.sigma, tau))
-        low_rank = LOW_RANK_TYPES[type(layer)].in_place_of(layer)
+        low_rank = kind.in_place_of(layer)
         low_rank.factors = part.matrix(min(r, within), layer.weight.dtype)
         made.append(low_rank)
     return made
@@ -193,12 +200,18 @@ def load_factors(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     to another network, as from load_state_dict.
     """
     if type(model) in LOW_RANK_TYPES and "S" in state:
-        model = LOW_RANK_TYPES[type(model)].in_place_of(model)
+        model = _kind(model, state["U"]).in_place_of(model)
     made: dict[nn.Module, LowRankLayer] = {}
     for name, dense in list(model.named_modules(remove_duplicate=False)):
         if type(dense) in LOW_RANK_TYPES and f"{name}.S" in state:
             if dense not in made:
-                made[dense] = LOW_RANK_TYPES[type(dense)].in_place_of(dense)
+                made[dense] = _kind(dense, state[f"{name}.U"]).in_place_of(dense)
             model.set_submodule(name, made[dense])
     model.load_state_dict(state)
     return model
+
+
+def _kind(dense: nn.Linear | nn.Conv2d, U: Tensor) -> type[LowRankLayer]:
+    """Which kind of layer has a basis of so many rows; where both have, they are the same."""
+    kind = LOW_RANK_TYPES[type(dense)]
+    return kind if len(U) == len(dense.weight) else SPATIAL_TYPES[type(dense)]

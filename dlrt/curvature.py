@@ -24,13 +24,15 @@ Factors = tuple[Tensor, Tensor]  # A (n, n), G (m, m), float64
 
 
 def kronecker_factors(
-    model: nn.Module, layers: Iterable[nn.Linear | nn.Conv2d], inputs: Tensor
+    model: nn.Module, layers: Iterable[nn.Linear | nn.Conv2d], inputs: Tensor, spatial: bool = False
 ) -> dict[nn.Module, Factors]:
     """A and G of each layer, from a classifier's inputs (N, ...), with classes drawn as the model sees them.
 
     In evaluation mode. A is a mean over all that the weight is multiplied by, G a sum over all outputs for an
-    input. A layer that the logits do not depend on has none. ValueError unless the model gives logits
-    (N, classes) of at least two classes.
+    input. With spatial they are those of a kernel as the matrix of a `SpatialLowRankConv2d`: of rows of
+    patches, and of the gradients for what each of them gives to the outputs above and below. A layer that the
+    logits do not depend on has none. ValueError unless the model gives logits (N, classes) of at least two
+    classes.
     """
     A: dict[nn.Module, Tensor] = {}
     G: dict[nn.Module, Tensor] = {}
@@ -38,7 +40,7 @@ def kronecker_factors(
     probes: list[tuple[nn.Module, Tensor]] = []
 
     def watch(layer: nn.Module, x: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        rows = _patches(layer, x[0].detach())
+        rows = _patches(layer, x[0].detach(), spatial)
         A[layer] = A.get(layer, 0) + (rows.mT @ rows).double()
         count[layer] = count.get(layer, 0) + len(rows)
         probes.append((layer, torch.zeros_like(y, requires_grad=True)))
@@ -59,20 +61,35 @@ def kronecker_factors(
             gradients = torch.autograd.grad(loss, [probe for _, probe in probes], allow_unused=True)
             for (layer, _), gradient in zip(probes, gradients, strict=True):
                 if gradient is not None:
-                    rows = _rows(gradient, channels=-3 if isinstance(layer, nn.Conv2d) else -1)
+                    rows = _gradients(layer, gradient, spatial)
                     G[layer] = G.get(layer, 0) + (rows.mT @ rows).double()
             probes.clear()
     return {layer: (A[layer] / count[layer], G[layer] / len(inputs)) for layer in G}
 
 
-def _patches(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
-    """What the weight as a matrix is multiplied by, a row for each output."""
+def _patches(layer: nn.Linear | nn.Conv2d, x: Tensor, spatial: bool) -> Tensor:
+    """What the weight as a matrix is multiplied by, a row for each product."""
     if isinstance(layer, nn.Linear):
         return _rows(x, channels=-1)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     x = F.pad(x, layer._reversed_padding_repeated_twice, mode)
-    patches = F.unfold(x, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)
-    return _rows(patches, channels=-2)
+    kernel_size, stride = layer.kernel_size, layer.stride
+    if spatial:
+        kernel_size, stride = (1, kernel_size[1]), (1, stride[1])
+    return _rows(F.unfold(x, kernel_size, dilation=layer.dilation, stride=stride), channels=-2)
+
+
+def _gradients(layer: nn.Linear | nn.Conv2d, g: Tensor, spatial: bool) -> Tensor:
+    """The gradients for those products, from that for the outputs; zeros that would follow are left out."""
+    if isinstance(layer, nn.Linear):
+        return _rows(g, channels=-1)
+    if spatial:
+        height = layer.kernel_size[0]
+        place = torch.eye(layer.out_channels * height).to(g)  # (o, p) of g's channel o, p rows further down
+        place = place.view(-1, layer.out_channels, height, 1).transpose(0, 1)
+        stride, dilation = (layer.stride[0], 1), (layer.dilation[0], 1)
+        g = F.conv_transpose2d(g, place, stride=stride, dilation=dilation)
+    return _rows(g, channels=-3)
 
 
 def _rows(x: Tensor, channels: int) -> Tensor:

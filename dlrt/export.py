@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import nn
 
 from dlrt.convert import replace_layers
 from dlrt.layers import LowRankConv2d, LowRankLayer
-
-GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+from dlrt.spatial_conv import SpatialLowRankConv2d
 
 
 def export(model: nn.Module) -> nn.Module:
@@ -30,7 +30,8 @@ def _plain(layer: LowRankLayer) -> nn.Module:
         return layer.to_dense()
     with torch.device("meta"):
         first, second = _pair(layer, biased=layer.bias is not None)
-    for thin, weight in ((first, layer.S @ layer.V.mT), (second, layer.U)):
+    U = layer.U.unflatten(0, (layer.outputs, -1)).transpose(1, 2)  # (outputs, r, rows of W for each)
+    for thin, weight in ((first, layer.S @ layer.V.mT), (second, U)):
         weight = weight.detach().reshape(thin.weight.shape).contiguous()
         thin.weight = nn.Parameter(weight, requires_grad=layer.S.requires_grad)
     second.bias = layer.bias
@@ -38,14 +39,25 @@ def _plain(layer: LowRankLayer) -> nn.Module:
 
 
 def _pair(layer: LowRankLayer, biased: bool) -> tuple[nn.Module, nn.Module]:
-    """Two layers without weights yet; of two convolutions the first has the geometry, the second is 1 x 1."""
+    """Two layers without weights yet; the first convolution has the geometry, or what is horizontal of it."""
     if isinstance(layer, LowRankConv2d):
-        geometry = {name: getattr(layer, name) for name in GEOMETRY}
-        return (
-            nn.Conv2d(layer.in_channels, layer.rank, bias=False, **geometry),
-            nn.Conv2d(layer.rank, layer.out_channels, kernel_size=1, bias=biased),
-        )
+        spatial = isinstance(layer, SpatialLowRankConv2d)
+        first = nn.Conv2d(layer.in_channels, layer.rank, bias=False, **_geometry(layer, not spatial, True))
+        second = nn.Conv2d(layer.rank, layer.out_channels, bias=biased, **_geometry(layer, spatial, False))
+        return first, second
     return (
         nn.Linear(layer.in_features, layer.rank, bias=False),
         nn.Linear(layer.rank, layer.out_features, bias=biased),
     )
+
+
+def _geometry(layer: LowRankConv2d, vertical: bool, horizontal: bool) -> dict[str, Any]:
+    """The arguments of nn.Conv2d for a convolution that does what a layer does along these directions."""
+    geometry = {"padding_mode": layer.padding_mode}
+    for name, neutral in (("kernel_size", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
+        sizes = getattr(layer, name)
+        if not isinstance(sizes, str):  # padding may be "same" or "valid"
+            down, across = sizes
+            sizes = (down if vertical else neutral, across if horizontal else neutral)
+        geometry[name] = sizes
+    return geometry

@@ -31,7 +31,7 @@ class Maps(Protocol):
     def lift(self, a: Tensor, U: Tensor, S: Tensor, bias: Tensor | None) -> Tensor:
         """y = a Sᵀ Uᵀ + bias."""
 
-    def lift_adjoint(self, g: Tensor, U: Tensor) -> Tensor:
+    def lift_adjoint(self, g: Tensor, U: Tensor, x: Tensor) -> Tensor:
         """b = g U, for g the gradient for y."""
 
     def project_adjoint(self, b: Tensor, S: Tensor, V: Tensor, x: Tensor) -> Tensor:
@@ -42,6 +42,9 @@ class Maps(Protocol):
 
     def right_product(self, x: Tensor, b: Tensor) -> Tensor:
         """xᵀ b, which is Gᵀ U (n, r) for b = g U."""
+
+    def whole_product(self, g: Tensor, x: Tensor) -> Tensor:
+        """gᵀ x, which is G (m, n)."""
 
     def total(self, g: Tensor) -> Tensor:
         """The sum of the rows of g, (m,): the gradient for the bias."""
@@ -75,15 +78,15 @@ def adjoint(
     # under autocast g may be bfloat16 or float16, and the factors never are
     x, a, S, U, V = (T.to(g.dtype) for T in (x, a, S, layer.U, layer.V))
     dense = _dense_is_cheaper(layer, g)
-    b = layer.lift_adjoint(g, U) if of_x or not dense else None
+    b = layer.lift_adjoint(g, U, x) if of_x or not dense else None
     if dense:
-        G = layer.right_product(x, g).mT
+        G = layer.whole_product(g, x)
         gradient.record(Contribution(dense=G))
         S_grad = U.mT @ G @ V
     else:
         GV, GtU = layer.left_product(g, a), layer.right_product(x, b)
         gradient.record(Contribution(GV=GV, GtU=GtU, sample=(x, g)))
-        S_grad = layer.left_product(b, a)
+        S_grad = U.mT @ GV
         if g.dtype == torch.float16:  # a GradScaler must see what overflows, and sees S.grad alone
             S_grad = S_grad + 0 * (GV.float().sum() + GtU.float().sum())
     return layer.project_adjoint(b, S, V, x) if of_x else None, S_grad
@@ -92,7 +95,7 @@ def adjoint(
 def _dense_is_cheaper(layer: Maps, g: Tensor) -> bool:
     """Whether G itself costs less than its products: at high rank, with many more rows than columns."""
     (m, n), r = layer.shape, layer.rank
-    rows = g.numel() // m
+    rows = g.numel() // g.shape[1]
     return rows * m * n + 3 * m * n * r < 2 * rows * r * (m + n)
 
 
@@ -267,7 +270,8 @@ class Transposed:
             return _sum(product, G.GtU)
         G._require_samples()
         for x, g in map(_with_range, G.samples):
-            product = _sum(product, layer.right_product(x, layer.lift_adjoint(g, U.to(g.dtype))).to(U.dtype))
+            b = layer.lift_adjoint(g, U.to(g.dtype), x)
+            product = _sum(product, layer.right_product(x, b).to(U.dtype))
         return product
 
 

@@ -8,6 +8,7 @@ is 1 x 1.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +20,20 @@ from dlrt.lowrank import LowRank, check_rank
 
 
 class LowRankLayer(nn.Module):
-    """What LowRankLinear and LowRankConv2d share: the factors of W (m, n), the bias, the forward pass.
+    """What the low-rank layers share: the factors of W (m, n), the bias, the forward pass.
 
-    U (m, r) and V (n, r) are parameters without gradient, which `dlrt.DLRT` moves; S (r, r) and bias (m,) are
-    trained by any optimizer. DLRT sets `gradient`, and then every forward pass in training mode records;
-    otherwise the layer is an ordinary differentiable module. The subclasses supply `gradient.Maps`.
+    U (m, r) and V (n, r) are parameters without gradient, which `dlrt.DLRT` moves; S (r, r) and bias
+    (outputs,) are trained by any optimizer. DLRT sets `gradient`, and then every forward pass in training
+    mode records; otherwise the layer is an ordinary differentiable module. The subclasses supply
+    `gradient.Maps`.
     """
 
-    def __init__(self, rows: int, columns: int, rank: int, bias: bool, device=None, dtype=None) -> None:
+    outputs: int
+    """Features or channels that come out; W has as many rows, or several of them for each."""
+
+    def __init__(
+        self, rows: int, columns: int, rank: int, outputs: int, bias: bool, device=None, dtype=None
+    ) -> None:
         check_rank(rank, rows, columns)
         super().__init__()
         options = {"device": device, "dtype": dtype}
@@ -34,7 +41,8 @@ class LowRankLayer(nn.Module):
         self.U = nn.Parameter(torch.empty(rank, rows, **options).mT, requires_grad=False)
         self.S = nn.Parameter(torch.empty(rank, rank, **options))
         self.V = nn.Parameter(torch.empty(rank, columns, **options).mT, requires_grad=False)
-        self.register_parameter("bias", nn.Parameter(torch.empty(rows, **options)) if bias else None)
+        self.register_parameter("bias", nn.Parameter(torch.empty(outputs, **options)) if bias else None)
+        self.outputs = outputs
         self.gradient: Gradient | None = None
         self.reset_parameters()
 
@@ -42,12 +50,25 @@ class LowRankLayer(nn.Module):
     def reset_parameters(self) -> None:
         """Random orthonormal bases and equal singular values; the norms are those of torch's dense layers."""
         (rows, columns), rank = self.shape, self.rank
+        fan_in = rows * columns / self.outputs
         nn.init.orthogonal_(self.U)
         nn.init.orthogonal_(self.V)
-        # torch draws entries of variance 1 / (3 columns)
-        self.S.copy_(torch.eye(rank) * math.sqrt(rows / (3 * rank)))
+        # torch draws entries of variance 1 / (3 fan_in)
+        self.S.copy_(torch.eye(rank) * math.sqrt(self.outputs / (3 * rank)))
         if self.bias is not None:
-            nn.init.uniform_(self.bias, -(columns**-0.5), columns**-0.5)
+            nn.init.uniform_(self.bias, -(fan_in**-0.5), fan_in**-0.5)
+
+    @classmethod
+    def from_dense(cls, dense: nn.Module, rank: int | None = None, tau: float | None = None) -> LowRankLayer:
+        """The truncated SVD of a dense layer's weight; the bias is shared with it, not copied."""
+        layer = cls.in_place_of(dense)
+        layer.factors = LowRank.from_dense(cls.as_matrix(dense.weight.detach()), rank, tau)
+        return layer
+
+    @staticmethod
+    def as_matrix(weight: Tensor) -> Tensor:
+        """A dense layer's weight as the matrix W (m, n)."""
+        return weight.flatten(1)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -103,17 +124,8 @@ class LowRankLinear(LowRankLayer):
     def __init__(
         self, in_features: int, out_features: int, rank: int, bias: bool = True, device=None, dtype=None
     ) -> None:
-        super().__init__(out_features, in_features, rank, bias, device, dtype)
+        super().__init__(out_features, in_features, rank, out_features, bias, device, dtype)
         self.in_features, self.out_features = in_features, out_features
-
-    @classmethod
-    def from_dense(
-        cls, linear: nn.Linear, rank: int | None = None, tau: float | None = None
-    ) -> LowRankLinear:
-        """The truncated SVD of a dense layer's weight; the bias is shared with it, not copied."""
-        layer = cls.in_place_of(linear)
-        layer.factors = LowRank.from_dense(linear.weight.detach(), rank, tau)
-        return layer
 
     @classmethod
     def in_place_of(cls, linear: nn.Linear) -> LowRankLinear:
@@ -142,7 +154,7 @@ class LowRankLinear(LowRankLayer):
     def lift(self, a: Tensor, U: Tensor, S: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(a @ S.mT, U, bias)
 
-    def lift_adjoint(self, g: Tensor, U: Tensor) -> Tensor:
+    def lift_adjoint(self, g: Tensor, U: Tensor, x: Tensor) -> Tensor:
         return g @ U
 
     def project_adjoint(self, b: Tensor, S: Tensor, V: Tensor, x: Tensor) -> Tensor:
@@ -153,6 +165,9 @@ class LowRankLinear(LowRankLayer):
 
     def right_product(self, x: Tensor, b: Tensor) -> Tensor:
         return (b.mT @ x).mT
+
+    def whole_product(self, g: Tensor, x: Tensor) -> Tensor:
+        return g.mT @ x
 
     def total(self, g: Tensor) -> Tensor:
         return g.sum(0)
@@ -199,21 +214,13 @@ class LowRankConv2d(LowRankLayer):
     ) -> None:
         options = {"stride": stride, "padding": padding, "dilation": dilation, "padding_mode": padding_mode}
         dense = nn.Conv2d(in_channels, out_channels, kernel_size, device="meta", **options)  # checks them all
-        height, width = dense.kernel_size
-        super().__init__(out_channels, in_channels * height * width, rank, bias, device, dtype)
+        super().__init__(*self.as_matrix(dense.weight).shape, rank, out_channels, bias, device, dtype)
         for name in SAME_IN_DENSE:
             setattr(self, name, getattr(dense, name))
         pads_itself = padding_mode == "zeros" and not isinstance(padding, str)
         self._pad_before = None if pads_itself else list(dense._reversed_padding_repeated_twice)
         inner_padding = self.padding if pads_itself else (0, 0)
         self._geometry = {"stride": self.stride, "padding": inner_padding, "dilation": self.dilation}
-
-    @classmethod
-    def from_dense(cls, conv: nn.Conv2d, rank: int | None = None, tau: float | None = None) -> LowRankConv2d:
-        """The truncated SVD of a dense layer's kernel; the bias is shared with it, not copied."""
-        layer = cls.in_place_of(conv)
-        layer.factors = LowRank.from_dense(conv.weight.detach().flatten(1), rank, tau)
-        return layer
 
     @classmethod
     def in_place_of(cls, conv: nn.Conv2d) -> LowRankConv2d:
@@ -251,9 +258,8 @@ class LowRankConv2d(LowRankLayer):
     # matrices with a row for every position. With many of those S costs least inside the small matrices.
 
     def _filters(self, V: Tensor) -> Tensor:
-        return V.mT.unflatten(1, (self.in_channels, *self.kernel_size)).contiguous(
-            memory_format=CHANNELS_LAST
-        )
+        filters = V.mT.unflatten(1, (self.in_channels, *self.kernel_size))
+        return filters.contiguous(memory_format=CHANNELS_LAST)
 
     def project(self, x: Tensor, V: Tensor) -> Tensor:
         a = F.conv2d(x, self._filters(V), **self._geometry)
@@ -262,34 +268,52 @@ class LowRankConv2d(LowRankLayer):
     def lift(self, a: Tensor, U: Tensor, S: Tensor, bias: Tensor | None) -> Tensor:
         return _pictures(F.linear(_rows(a), U @ S, bias), like=a)
 
-    def lift_adjoint(self, g: Tensor, U: Tensor) -> Tensor:
+    def lift_adjoint(self, g: Tensor, U: Tensor, x: Tensor) -> Tensor:
         return _pictures(_rows(g) @ U, like=g)
 
     def project_adjoint(self, b: Tensor, S: Tensor, V: Tensor, x: Tensor) -> Tensor:
-        return self._backward(b, x, self._filters(V @ S.mT), 0)
+        return gradient_for_input(b, x.shape, self._filters(V @ S.mT), self._geometry)
 
     def left_product(self, g: Tensor, a: Tensor) -> Tensor:
         return (_rows(a).mT @ _rows(g)).mT
 
     def right_product(self, x: Tensor, b: Tensor) -> Tensor:
-        filters = x.new_empty(b.shape[1], self.in_channels, *self.kernel_size)
-        return self._backward(b, x, filters.contiguous(memory_format=CHANNELS_LAST), 1).flatten(1).mT
+        filters = (b.shape[1], self.in_channels, *self.kernel_size)
+        return gradient_for_filters(b, x, filters, self._geometry).flatten(1).mT
+
+    def whole_product(self, g: Tensor, x: Tensor) -> Tensor:
+        kernel = (self.out_channels, self.in_channels, *self.kernel_size)
+        return self.as_matrix(gradient_for_filters(g, x, kernel, self._geometry))
 
     def total(self, g: Tensor) -> Tensor:
         rows = _rows(g)
         return rows.mT @ rows.new_ones(rows.shape[0])  # on a CPU ten times faster than a sum over rows
 
-    def _backward(self, b: Tensor, x: Tensor, filters: Tensor, which: int) -> Tensor:
-        """The gradient of the convolution for x (which = 0) or for the filters (which = 1)."""
-        stride, padding, dilation = (self._geometry[key] for key in ("stride", "padding", "dilation"))
-        wanted = [which == 0, which == 1, False]
-        options = None, stride, padding, dilation, False, [0, 0], 1, wanted
-        return torch.ops.aten.convolution_backward(b, x, filters, *options)[which]
-
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, rank={self.rank}"
         text += f", stride={self.stride}, padding={self.padding}, dilation={self.dilation}"
         return f"{text}, bias={self.bias is not None}"
+
+
+Geometry = dict[str, tuple[int, int]]  # stride, padding, dilation
+
+
+def gradient_for_input(g: Tensor, shape: Sequence[int], filters: Tensor, geometry: Geometry) -> Tensor:
+    """What the gradient g for a convolution's output is for its input, of the given shape (N, C, H, W)."""
+    x = torch.empty(shape, dtype=g.dtype, device=g.device, memory_format=CHANNELS_LAST)
+    return _backward(g, x, filters, geometry, wanted=0)
+
+
+def gradient_for_filters(g: Tensor, x: Tensor, shape: Sequence[int], geometry: Geometry) -> Tensor:
+    """What the gradient g for a convolution's output is for its filters, of the given shape (o, i, p, q)."""
+    filters = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=CHANNELS_LAST)
+    return _backward(g, x, filters, geometry, wanted=1)
+
+
+def _backward(g: Tensor, x: Tensor, filters: Tensor, geometry: Geometry, wanted: int) -> Tensor:
+    where = (geometry[name] for name in ("stride", "padding", "dilation"))
+    mask = [wanted == 0, wanted == 1, False]
+    return torch.ops.aten.convolution_backward(g, x, filters, None, *where, False, [0, 0], 1, mask)[wanted]
 
 
 def _channels_last(x: Tensor) -> Tensor:

@@ -52,10 +52,12 @@ class Run:
         if begun and not resume:
             raise RunError(f"{self.folder} holds a run: continue it with --resume, or choose another --name")
         if was and begun:  # else nothing was completed, and nothing is lost
-            changed = [
-                key for key in config if was.get(key) != config[key] and key != "name"
-            ]  # a folder may move
-            other = [f"{key} {was.get(key)!r} -> {config[key]!r}" for key in changed]
+            other = [
+                f"{key} {was.get(key)!r} -> {value!r}"
+                for key, value in config.items()
+                # a folder may move, and an option that the run did not know was not set
+                if key != "name" and was.get(key, None if value else value) != value
+            ]
             if other:
                 raise RunError(
                     f"{self.folder} was begun with other options ({', '.join(other)}): "

@@ -132,11 +132,12 @@ def _begin(
 def _low_rank(model: nn.Module, args: argparse.Namespace, dataset: Dataset, run: Run) -> nn.Module:
     """The network at the ranks that the flags say; one that goes on takes those of its checkpoint anyway."""
     if run.checkpoint.exists():
-        return to_low_rank(model, rank=args.rank or 1, skip=args.skip)
+        return to_low_rank(model, rank=args.rank or 1, skip=args.skip, spatial=args.spatial)
     by_loss = args.from_checkpoint and args.cut_by == "loss"
     inputs = dataset.train.images[:CALIBRATION_IMAGES].cpu() if by_loss else None
+    cut = {"rank": args.rank, "compression": args.compression, "inputs": inputs}
     try:
-        return to_low_rank(model, rank=args.rank, skip=args.skip, inputs=inputs, compression=args.compression)
+        return to_low_rank(model, skip=args.skip, spatial=args.spatial, **cut)
     except ValueError as error:
         raise RunError(f"--{error}") from error
 

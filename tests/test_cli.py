@@ -11,8 +11,9 @@ import time
 import pytest
 import torch
 
-from dlrt import cli
+from dlrt import SpatialLowRankConv2d, cli
 from dlrt.datasets import DATASETS
+from dlrt.loading import load_network
 from dlrt.runs import load_checkpoint, read_metrics
 
 SCRIPT = cli.ROOT / "mnist" / "lenet5_mnist.py"
@@ -278,10 +279,11 @@ def lenet5(run_script, tmp_path):
     )
 
 
-def test_a_run_starts_at_a_compression_and_keeps_to_it(lenet5, tmp_path):
+@pytest.mark.parametrize("spatial", [(), ("--spatial",)])
+def test_a_run_starts_at_a_compression_and_keeps_to_it(lenet5, tmp_path, spatial):
     assert lenet5("--name", "dense", dense=True).returncode == 0
     start = ["--from-checkpoint", tmp_path / "dense", "--tau", "0.001", "--tau-warmup", "0"]
-    budget = [*start, "--compression", "80", "--max-rank", "initial", "--name", "cut"]
+    budget = [*start, "--compression", "80", "--max-rank", "initial", "--name", "cut", *spatial]
     assert lenet5(*budget).returncode == 0
     compression = read_metrics(tmp_path / "cut")["evaluation_compression"]
     assert 80 <= compression[0] < 82
@@ -289,6 +291,8 @@ def test_a_run_starts_at_a_compression_and_keeps_to_it(lenet5, tmp_path):
     (tmp_path / "dense").rename(tmp_path / "gone")  # what goes on has weights and ranks of its own
     assert f"compression {compression[1]:.2f} %" in lenet5(*budget, "--resume").stdout
     (tmp_path / "gone").rename(tmp_path / "dense")
+    kinds = {type(module) for module in load_network(tmp_path / "cut")[0].modules()}
+    assert (SpatialLowRankConv2d in kinds) == bool(spatial)
     assert json.loads((tmp_path / "cut" / "config.json").read_text())["options"]["rank"] is None
     impossible = lenet5(*start, "--compression", "99.9", "--name", "none")
     assert (impossible.returncode, impossible.stderr.count("\n")) == (1, 1)

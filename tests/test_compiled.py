@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import dlrt
-from dlrt import DLRT, LowRank, LowRankConv2d, LowRankLinear, compiled
+from dlrt import DLRT, LowRank, LowRankConv2d, LowRankLinear, SpatialLowRankConv2d, compiled
 from dlrt.gradient import Gradient
 
 RECOMPILE_LIMIT = 8  # of torch
@@ -82,7 +82,11 @@ def test_autocast_reaches_the_low_rank_layers_of_a_compiled_network():
 
 @pytest.mark.parametrize(
     ("layer", "shape"),
-    [(LowRankLinear(6, 5, 3), (4, 6)), (LowRankConv2d(2, 5, 3, rank=3, stride=2), (4, 2, 8, 8))],
+    [
+        (LowRankLinear(6, 5, 3), (4, 6)),
+        (LowRankConv2d(2, 5, 3, rank=3, stride=2), (4, 2, 8, 8)),
+        (SpatialLowRankConv2d(2, 5, 3, rank=3, stride=2), (4, 2, 8, 8)),
+    ],
 )
 def test_the_operators_keep_what_they_promise_the_compiler(layer, shape):
     gradient, x = Gradient(layer, keep_samples=True), torch.randn(shape)

@@ -11,10 +11,10 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 
 def test_at_full_rank_conversion_and_back_leave_the_network_as_it_was():
-    for network in (LeNet5(), MLP(width=30)):
+    for network, spatial in ((LeNet5(), False), (LeNet5(), True), (MLP(width=30), False)):
         x = torch.randn(3, 1, 28, 28)
         expected = network(x)
-        assert dlrt.to_low_rank(network) is network
+        assert dlrt.to_low_rank(network, spatial=spatial) is network
         assert torch.allclose(network(x), expected, atol=1e-12)
         assert torch.allclose(dlrt.to_dense(network)(x), expected, atol=1e-12)
         assert not any(isinstance(module, dlrt.LowRankLayer) for module in network.modules())
@@ -28,6 +28,16 @@ def test_rank_is_a_number_or_a_share_of_each_layers_full_rank(rank, expected):
     network = dlrt.to_low_rank(LeNet5(), rank=rank, skip=["fc2"])
     assert list(dlrt.compression(network).ranks.values()) == expected
     assert type(network.fc2) is nn.Linear
+
+
+def test_across_space_a_kernel_has_ranks_and_parameters_of_its_own():
+    """5 x 5 kernels as (out 5) x (in 5) matrices, where one layer is 1 x 1 and so the same either way."""
+    network = nn.Sequential(nn.Conv2d(1, 20, 5), nn.Conv2d(20, 50, 5), nn.Conv2d(50, 30, 1), nn.Linear(9, 7))
+    count = dlrt.compression(dlrt.to_low_rank(network, rank=1.0, spatial=True))
+    shapes = [(100, 5), (250, 100), (30, 50), (7, 9)]
+    assert list(count.ranks.values()) == [5, 100, 30, 7]
+    assert count.dense_parameters == sum(m * n for m, n in shapes) == 500 + 25_000 + 1500 + 63
+    assert count.evaluation_parameters == 5 * 105 + 100 * 350 + 30 * 80 + 7 * 16
 
 
 def test_tau_bounds_the_change_of_each_weight():
@@ -88,10 +98,17 @@ def test_grouped_convolutions_stay_dense_and_it_says_so():
     assert [type(module).__name__ for module in network] == ["Conv2d", "LowRankConv2d"]
 
 
-@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 4), lambda: nn.Conv2d(2, 4, 3)])
-def test_a_model_that_is_one_layer_is_given_back_as_one(make):
+@pytest.mark.parametrize(
+    ("make", "spatial"),
+    [
+        (lambda: nn.Linear(6, 4), False),
+        (lambda: nn.Conv2d(2, 4, 3), False),
+        (lambda: nn.Conv2d(2, 4, 3), True),
+    ],
+)
+def test_a_model_that_is_one_layer_is_given_back_as_one(make, spatial):
     dense, x = make(), torch.randn(3, 6) if isinstance(make(), nn.Linear) else torch.randn(3, 2, 5, 5)
-    model = dlrt.to_low_rank(dense, rank=2)
+    model = dlrt.to_low_rank(dense, rank=2, spatial=spatial)
     assert list(dlrt.compression(model).ranks.values()) == [2]
     other = dlrt.load_factors(make(), model.state_dict())
     assert type(other) is type(model)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dlrt
+from dlrt import curvature
 from dlrt.curvature import kronecker_factors, ranks_within, terms
 from dlrt.models import LeNet5
 
@@ -88,6 +89,40 @@ def test_G_is_of_the_gradients_for_all_outputs_whatever_follows_in_place():
     rows = torch.cat([gradient.movedim(1, -1).flatten(end_dim=2) for gradient in gradients])
     _, G = kronecker_factors(network, [conv], x)[conv]
     assert torch.allclose(G, rows.mT @ rows / 8)
+
+
+@pytest.mark.parametrize("spatial", [False, True])
+@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
+def test_the_gradient_for_a_kernel_is_the_sum_of_the_products_whose_factors_are_taken(geometry, spatial):
+    """G and A are second moments of the rows that ∇_W L = Σ gᵀ x has, for W the matrix of either layer."""
+    conv = nn.Conv2d(2, 3, **geometry)
+    x = torch.randn(4, 2, 8, 8)
+    y = conv(x)
+    g = torch.randn_like(y)
+    y.backward(g)
+    kind = dlrt.SpatialLowRankConv2d if spatial else dlrt.LowRankConv2d
+    patches, gradients = curvature._patches(conv, x, spatial), curvature._gradients(conv, g, spatial)
+    patches, gradients = (rows.unflatten(0, (len(x), -1, y.shape[3])) for rows in (patches, gradients))
+    patches = patches[:, : gradients.shape[1]]  # a stride may leave rows of the picture that nothing uses
+    product = torch.einsum("nhwi,nhwj->ij", gradients, patches)
+    assert torch.allclose(product, kind.as_matrix(conv.weight.grad))
+
+
+def test_a_spatial_cut_by_the_loss_keeps_a_network_nearer_to_itself_than_one_by_the_weights():
+    network = nn.Sequential(
+        nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3)
+    )
+    x = torch.randn(500, 1, 7, 7) * torch.tensor([1.0, 0.05])[:, None, None]  # one channel says little
+    x, unseen = x.split(400)
+    expected = network(unseen).log_softmax(1)
+    distances = []
+    for inputs in (x, None):
+        options = {"rank": 3, "inputs": inputs, "spatial": True, "skip": ["5"]}
+        low_rank = dlrt.to_low_rank(nn.Sequential(*network), **options)
+        distances.append(
+            F.kl_div(low_rank(unseen).log_softmax(1), expected, log_target=True, reduction="batchmean")
+        )
+    assert distances[0] < 0.8 * distances[1]
 
 
 def test_linear_layers_may_see_sequences_and_convolutions_single_pictures():

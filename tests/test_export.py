@@ -63,11 +63,12 @@ def kinds(model):
 def test_every_geometry_is_kept(rank, float64):
     for options in GEOMETRIES:
         x = torch.randn(2, 3, 9, 8)
-        layer = dlrt.LowRankConv2d.from_dense(nn.Conv2d(3, 5, **options), rank)
-        plain = dlrt.export(layer)
-        for image in (x, x[0]):
-            assert torch.allclose(plain(image), layer(image), atol=1e-13), options
-        assert kinds(plain) <= {nn.Sequential, nn.Conv2d}
+        for kind in (dlrt.LowRankConv2d, dlrt.SpatialLowRankConv2d):
+            layer = kind.from_dense(nn.Conv2d(3, 5, **options), rank)
+            plain = dlrt.export(layer)
+            for image in (x, x[0]):
+                assert torch.allclose(plain(image), layer(image), atol=1e-13), (kind, options)
+            assert kinds(plain) <= {nn.Sequential, nn.Conv2d}
 
 
 def test_a_layer_becomes_two_where_that_is_smaller_and_one_where_not():

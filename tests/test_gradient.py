@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.utils.checkpoint
-from test_layers import low_rank, pairs
+from test_layers import low_rank, low_rank_pairs
 from torch import nn
 
 import dlrt
@@ -27,16 +27,16 @@ def check_operator(G, layer, dense_gradient, name):
 @pytest.mark.parametrize("rank", [1, None])
 def test_products_with_the_operator_are_those_with_the_dense_gradient(rank):
     formed = set()
-    for name, dense, x in pairs():
-        layer = low_rank(dense, rank)
+    for name, _, layer, x in low_rank_pairs(rank):
         dense = layer.to_dense()
         G = Gradient(layer, keep_samples=True)
         x1, x2 = (x.clone().requires_grad_() for _ in range(2))
         layer(x1).sin().sum().backward()
         dense(x2).sin().sum().backward()
-        check_operator(G, layer, dense.weight.grad.flatten(1), name)
+        W_grad = layer.as_matrix(dense.weight.grad)
+        check_operator(G, layer, W_grad, name)
         assert close(x1.grad, x2.grad), name
-        assert close(layer.S.grad, layer.U.mT @ dense.weight.grad.flatten(1) @ layer.V), name
+        assert close(layer.S.grad, layer.U.mT @ W_grad @ layer.V), name
         assert layer.bias is None or close(layer.bias.grad, dense.bias.grad), name
         formed.add(G.dense is not None)  # some convolutions form G itself
     assert formed == ({False} if rank == 1 else {False, True})
@@ -113,8 +113,7 @@ def test_only_the_augmented_integrator_keeps_samples():
 
 
 def test_recorded_and_plain_passes_agree_and_in_place_activations_are_fine():
-    for name, dense, x in pairs():
-        layer = low_rank(dense, 3)
+    for name, _, layer, x in low_rank_pairs(3):
         plain = torch.relu_(layer(x))
         Gradient(layer, keep_samples=True)
         recorded = torch.relu_(layer(x))

@@ -305,6 +305,7 @@ convolutions = st.builds(
     dense=linear_layers | convolutions,
     rank=st.floats(0.1, 1),
     samples=st.integers(1, 6),
+    spatial=st.booleans(),
     integrator=st.sampled_from(["augmented", "parallel", "bug"]),
     s_steps=st.integers(1, 3),
     tau=st.sampled_from([0.0, 0.01, 0.1, 0.5]),
@@ -312,10 +313,10 @@ convolutions = st.builds(
     seed=st.integers(0, 2**32 - 1),
 )
 def test_every_layer_keeps_orthonormal_bases_and_its_weight_within_the_bound(
-    dense, rank, samples, integrator, s_steps, tau, lr, seed
+    dense, rank, samples, spatial, integrator, s_steps, tau, lr, seed
 ):
     torch.manual_seed(seed)
-    layer = to_low_rank(dense, rank)
+    layer = to_low_rank(dense, rank, spatial=spatial)
     conv = isinstance(layer, LowRankConv2d)
     assert conv or isinstance(layer, LowRankLinear)
     x = torch.randn(samples, layer.in_channels, 7, 6) if conv else torch.randn(samples, layer.in_features)

@@ -9,6 +9,7 @@ ORDER = [
     ["integrators", "gradient", "curvature"],
     ["compiled", "fields"],
     ["layers"],
+    ["spatial_conv"],
     ["costs"],
     ["convert", "distributed"],
     ["export", "optimizer"],

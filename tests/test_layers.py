@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dlrt import LowRankConv2d, LowRankLinear
+from dlrt import LowRankConv2d, LowRankLinear, SpatialLowRankConv2d
 from dlrt.gradient import Gradient
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -34,32 +34,41 @@ def pairs():
     yield "conv, one picture", nn.Conv2d(3, 5, 3), torch.randn(3, 9, 8)
 
 
+def kinds(dense):
+    return (LowRankLinear,) if isinstance(dense, nn.Linear) else (LowRankConv2d, SpatialLowRankConv2d)
+
+
+def low_rank_pairs(rank=None):
+    """Every kind of low-rank layer, with the name and the input of the dense one that it is made of."""
+    for name, dense, x in pairs():
+        for kind in kinds(dense):
+            yield f"{name}, {kind.__name__}", dense, kind.from_dense(dense, rank=rank), x
+
+
 def low_rank(dense, rank=None):
-    return (LowRankLinear if isinstance(dense, nn.Linear) else LowRankConv2d).from_dense(dense, rank=rank)
+    return kinds(dense)[0].from_dense(dense, rank=rank)
 
 
 def test_at_full_rank_a_layer_is_the_dense_layer():
-    for name, dense, x in pairs():
-        layer = low_rank(dense)
+    for name, dense, layer, x in low_rank_pairs():
         assert torch.allclose(layer(x), dense(x), rtol=1e-12, atol=1e-12), name
         assert torch.allclose(layer.weight, dense.weight, atol=1e-13), name
 
 
 def test_at_any_rank_a_layer_is_the_dense_layer_of_its_weight():
-    for name, dense, x in pairs():
-        for rank in (1, 2, 3):
-            layer = low_rank(dense, rank)
+    for rank in (1, 2, 3):
+        for name, _, layer, x in low_rank_pairs(rank):
             assert layer.rank == rank
             assert torch.allclose(layer(x), layer.to_dense()(x), rtol=1e-12, atol=1e-12), name
 
 
 def test_gradients_are_those_of_the_dense_layer():
-    for name, dense, x in pairs():
-        layer = low_rank(dense)
+    for name, dense, layer, x in low_rank_pairs():
         x1, x2 = (x.clone().requires_grad_() for _ in range(2))
         layer(x1).sin().sum().backward()
+        dense.zero_grad()
         dense(x2).sin().sum().backward()
-        G = dense.weight.grad.flatten(1)
+        G = layer.as_matrix(dense.weight.grad)
         assert torch.allclose(x1.grad, x2.grad, atol=1e-11), name
         assert torch.allclose(layer.S.grad, layer.U.mT @ G @ layer.V, atol=1e-11), name
         if dense.bias is not None:
@@ -69,14 +78,20 @@ def test_gradients_are_those_of_the_dense_layer():
 
 
 def test_bases_are_orthonormal_from_the_start():
-    for layer in (LowRankLinear(9, 6, 4), LowRankConv2d(2, 6, 3, rank=4)):
+    for kind in (LowRankConv2d, SpatialLowRankConv2d, LowRankLinear):
+        layer = kind(9, 6, rank=4) if kind is LowRankLinear else kind(2, 6, 3, rank=4)
         for basis in (layer.U, layer.V):
             assert torch.allclose(basis.mT @ basis, torch.eye(4), atol=1e-13)
 
 
 def test_the_initial_weight_has_the_norm_of_a_dense_one():
-    dense, layer = nn.Linear(400, 300).weight, LowRankLinear(400, 300, 20).weight
-    assert abs(layer.norm() / dense.norm() - 1) < 0.05
+    for dense, layer in (
+        (nn.Linear(400, 300), LowRankLinear(400, 300, 20)),
+        (nn.Conv2d(40, 30, 3), LowRankConv2d(40, 30, 3, rank=20)),
+        (nn.Conv2d(40, 30, 3), SpatialLowRankConv2d(40, 30, 3, rank=20)),
+    ):
+        assert abs(layer.weight.norm() / dense.weight.norm() - 1) < 0.05
+        assert abs(layer.bias.norm() / dense.bias.norm() - 1) < 0.3
 
 
 def test_without_bias_there_is_none_to_train():
@@ -86,7 +101,11 @@ def test_without_bias_there_is_none_to_train():
 
 
 def test_a_state_of_any_rank_loads_into_a_layer_of_any_other_and_keeps_its_layout():
-    for make in (lambda rank: LowRankLinear(9, 6, rank), lambda rank: LowRankConv2d(2, 6, 3, rank=rank)):
+    for make in (
+        lambda rank: LowRankLinear(9, 6, rank),
+        lambda rank: LowRankConv2d(2, 6, 3, rank=rank),
+        lambda rank: SpatialLowRankConv2d(2, 6, 3, rank=rank),
+    ):
         for saved, built in ((2, 5), (5, 2), (3, 3)):
             source, target = make(saved), make(built)
             S = target.S

@@ -79,13 +79,18 @@ def dense_gradients(model, x, y):
     dense = dlrt.to_dense(copy.deepcopy(model))
     dense.zero_grad()
     cross_entropy(dense(x), y).backward()
-    return [layer.weight.grad.flatten(1) for layer in dense if isinstance(layer, nn.Linear | nn.Conv2d)]
+    return [
+        (layer if isinstance(layer, dlrt.LowRankLayer) else dlrt.LowRankLayer).as_matrix(same.weight.grad)
+        for layer, same in zip(model, dense, strict=True)
+        if isinstance(same, nn.Linear | nn.Conv2d)
+    ]
 
 
+@pytest.mark.parametrize("spatial", [False, True])
 @pytest.mark.parametrize("integrator", ["augmented", "parallel"])
-def test_full_rank_step_is_the_sgd_step(integrator):
+def test_full_rank_step_is_the_sgd_step(integrator, spatial):
     dense = network()
-    model = dlrt.to_low_rank(copy.deepcopy(dense))
+    model = dlrt.to_low_rank(copy.deepcopy(dense), spatial=spatial)
     batches = [batch() for _ in range(5)]
     options = {"lr": 0.2, "weight_decay": 0.01}
     train(dense, torch.optim.SGD(dense.parameters(), **options), batches)
@@ -100,9 +105,10 @@ def factors_of(model):
     return [LowRank(*(T.detach().clone() for T in (L.U, L.S, L.V))) for L in low_rank_layers(model)]
 
 
+@pytest.mark.parametrize("spatial", [False, True])
 @pytest.mark.parametrize("integrator", ["augmented", "parallel"])
-def test_one_step_with_sgd_is_one_step_of_the_integrator(integrator):
-    model = dlrt.to_low_rank(network(), rank=3, skip=["5"])
+def test_one_step_with_sgd_is_one_step_of_the_integrator(integrator, spatial):
+    model = dlrt.to_low_rank(network(), rank=3, skip=["5"], spatial=spatial)
     x, y = batch()
     h, tau = 0.3, 0.05
     before, gradients = factors_of(model), dense_gradients(model, x, y)
@@ -111,7 +117,8 @@ def test_one_step_with_sgd_is_one_step_of_the_integrator(integrator):
     for layer, Y, G in zip(low_rank_layers(model), before, gradients, strict=False):
         expected = step(Y, -G, h, tau)
         assert layer.rank == expected.rank
-        assert (layer.weight.flatten(1) - expected.dense()).norm() <= 1e-10 * expected.dense().norm()
+        W = layer.as_matrix(layer.weight)
+        assert (W - expected.dense()).norm() <= 1e-10 * expected.dense().norm()
 
 
 def test_one_step_of_bug_takes_its_s_step_at_the_projected_weights():
