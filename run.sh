@@ -5,7 +5,7 @@
 #   ./run.sh --quick      trains small networks on bundled digits first: no download, about 3 minutes on two cores
 #
 # PYTHON, CHECKPOINTS and OUT are variables of the environment; the last lines printed name the figures. It ends
-# with 1 where a picture could not be read; all others are drawn.
+# with 1 where a picture could not be read, and all others are drawn; any other failure ends it at once.
 set -eu
 cd "$(dirname "$0")"
 taus=(0.04 0.08 0.12 0.16 0.2)
@@ -25,11 +25,12 @@ case "${1:-}" in
         [ -f "${prefix}dense_seed0/checkpoint.pt" ] && reference=${prefix}dense_seed0 && break
     done
     if [ -z "$reference" ]; then
+        there=${CHECKPOINTS:+ --output-dir $checkpoints}
         {
             echo "run.sh: no trained ResNet20 in $checkpoints (checkpoints are not committed). Train one with"
-            echo "    python cifar10/resnet20_cifar10_baseline.py --name dense_seed0"
+            echo "    python cifar10/resnet20_cifar10_baseline.py --name dense_seed0$there"
             echo "    for tau in ${taus[*]}; do python cifar10/resnet20_cifar10.py --tau \$tau \\"
-            echo "        --from-checkpoint cifar10/results/resnet20/dense_seed0 --rank 1.0 --name tau\${tau}_seed0; done"
+            echo "        --from-checkpoint $checkpoints/dense_seed0 --rank 1.0 --name tau\${tau}_seed0$there; done"
             echo "or try ./run.sh --quick, which needs no download and no data"
         } >&2
         exit 1

@@ -65,7 +65,7 @@ class Run:
                 )
             return
         text = json.dumps({"options": config, **surroundings()}, indent=2) + "\n"
-        _write(self.config, lambda file: file.write(text.encode()))
+        write_whole(self.config, lambda file: file.write(text.encode()), RESUME)
 
     def options(self) -> dict[str, Any]:
         """The options that the folder's run was begun with; none where there is no run."""
@@ -92,12 +92,13 @@ class Run:
         The checkpoint comes last: a continuation writes the metrics again, but not those before it.
         """
         self.write_metrics(state["metrics"])
-        _write(self.checkpoint, lambda file: torch.save(state, file))
+        write_whole(self.checkpoint, lambda file: torch.save(state, file), RESUME)
 
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Write metrics.csv, a line for each row."""
         table = pd.DataFrame(rows)
-        _write(self.folder / "metrics.csv", lambda file: table.to_csv(file, index=False, float_format="%.6g"))
+        path, form = self.folder / "metrics.csv", {"index": False, "float_format": "%.6g"}
+        write_whole(path, lambda file: table.to_csv(file, **form), RESUME)
 
     def load(self) -> dict[str, Any] | None:
         """The last checkpoint, or None where no epoch was completed; RunError for a damaged one."""
@@ -239,7 +240,13 @@ def _commit(folder: Path) -> str | None:
     return commits[0][:12] + ("-dirty" if changes else "") if commits else None
 
 
-def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+RESUME = "once it can be, --resume continues from the last epoch"
+
+
+def write_whole(
+    path: Path, write: Callable[[IO[bytes]], Any], advice: str = "what is finished is kept"
+) -> None:
+    """Write a file that is seen whole or not at all; OSError, with a line that ends in advice, where not."""
     part = path.with_name(path.name + ".part")
     try:
         with part.open("wb") as file:
@@ -256,7 +263,4 @@ def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         reasons = [reason for reason in (error, error.__context__) if isinstance(reason, OSError)]
         if not reasons:
             raise
-        raise OSError(
-            f"{path} cannot be written ({reasons[0].strerror}): once it can be, --resume continues from the "
-            "last epoch"
-        ) from error
+        raise OSError(f"{path} cannot be written ({reasons[0].strerror}): {advice}") from error

@@ -96,7 +96,12 @@ def readable(summary: pd.DataFrame, settings: dict[str, pd.Series]) -> pd.DataFr
 
 def text(values: pd.Series, form: str, missing: str = "") -> pd.Series:
     """Numbers as text in that format, and `missing` where there is none."""
-    return values.map(lambda value: missing if pd.isna(value) else form.format(value)).astype(object)
+
+    def one(value: float) -> str:
+        told = form.format(value)
+        return told.removeprefix("-") if not told.strip("-0.") else told  # no -0.00
+
+    return values.map(lambda value: missing if pd.isna(value) else one(value)).astype(object)
 
 
 def spread(mean: pd.Series, std: pd.Series) -> list[str]:
@@ -147,19 +152,24 @@ LATEX = str.maketrans(
 )
 
 
+WIDE = 12  # columns that a page holds
+
+
 def latex(table: pd.DataFrame, caption: str = "") -> str:
-    """A table environment in LaTeX; it needs the package booktabs."""
+    """A table environment in LaTeX; it needs the package booktabs, and graphicx where the table is wide."""
     rows = [[cell.translate(LATEX) for cell in row] for row in table.astype(str).to_numpy().tolist()]
     head = " & ".join(column.translate(LATEX) for column in table.columns)
+    wide = len(table.columns) > WIDE
     lines = [
         r"\begin{table}",
         r"\centering",
+        *([r"\resizebox{\textwidth}{!}{"] if wide else []),
         rf"\begin{{tabular}}{{{'l' * len(table.columns)}}}",
         r"\toprule",
     ]
     lines += [head + r" \\", r"\midrule", *(" & ".join(row) + r" \\" for row in rows), r"\bottomrule"]
     lines += [
-        r"\end{tabular}",
+        r"\end{tabular}" + ("}" if wide else ""),
         *([rf"\caption{{{caption.translate(LATEX)}}}"] if caption else []),
         r"\end{table}",
     ]

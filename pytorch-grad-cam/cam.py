@@ -4,9 +4,10 @@
     python pytorch-grad-cam/cam.py --checkpoint RUN --image-path cat.png --method layercam --targets cat,dog
 
 A second or two for a folder of ten pictures. Prints a line per picture and leaves in --output-dir, for each,
-the map over the picture (.cam.png) and the map itself (.cam.npz: raw, displayed), all numbers in cams.csv and
-the options in config.json. A picture that cannot be read is told, the others are done, and the program ends
-with 1; for all other mistakes with 2, before anything is made.
+the map over the picture (.cam.png) and the map itself (.cam.npz: raw, displayed); of the last call, all
+numbers in cams.csv and the options in config.json. A picture that cannot be read is told, the others are
+done, and the program ends with 1; for all other mistakes with 2, before anything is made; with 3 where a file
+cannot be written.
 """
 
 from __future__ import annotations
@@ -15,29 +16,30 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import networks
 import numpy as np
 import pandas as pd
+from endings import LEFT_OUT, told
 from PIL import Image
 from sources import batches, readable
 
 import dlrt
 from dlrt import cli
-from dlrt.cams import Maps, check_options, explain
+from dlrt.cams import CLASSLESS, Maps, check_options, explain
 from dlrt.cams.guided import guided_gradients, visible
 from dlrt.cams.pictures import Picture, PictureError, files, overlay, read_labels
 from dlrt.cams.targets import of_classes
-from dlrt.runs import NOT_PART_OF_THE_EXPERIMENT, RunError, surroundings
-
-SEED = 0  # of RandomCAM
+from dlrt.runs import NOT_PART_OF_THE_EXPERIMENT, RunError, surroundings, write_whole
 
 
 def make_parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__, formatter_class=cli.HelpFormatter)
     add = parser.add_argument
     networks.add_flags(parser)
+    networks.add_size_flag(parser)
     low_rank = parser.add_mutually_exclusive_group()
     tau = "truncate the SVD of each layer of a dense network at this tolerance"
     low_rank.add_argument("--low-rank", type=cli.TOLERANCE, metavar="TAU", help=tau)
@@ -65,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         paths = files(args.image_path)
         if args.output_dir.resolve() == paths[0].parent.resolve():
             raise ValueError("--output-dir must be another folder than that of the pictures")
-        network = networks.read(args)
+        network = networks.read(args, args.image_size)
         if args.low_rank is not None or args.rank is not None:
             network = networks.truncated(network, args.low_rank, args.rank)
         layer = networks.target_layer(network, args.target_layer, args.method)
@@ -75,13 +77,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     networks.warn(network)
     rows, failed = [], False
-    for part in batches(len(paths), args.batch_size):
-        pictures, unread = readable(paths[part])
-        failed |= unread
-        if pictures:
-            rows += explained(network, pictures, classes, layer, args)
-    write_records(rows, network, layer, args)
-    sys.exit(int(failed))
+    with told(parser):
+        for part in batches(len(paths), args.batch_size, args.method):
+            pictures, unread = readable(paths[part])
+            failed |= unread
+            if pictures:
+                rows += explained(network, pictures, classes, layer, part.start, args)
+        if rows:
+            write_records(rows, network, layer, args)
+    sys.exit(LEFT_OUT if failed else 0)
 
 
 def chosen_classes(
@@ -93,7 +97,7 @@ def chosen_classes(
     if not Path(text).is_file():
         if text.endswith(".csv"):
             raise PictureError(f"--targets: there is no {text}")
-        classes = tuple(network.class_number(part) for part in text.split(","))
+        classes = tuple(dict.fromkeys(network.class_number(part) for part in text.split(",")))
         return {path.name: classes for path in paths}
     labels = {name: classes for name, (classes, _) in read_labels(Path(text), network.class_number).items()}
     if missing := [path.name for path in paths if not labels.get(path.name)]:
@@ -106,6 +110,7 @@ def explained(
     pictures: Sequence[Picture],
     classes: dict[str, tuple[int, ...]] | None,
     layer: str,
+    seed: int,
     args: argparse.Namespace,
 ) -> list[dict[str, object]]:
     """Explain a batch of pictures, write its files and print its lines; the rows of cams.csv."""
@@ -113,7 +118,7 @@ def explained(
     numbers = [classes[picture.name] for picture in pictures] if classes else None
     targets = of_classes(numbers) if numbers else None
     smoothing = args.aug_smooth, args.eigen_smooth
-    maps = explain(network.model, x, targets, args.method, layer, *smoothing, seed=SEED)
+    maps = explain(network.model, x, targets, args.method, layer, *smoothing, seed=seed)
     numbers = numbers or [(number,) for number in maps.logits.argmax(1).tolist()]
     rows = [
         row(picture, index, its, maps, network)
@@ -125,16 +130,21 @@ def explained(
         shown = maps.displayed[index]
         arrays = {"raw": maps.raw[index], "displayed": shown}
         file = args.output_dir / f"{picture.name}.cam.png"
-        Image.fromarray(overlay(picture.pixels(), shown)).save(file)
+        save_png(file, Image.fromarray(overlay(picture.pixels(), shown)))
         if args.guided:
             arrays["guided"] = gradients[index] * shown[..., None]
             large = Image.fromarray(visible(arrays["guided"])).resize(picture.image.size)
-            large.save(args.output_dir / f"{picture.name}.guided.png")
-        np.savez_compressed(args.output_dir / f"{picture.name}.cam.npz", **arrays)
-        state = "" if its["defined"] else ": undefined, nothing speaks for it and no map is drawn"
+            save_png(args.output_dir / f"{picture.name}.guided.png", large)
+        write_whole(file.with_suffix(".npz"), partial(np.savez_compressed, **arrays))
+        about = "map of the picture" if args.method in CLASSLESS else f"map of {its['target']}"
+        state = "" if its["defined"] else ": undefined, nothing speaks for it, and the picture is left bare"
         seen = f"{its['predicted']} {its['probability']:.3f}"
-        print(f"{picture.name}: {seen}, map of {its['target']}{state}; {file}", flush=True)
+        print(f"{picture.name}: {seen}, {about}{state}; {file}", flush=True)
     return rows
+
+
+def save_png(path: Path, image: Image.Image) -> None:
+    write_whole(path, partial(image.save, format="PNG"))
 
 
 def row(
@@ -142,7 +152,7 @@ def row(
 ) -> dict[str, object]:
     """A row of cams.csv: prediction, target, what the map is like, and times."""
     probabilities, raw = maps.probabilities[index], maps.raw[index]
-    predicted = int(probabilities.argmax())
+    predicted = int(maps.logits[index].argmax())  # probabilities may be equal where logits differ
     shown, defined = maps.displayed[index], bool(maps.defined[index])
     height, width = shown.shape
     peak = np.unravel_index(np.argmax(shown), shown.shape) if defined else (np.nan, np.nan)
@@ -167,10 +177,11 @@ def write_records(
     rows: list[dict[str, object]], network: networks.Network, layer: str, args: argparse.Namespace
 ) -> None:
     """cams.csv and config.json; of files and folders the names alone, since records can be published."""
-    pd.DataFrame(rows).to_csv(args.output_dir / "cams.csv", index=False, float_format="%.6g")
+    form = {"index": False, "float_format": "%.6g"}
+    write_whole(args.output_dir / "cams.csv", lambda file: pd.DataFrame(rows).to_csv(file, **form))
     count = dlrt.compression(network.model)
     options = {key: its for key, its in vars(args).items() if key not in NOT_PART_OF_THE_EXPERIMENT}
-    options |= {"target_layer": layer if args.method != "fullgrad" else None, "seed": SEED}
+    options["target_layer"] = layer if args.method != "fullgrad" else None
     for key, value in options.items():
         if isinstance(value, (str, Path)) and Path(value).exists():
             options[key] = Path(value).resolve().name
@@ -183,7 +194,8 @@ def write_records(
         "options": options,
         **surroundings(),
     }
-    (args.output_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    text = json.dumps(config, indent=2) + "\n"
+    write_whole(args.output_dir / "config.json", lambda file: file.write(text.encode()))
 
 
 if __name__ == "__main__":

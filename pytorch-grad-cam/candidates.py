@@ -18,6 +18,7 @@ from dlrt.cams import spatial_layers
 from dlrt.runs import Run
 
 FULL_RANK = "full rank"
+OTHER_FILES = ("pictures", "times")  # of a comparison's folder, beside those of the networks
 
 
 @dataclass(frozen=True)
@@ -48,20 +49,25 @@ def gather(
     """The reference, the low-rank networks, the same cut from the reference, other seeds, and three controls.
 
     The controls are the reference in low-rank layers of full rank, with random weights, and explained by
-    RandomCAM. All are on the reference's device; those of runs see pictures of image_size, too.
+    RandomCAM. All are on the reference's device; those of runs see pictures of image_size, too. ValueError
+    where a run is dense and should be low-rank, or the reverse.
     """
 
-    def run(path: Path) -> Network:
-        return networks.placed(networks.from_run(path), image_size, reference.device)
+    def run(path: Path, flag: str) -> Network:
+        network = networks.placed(networks.from_run(path), image_size, reference.device)
+        wanted, other = ("low-rank", "dense") if flag == "--low-rank" else ("dense", "low-rank")
+        if bool(dlrt.compression(network.model).ranks) != (wanted == "low-rank"):
+            raise ValueError(f"{flag} takes {wanted} networks, and {network.label} is {other}")
+        return network
 
     def cut(tau: float | None, label: str) -> Network:
         whole = replace(reference, model=deepcopy(reference.model))
         return replace(networks.truncated(whole, tau=tau), label=label)
 
     found = [Candidate(reference, "reference", method)]
-    found += [Candidate(run(path), "low-rank", method, _tau(path)) for path in low_rank]
+    found += [Candidate(run(path, "--low-rank"), "low-rank", method, _tau(path)) for path in low_rank]
     found += [Candidate(cut(tau, f"svd_tau{tau:g}"), "SVD", method, tau) for tau in taus]
-    found += [Candidate(run(path), "other seed", method) for path in seeds]
+    found += [Candidate(run(path, "--seeds"), "other seed", method) for path in seeds]
     found.append(Candidate(cut(None, "full_rank"), FULL_RANK, method))
     random = replace(reference, model=random_weights(reference.model), label="random_weights")
     found.append(Candidate(random, "random weights", method))
@@ -74,7 +80,7 @@ def _tau(run: Path) -> float | None:
 
 
 def check(found: Sequence[Candidate], layer: str) -> None:
-    """ValueError where a network cannot be compared with the first one at a layer, or two have one name."""
+    """ValueError where a network cannot be compared with the first one at a layer, or not by its name."""
     reference = found[0].network
     size = spatial_layers(reference.model, reference.blank)[layer]
     for network in (candidate.network for candidate in found):
@@ -92,6 +98,10 @@ def check(found: Sequence[Candidate], layer: str) -> None:
             )
         if [candidate.network.label for candidate in found].count(network.label) > 1:
             raise ValueError(f"two networks are called {network.label}: give every folder a name of its own")
+        if network.label in OTHER_FILES:
+            raise ValueError(
+                f"no network can be called {network.label}, as another file is: rename its folder"
+            )
 
 
 def random_weights(model: nn.Module) -> nn.Module:

@@ -17,6 +17,8 @@ def main() -> None:
     parser.add_argument("--count", type=cli.NATURAL, default=8, help="of pictures")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
+    for path in args.folder.glob("digit_[0-9][0-9][0-9].png"):  # of an earlier call, with more of them
+        path.unlink()
     made = clutter(args.count, seed=0, test=True)
     lines = ["file,class"]
     for number, (image, label, box) in enumerate(zip(made.images, made.labels, made.boxes, strict=True)):

@@ -7,7 +7,9 @@ DENSE, RUN, OTHER_DENSE are run folders; --taus cuts low-rank networks from the 
 network explains the class that the reference predicts and, separately, its own. Beside them stand controls:
 the reference at full rank in low-rank layers, with random weights, and RandomCAM. Prints a line per network
 and leaves pytorch-grad-cam/results/NAME/, which produce_results.py draws. About 40 seconds for a
-ResNet20 and 200 pictures of 32 x 32 on one core; networks that are there already are not measured again.
+ResNet20 and 200 pictures of 32 x 32 on one core; networks that are there already are not measured again. It
+ends with 1 where a picture was left out, with 2 for a mistake, before anything is made, and with 3 where it
+cannot go on or where the maps of full rank are not the dense ones.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ import measure
 import networks
 import numpy as np
 import pandas as pd
+from endings import LEFT_OUT, told
 from map_times import map_times
 from sources import digest, pictures_of
 
@@ -31,7 +35,7 @@ from dlrt import cli
 from dlrt.cams import Maps
 from dlrt.cams.pictures import Picture
 from dlrt.datasets import DATASETS, DataError
-from dlrt.runs import Run, RunError
+from dlrt.runs import Run, RunError, write_whole
 
 FULL_RANK_TOLERANCE = 2e-5
 COLUMNS = ("pearson", "deletion", "insertion", "road")
@@ -42,6 +46,7 @@ def make_parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__, formatter_class=cli.HelpFormatter)
     add = parser.add_argument
     networks.add_flags(parser, run_flag="--reference")
+    networks.add_size_flag(parser)
     add("--low-rank", type=Path, nargs="*", default=[], metavar="RUN", help="trained low-rank networks")
     add("--taus", type=cli.TOLERANCE, nargs="*", default=[], help="tolerances at which the reference is cut")
     add("--seeds", type=Path, nargs="*", default=[], metavar="RUN", help="dense networks of other seeds")
@@ -67,7 +72,7 @@ def make_parser() -> cli.Parser:
     add("--batch-size", type=cli.NATURAL, default=50, help="pictures at a time")
     add("--data-dir", type=Path, default=cli.DATA_DIR, help="or set DLRT_DATA")
     add("--output-dir", type=Path, default=Path(__file__).parent / "results", help="where the folder goes")
-    add("--name", help="of the folder; by default that of --images")
+    add("--name", type=cli.folder_name, help="of the folder; by default that of --images")
     return parser
 
 
@@ -75,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(arguments)
     try:
-        reference = networks.read(args)
+        reference = networks.read(args, args.image_size)
         layer = networks.target_layer(reference, args.target_layer, args.method)
         found = candidates.gather(
             reference, args.method, args.low_rank, args.taus, args.seeds, args.image_size
@@ -90,15 +95,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for network in {one.network.trained: one.network for one in reversed(found)}.values():
         networks.warn(network)  # once of each size
     settings = measure.Settings(layer, args.batch_size, not args.no_faithfulness)
-    compare(found, pictures, settings, run.folder)
-    if args.time_shares:
-        sizes = args.time_sizes or sorted({reference.shape[1], 224})
-        map_times(reference, layer, args.method, args.time_shares, sizes).to_csv(
-            run.folder / "times.csv", index=False, float_format="%.6g"
-        )
-    check_full_rank(run.folder, reference.label, args.method)
-    print(f"{run.folder}: draw it with python pytorch-grad-cam/produce_results.py")
-    sys.exit(int(failed))
+    with told(parser):
+        compare(found, pictures, settings, run.folder)
+        if args.time_shares:
+            sizes = args.time_sizes or sorted({reference.shape[1], 224})
+            times = map_times(reference, layer, args.method, args.time_shares, sizes)
+            if len(times):
+                save_table(run.folder / "times.csv", times)
+        check_full_rank(run.folder, reference.label, args.method)
+    where = "" if args.output_dir == parser.get_default("output_dir") else f" --results {args.output_dir}"
+    print(f"{run.folder}: draw it with python pytorch-grad-cam/produce_results.py{where}")
+    sys.exit(LEFT_OUT if failed else 0)
 
 
 def recorded(
@@ -137,10 +144,8 @@ def compare(
             print(f"{candidate.network.label}: is there")
             continue
         table, maps = measure.measure(candidate, pictures, reference, settings)
-        save_maps(path.with_suffix(".npz"), maps)
-        part = path.with_name(path.name + ".part")
-        table.to_csv(part, index=False, float_format="%.4g")
-        part.replace(path)
+        save_maps(folder / f"{candidate.network.label}.npz", maps)
+        save_table(path, table)
         print(f"{line(table)}; {time.perf_counter() - start:.0f} s", flush=True)
 
 
@@ -151,12 +156,16 @@ def save_pictures(path: Path, pictures: Sequence[Picture]) -> None:
         image = picture.image.convert("RGB")
         image.thumbnail((256, 256))
         small[picture.name] = np.asarray(image)
-    np.savez_compressed(path, **small)
+    write_whole(path, partial(np.savez_compressed, **small))
 
 
 def save_maps(path: Path, maps: Maps) -> None:
     """The displayed maps of the grid's pictures."""
-    np.savez_compressed(path, displayed=maps.displayed[:SHOWN].astype(np.float16))
+    write_whole(path, partial(np.savez_compressed, displayed=maps.displayed[:SHOWN].astype(np.float16)))
+
+
+def save_table(path: Path, table: pd.DataFrame) -> None:
+    write_whole(path, lambda file: table.to_csv(file, index=False, float_format="%.6g"))
 
 
 def line(table: pd.DataFrame) -> str:
@@ -171,12 +180,12 @@ def line(table: pd.DataFrame) -> str:
 
 
 def check_full_rank(folder: Path, reference: str, method: str) -> None:
-    """End with 1 where the reference in low-rank layers of full rank has other maps, or leaves out others."""
+    """RunError where the reference in low-rank layers of full rank has other maps, or leaves out others."""
     full, dense = (pd.read_csv(folder / f"{name}.csv").set_index("file") for name in ("full_rank", reference))
     full, dense = (table[table["target"] == "same"] for table in (full, dense))
     if other := list(full.index[full["defined"] != dense["defined"]]):
-        sys.exit(
-            f"compare_cams.py: of {', '.join(other)} only one of the full-rank and the dense map is defined: "
+        raise RunError(
+            f"of {', '.join(other)} only one of the full-rank and the dense map is defined: "
             f"the figures in {folder} cannot be trusted"
         )
     largest = max(full.loc[full["defined"], "largest_difference"].fillna(np.inf), default=0.0)
@@ -184,8 +193,8 @@ def check_full_rank(folder: Path, reference: str, method: str) -> None:
         if method == "fullgrad":  # its gradients jump where a ReLU's input is 0 but for rounding
             print(f"full rank: maps differ by up to {largest:.2g}, by rounding at the kinks of ReLUs")
             return
-        sys.exit(
-            f"compare_cams.py: full-rank maps differ by {largest:.2g}, more than {FULL_RANK_TOLERANCE}: "
+        raise RunError(
+            f"full-rank maps differ by {largest:.2g}, more than {FULL_RANK_TOLERANCE}: "
             f"the figures in {folder} cannot be trusted"
         )
     print(f"full rank: maps agree with the dense ones within {largest:.2g}")

@@ -43,7 +43,7 @@ def grid(folder: Path, summary: pd.DataFrame) -> Figure:
         for index, (name, pixels) in enumerate(pictures.items()):
             above, below = axes[2 * index], axes[2 * index + 1]
             above[0].imshow(pixels)
-            above[0].set_title(name, fontsize=7)
+            above[0].set_title(_short(name), fontsize=7)
             for column, row in enumerate(drawn.itertuples(), start=1):
                 of_dense = dense[index] if column > 1 else None
                 _pair(above[column], below[column], pixels, maps[row.network][index], of_dense)
@@ -53,10 +53,16 @@ def grid(folder: Path, summary: pd.DataFrame) -> Figure:
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
         if columns > 2:
-            label = "map - dense map, both scaled to [0, 1]"
+            label = "map - dense map,\nboth scaled to [0, 1]"
             bar = ScalarMappable(DIFFERENCES, "RdBu_r")
-            figure.colorbar(bar, ax=axes[1::2, :], location="right", shrink=0.5, label=label)
+            figure.colorbar(bar, ax=axes, location="right", aspect=30, label=label)
     return figure
+
+
+def _short(name: str, longest: int = 20) -> str:
+    """A name with its middle left out where it is wider than a picture."""
+    half = longest // 2
+    return name if len(name) <= longest else f"{name[: half - 1]}…{name[-half:]}"
 
 
 def _pair(above: Axes, below: Axes, pixels: np.ndarray, shown: np.ndarray, dense: np.ndarray | None) -> None:
@@ -81,13 +87,14 @@ def over_compression(summary: pd.DataFrame) -> Figure:
     """Similarity and faithfulness over compression, with the band of other seeds and the controls."""
     drawn = {column: label for column, label in PANELS.items() if summary[column].notna().any()}
     with mpl.rc_context(LOOK):
-        figure, axes = plt.subplots(1, len(drawn), figsize=(3.6 * len(drawn), 3.9), squeeze=False)
+        size = (max(5.5, 3.6 * len(drawn)), 3.9)  # the legend is 5.5 inches wide
+        figure, axes = plt.subplots(1, len(drawn), figsize=size, squeeze=False)
         for ax, (column, label) in zip(axes[0], drawn.items(), strict=True):
             _panel(ax, summary, column)
             ax.set(xlabel="evaluation compression [%]", ylabel=label)
-        figure.legend(
-            *axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize="small"
-        )
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        columns = 3 if len(drawn) > 1 else 2
+        figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize="small")
     return figure
 
 
@@ -102,7 +109,9 @@ def _panel(ax: Axes, summary: pd.DataFrame, column: str) -> None:
         0, summary.loc[summary["kind"] == "reference", column].iloc[0], "k*", ms=9, label="the dense network"
     )
     seeds = summary.loc[summary["kind"] == "other seed", column]
-    if len(seeds):
+    if len(seeds) == 1:
+        ax.axhline(seeds.iloc[0], color="0.6", lw=4, label="dense, another seed")
+    elif len(seeds):
         ax.axhspan(seeds.min(), seeds.max(), color="0.8", label=f"dense, other seeds ({len(seeds)})")
     for number, kind in enumerate(("random weights", "RandomCAM"), start=2):
         value = summary.loc[summary["kind"] == kind, column].iloc[0]

@@ -14,11 +14,13 @@ from functools import partial
 import networks
 import pandas as pd
 import torch
+from endings import told
 from networks import Network
 
 import dlrt
 from dlrt import cli
 from dlrt.cams import explain
+from dlrt.runs import RunError
 from dlrt.timing import medians
 
 PIXELS = 16 * 32 * 32  # at a time
@@ -29,8 +31,10 @@ def map_times(
 ) -> pd.DataFrame:
     """A row per size and share of the full rank: milliseconds per picture, dense ones, and low-rank / dense.
 
-    Sizes that the network cannot see are left out.
+    Sizes that the network cannot see are left out. ValueError for a network that is low-rank itself.
     """
+    if dlrt.compression(network.model).ranks:
+        raise ValueError(f"times are measured against a dense network, and {network.label} is low-rank")
     models = [network.model] + [dlrt.to_low_rank(deepcopy(network.model), rank=share) for share in shares]
     rows = []
     for size in sizes:
@@ -69,9 +73,10 @@ def main() -> None:
     try:
         network = networks.read(args)
         layer = networks.target_layer(network, None, args.method)
-    except (dlrt.runs.RunError, ValueError, OSError) as error:
+        with told(parser):
+            map_times(network, layer, args.method, args.shares, args.sizes, args.repeats)
+    except (RunError, ValueError, OSError) as error:
         parser.error(str(error))
-    map_times(network, layer, args.method, args.shares, args.sizes, args.repeats)
 
 
 if __name__ == "__main__":

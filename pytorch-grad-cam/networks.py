@@ -6,6 +6,7 @@ import argparse
 import difflib
 import inspect
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,19 +71,24 @@ def add_flags(parser: cli.Parser, run_flag: str = "--checkpoint") -> None:
     what.add_argument(
         "--arch", metavar="NAME", help="a network of torchvision, or ResNet20 and its like of dlrt"
     )
-    weights = "of --arch: a file, download (torchvision's own) or random"
-    add("--weights", default="download", metavar="FILE", help=weights)
-    size = "pixels a side that the network sees; by default what it was trained at"
-    add("--image-size", type=cli.NATURAL, metavar="PIXELS", help=size)
+    weights = "of --arch: a file, download (torchvision's own, the default) or random"
+    add("--weights", metavar="FILE", help=weights)
     add("--device", type=cli.device, default=cli.DEFAULT_DEVICE, help="where to compute")
     methods = {"choices": METHODS, "metavar": "NAME", "help": ", ".join(METHODS)}
     add("--method", type=str.lower, default="gradcam", **methods)
 
 
-def read(args: argparse.Namespace) -> Network:
-    """The network that the flags name. RunError or ValueError, with a line that says what to do."""
+def add_size_flag(parser: cli.Parser) -> None:
+    size = "pixels a side that the network sees; by default what it was trained at"
+    parser.add_argument("--image-size", type=cli.NATURAL, metavar="PIXELS", help=size)
+
+
+def read(args: argparse.Namespace, size: int | None = None) -> Network:
+    """The network that the flags name, for pictures of a size; RunError or ValueError, in a line."""
+    if args.checkpoint and args.weights:
+        raise ValueError(f"--weights must come with --arch: {args.checkpoint} has weights of its own")
     network = from_run(args.checkpoint) if args.checkpoint else from_arch(args.arch, args.weights)
-    return placed(network, args.image_size, args.device)
+    return placed(network, size, args.device)
 
 
 def placed(network: Network, size: int | None, device: str) -> Network:
@@ -143,8 +149,18 @@ def from_run(path: Path) -> Network:
     )
 
 
-def from_arch(arch: str, weights: str) -> Network:
-    """A network by its name, with weights from a file, from torchvision ("download") or "random" ones."""
+def from_arch(arch: str, weights: str | None) -> Network:
+    """A network by its name, with weights from a file, from torchvision ("download") or "random" ones.
+
+    Random ones are the same at every call.
+    """
+    weights = weights or "download"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return _from_arch(arch, weights)
+
+
+def _from_arch(arch: str, weights: str) -> Network:
     if arch in models.__all__:
         return _of_dlrt(arch, weights)
     known = torchvision.models.list_models(module=torchvision.models)
@@ -229,6 +245,10 @@ def truncated(network: Network, tau: float | None = None, rank: int | float | No
     """The same network with a truncated SVD in every layer. ValueError where it is low-rank already."""
     if dlrt.compression(network.model).ranks:
         raise ValueError(f"{network.label} is low-rank already: its ranks are those of the checkpoint")
-    model = dlrt.to_low_rank(network.model, rank=rank, tau=tau)
+    with warnings.catch_warnings(record=True) as dense:
+        warnings.simplefilter("always")
+        model = dlrt.to_low_rank(network.model, rank=rank, tau=tau)
+    for warning in dense:
+        print(f"warning: {warning.message}", file=sys.stderr)
     cut = "".join(f"_{name}{value:g}" for name, value in (("tau", tau), ("rank", rank)) if value is not None)
     return replace(network, model=model, label=f"{network.label}_svd{cut}")

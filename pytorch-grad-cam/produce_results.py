@@ -16,6 +16,8 @@ from dlrt import results, tables
 
 KINDS = ["reference", "low-rank", "SVD", "other seed", "full rank", "random weights", "RandomCAM"]
 LAST = "randomcam.csv"  # a comparison is complete when it has its last table
+TIMES = "times.csv"
+FINISH = "call compare_cams.py again as it was called, and it goes on"
 MEANS = (
     *("pearson_raw", "spearman_raw", "ssim_raw", "iou_raw", "pearson", "spearman", "ssim", "iou"),
     *("deletion", "insertion", "road", "pointing", "energy"),
@@ -27,6 +29,7 @@ COLUMNS = {  # title: a column of the summary, and its format
     "kind": ("kind", "{}"),
     "τ": ("tau", "{:g}"),
     "compression [%]": ("compression", "{:.1f}"),
+    "labelled": ("labelled", "{}"),
     "accuracy [%]": ("accuracy", "{:.1f}"),
     "reference's class [%]": ("agreement", "{:.1f}"),
     "undefined": ("undefined", "{}"),
@@ -48,19 +51,27 @@ COLUMNS = {  # title: a column of the summary, and its format
     "ms per map": ("milliseconds", "{:.2f}"),
 }
 CAPTION = (
-    "Means over the pictures. Of every network the map of the class that the reference predicts, compared "
-    "with the reference's map: correlations, SSIM and the IoU of the highest fifths, raw (the method's own "
-    "map) and displayed (without what is negative, scaled to [0, 1]); own: of the class that the network "
-    "itself predicts. Deletion (low is good), insertion and ROAD (high is good) are of the network on its "
-    "own maps. Undefined: maps without anything positive, left out of all that needs a displayed one. Seeds: "
-    "whether the displayed map is as similar (Pearson) as those of dense networks of other seeds."
+    "Means over the pictures; of the accuracy over the labelled ones. Of every network the map of the class "
+    "that the reference predicts, compared with the reference's map: correlations, SSIM and the IoU of the "
+    "highest fifths, raw (the method's own map) and displayed (without what is negative, scaled to [0, 1]); "
+    "own: of the class that the network itself predicts. Deletion (low is good), insertion and ROAD (high is "
+    "good) are of the network on its own maps. Undefined: maps without anything positive, left out of all "
+    "that needs a displayed one. Seeds: whether the displayed map is as similar (Pearson) as those of dense "
+    "networks of other seeds."
 )
 
 
 def read_study(folder: Path) -> pd.DataFrame:
-    """All rows of a comparison, of every network and picture."""
-    found = map(pd.read_csv, sorted(folder.glob("*.csv")))
-    return pd.concat([table for table in found if "target" in table], ignore_index=True)
+    """All rows of a comparison, of every network and picture; FileNotFoundError where it is not complete."""
+    if not (folder / LAST).exists():
+        raise FileNotFoundError(f"there is no {LAST} yet")
+    found = (pd.read_csv(path) for path in sorted(folder.glob("*.csv")) if path.name != TIMES)
+    return pd.concat(found, ignore_index=True)
+
+
+def read_times(folder: Path) -> pd.DataFrame | None:
+    """The times of a comparison, where they were measured."""
+    return pd.read_csv(folder / TIMES) if (folder / TIMES).exists() else None
 
 
 def summarise(rows: pd.DataFrame) -> pd.DataFrame:
@@ -74,6 +85,7 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
         first = same.iloc[0]
         found.append({
             **{name: first[name] for name in ("network", "kind", "tau", "compression")},
+            "labelled": len(labelled),
             "accuracy": 100 * (labelled["predicted"] == labelled["label"]).mean(),
             "agreement": 100 * agrees.mean(),
             "pictures": len(same),
@@ -110,25 +122,26 @@ def readable(study: str, config: dict, summary: pd.DataFrame) -> pd.DataFrame:
 
 def main() -> None:
     args = results.parse(__doc__, Path(__file__).parent)
-    studies = sorted(
-        path.parent for path in args.results.glob("*/config.json") if (path.parent / LAST).exists()
-    )
-    if not studies:
+    studied, figures = [], {}
+    for folder in sorted(path.parent for path in args.results.glob("*/config.json")):
+        try:
+            config = json.loads((folder / "config.json").read_text())["options"]
+            summary, times = summarise(read_study(folder)), read_times(folder)
+            grid = drawings.grid(folder, summary)
+        except (OSError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            print(f"produce_results.py: {folder} is left out ({reason}): {FINISH}", file=sys.stderr)
+            continue
+        studied.append(readable(folder.name, config, summary))
+        figures[f"gradcam_{folder.name}_grid"] = grid
+        figures[f"gradcam_{folder.name}"] = drawings.over_compression(summary)
+        if times is not None:
+            figures[f"gradcam_{folder.name}_time"] = drawings.time_over_rank(times)
+    if not studied:
         sys.exit(
-            f"produce_results.py: no comparisons in {args.results}; make one with: "
+            f"produce_results.py: no finished comparisons in {args.results}; make one with: "
             "python pytorch-grad-cam/compare_cams.py --help"
         )
-    studied, figures = [], {}
-    for folder in studies:
-        config = json.loads((folder / "config.json").read_text())["options"]
-        summary = summarise(read_study(folder))
-        studied.append(readable(folder.name, config, summary))
-        figures[f"gradcam_{folder.name}_grid"] = drawings.grid(folder, summary)
-        figures[f"gradcam_{folder.name}"] = drawings.over_compression(summary)
-        if (folder / "times.csv").exists():
-            figures[f"gradcam_{folder.name}_time"] = drawings.time_over_rank(
-                pd.read_csv(folder / "times.csv")
-            )
     results.publish(args, pd.concat(studied, ignore_index=True), CAPTION, figures)
 
 

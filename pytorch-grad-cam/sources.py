@@ -28,7 +28,10 @@ def pictures_of(source: str, count: int, data_dir: Path, network: Network) -> tu
         return _of_dataset(name, count, data_dir), False
     folder = Path(source)
     table = folder / "labels.csv"
-    paths, labels = files(folder)[:count], _labels(table, network) if table.is_file() else {}
+    paths, labels = files(folder), _labels(table, network) if table.is_file() else {}
+    if strange := sorted(labels.keys() - {path.name for path in paths}):
+        print(f"{table}: there is no picture {', '.join(strange)}", file=sys.stderr)
+    paths = paths[:count]
     pictures, failed = readable(paths, labels)
     if not pictures:
         raise PictureError(f"no picture in {folder} can be read")
@@ -62,8 +65,9 @@ def readable(paths: Sequence[Path], labels: Labels | None = None) -> tuple[list[
     return pictures, len(pictures) < len(paths)
 
 
-def batches(count: int, size: int) -> Iterator[slice]:
-    """Where the batches of so many pictures lie."""
+def batches(count: int, size: int, method: str = "") -> Iterator[slice]:
+    """Where the batches of so many pictures lie; RandomCAM draws for each alone, so that size has no part."""
+    size = 1 if method == "randomcam" else size
     return (slice(start, start + size) for start in range(0, count, size))
 
 

@@ -16,7 +16,8 @@ from torch import nn
 
 import dlrt
 from dlrt import models
-from dlrt.cams.pictures import read_labels
+from dlrt.cams import Maps
+from dlrt.cams.pictures import Picture, read_labels
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,7 +36,7 @@ def script(run_script):
 @pytest.fixture
 def modules(monkeypatch):
     """The modules of the scripts' folder by name."""
-    names = ("compare_cams", "drawings", "map_times", "networks", "sources")
+    names = ("cam", "compare_cams", "drawings", "map_times", "networks", "sources")
     loaded = set(sys.modules)
     monkeypatch.syspath_prepend(ROOT / "pytorch-grad-cam")
     yield argparse.Namespace(**{name: importlib.import_module(name) for name in names})
@@ -172,6 +173,7 @@ def test_an_unreadable_picture_is_told_and_the_others_are_done(script, runs, pic
         (["--image-size", "2"], "cannot see 2 x 2 pixels"),
         (["--checkpoint", "nowhere"], "there is no nowhere"),
         (["--checkpoint", "LOW_RANK", "--low-rank", "0.1"], "is low-rank already"),
+        (["--weights", "random"], "--weights must come with --arch"),
     ],
 )
 def test_a_mistake_costs_one_line_and_nothing_is_made(flags, told, script, runs, pictures, tmp_path):
@@ -185,6 +187,64 @@ def test_a_mistake_costs_one_line_and_nothing_is_made(flags, told, script, runs,
     assert told in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_where_no_picture_can_be_read_the_records_of_an_earlier_call_stay(script, runs, pictures, tmp_path):
+    flags = ["--checkpoint", runs / "dense_seed0", "--output-dir", tmp_path / "out", "--image-path"]
+    assert script("cam", *flags, pictures / "grey.png")[0] == 0
+    before = (tmp_path / "out/cams.csv").read_text()
+    (tmp_path / "text.jpg").write_text("no picture")
+    assert script("cam", *flags, tmp_path / "text.jpg")[0] == 1
+    assert (tmp_path / "out/cams.csv").read_text() == before
+
+
+def test_a_file_that_cannot_be_written_ends_with_3_and_a_line(script, runs, pictures, tmp_path):
+    (tmp_path / "out/grey.png.cam.npz").mkdir(parents=True)
+    flags = ["--checkpoint", runs / "dense_seed0", "--image-path", pictures / "grey.png"]
+    code, _, err = script("cam", *flags, "--output-dir", tmp_path / "out")
+    assert (code, err.count("\n")) == (3, 1)
+    assert "grey.png.cam.npz cannot be written" in err
+
+
+def test_ctrl_c_ends_with_130_and_leaves_no_half_file(script, runs, pictures, tmp_path, monkeypatch):
+    def interrupted(image, file, **options):
+        file.write(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", interrupted)
+    flags = ["--checkpoint", runs / "dense_seed0", "--image-path", pictures / "grey.png"]
+    code, _, err = script("cam", *flags, "--output-dir", tmp_path / "out")
+    assert (code, err) == (130, "\ncam.py: interrupted; what is finished is kept\n")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_random_maps_differ_by_picture_and_not_by_batch(script, runs, pictures, tmp_path):
+    maps = []
+    for size in (1, 4):
+        flags = ["--checkpoint", runs / "dense_seed0", "--method", "randomcam", "--batch-size", size]
+        code, printed, _ = script("cam", *flags, "--image-path", pictures, "--output-dir", tmp_path / "out")
+        assert code == 0
+        assert printed.count("map of the picture") == 6  # of no class
+        paths = sorted((tmp_path / "out").glob("*.npz"))
+        maps.append(np.stack([np.load(path)["raw"] for path in paths]))
+    assert np.array_equal(*maps)
+    assert not np.allclose(maps[0][0], maps[0][1])
+
+
+def test_the_predicted_class_is_that_of_the_logits_and_a_class_counts_once(modules):
+    logits = torch.tensor([[0.0, 90.0, 90.0 + 1e-5]])  # equal probabilities in float32
+    shown = np.random.default_rng(0).random((1, 4, 4), dtype=np.float32)
+    maps = Maps(raw=shown, displayed=shown, logits=logits, milliseconds={})
+    names, shape = ("a", "b", "c"), (1, 4, 4)
+    network = modules.networks.Network("n", None, shape, (0.0,), (1.0,), names, shape)
+    picture = Picture("one", Image.new("L", (4, 4)))
+    assert modules.cam.row(picture, 0, (1,), maps, network)["predicted"] == names[int(logits.argmax())]
+    assert modules.cam.chosen_classes("b,1", network, [Path("one")]) == {"one": (1,)}
+
+
+def test_a_network_with_random_weights_is_the_same_every_time(modules):
+    one, two = (modules.networks.from_arch("ConvNet", "random").model.state_dict() for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_networks_of_torchvision_and_weights_that_do_not_fit(script, runs, pictures, tmp_path):

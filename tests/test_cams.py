@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import dlrt
-from dlrt.cams import METHODS, check_options, default_layer, explain, spatial_layers
+from dlrt.cams import CLASSLESS, METHODS, check_options, default_layer, explain, spatial_layers
 from dlrt.cams.compare import in_boxes, similarity, top
 from dlrt.cams.faithfulness import faithfulness
 from dlrt.cams.methods import NOT_SMOOTHED
@@ -51,6 +51,13 @@ def trained():
             optimizer.step()
         scheduler.step()
     return model.eval(), x_test, test
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_maps_depend_on_the_class_but_those_of_classless_methods(method, resnet):
+    model, x = resnet
+    raw = [explain(model, x[:1], of_classes([[number]]), method).raw for number in (1, 2)]
+    assert np.array_equal(*raw) == (method in CLASSLESS)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -327,6 +334,8 @@ def test_a_picture_of_fractions_is_not_black(tmp_path):
     values = np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)
     Image.fromarray(values).save(tmp_path / "heights.tiff")
     np.testing.assert_allclose(read(tmp_path / "heights.tiff").pixels()[..., 0], values, atol=1 / 255)
+    Image.fromarray(8 * values).save(tmp_path / "metres.tiff")  # what exceeds 1 is scaled by its largest
+    np.testing.assert_allclose(read(tmp_path / "metres.tiff").pixels()[..., 0], values, atol=1 / 255)
 
 
 def test_labels_are_read_as_a_spreadsheet_writes_them(tmp_path):

@@ -1,10 +1,14 @@
 """compare_cams.py and its produce_results.py: from networks to a table and figures, and every refusal."""
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 from test_cam_scripts import modules, pictures, runs, script
+
+from dlrt.runs import RunError
 
 __all__ = ["modules", "pictures", "runs", "script"]  # fixtures
 
@@ -49,7 +53,7 @@ def test_a_comparison_of_other_tasks_or_settings_is_refused(script, runs, tmp_pa
         ("small", "small (10 classes, 1 x 16 x 16 pixels)"),
         ("lenet", "choose a --target-layer"),
     ):
-        code, _, err = script("compare_cams", *flags, "--low-rank", runs / network)
+        code, _, err = script("compare_cams", *flags, "--seeds", runs / network)
         assert code == 2
         assert told in err
         assert err.count("\n") == 1
@@ -59,6 +63,39 @@ def test_a_comparison_of_other_tasks_or_settings_is_refused(script, runs, tmp_pa
         code, _, err = script("compare_cams", *flags, *changed)
         assert code == 2
         assert "begun with other options" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--low-rank", "dense_seed1"], "--low-rank takes low-rank networks, and dense_seed1 is dense"),
+        (["--seeds", "tau0.3_seed0"], "--seeds takes dense networks, and tau0.3_seed0 is low-rank"),
+        (["--low-rank", "times"], "no network can be called times"),
+        (["--name", "two/folders"], "must name one folder"),
+    ],
+)
+def test_networks_in_the_wrong_place_are_refused(flags, told, script, runs, tmp_path):
+    places = {"dense_seed1": runs / "dense_seed1", "tau0.3_seed0": runs / "tau0.3_seed0"}
+    flags = [places.get(flag, flag) for flag in flags]
+    shutil.copytree(runs / "tau0.3_seed0", tmp_path / "copies" / "times")
+    flags = [tmp_path / "copies" / "times" if flag == "times" else flag for flag in flags]
+    standing = ["--reference", runs / "dense_seed0", "--images", "clutter-test", "--count", 2]
+    code, _, err = script("compare_cams", *standing, *flags, "--output-dir", "results")
+    assert (code, err.count("\n")) == (2, 1)
+    assert told in err
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("method", ["fullgrad", "sess"])
+def test_methods_whose_raw_maps_are_as_large_as_the_picture_are_compared(method, script, runs, tmp_path):
+    flags = ["--reference", runs / "dense_seed0", "--images", "clutter-test", "--count", 2]
+    flags += ["--method", method, "--no-faithfulness", "--time-shares", "--output-dir", "results"]
+    code, printed, err = script("compare_cams", *flags)
+    assert (code, err) == (0, "")
+    assert "full rank: maps " in printed
+    rows = pd.read_csv(tmp_path / "results/clutter-test/randomcam.csv")
+    assert rows["pearson_raw"].isna().all()
+    assert rows["pearson"].notna().any()
 
 
 def test_networks_are_compared_at_another_size_on_a_single_picture(script, runs, tmp_path):
@@ -75,6 +112,19 @@ def test_networks_are_compared_at_another_size_on_a_single_picture(script, runs,
     for name in ("tau0.3_seed0", "small"):
         maps = np.load(tmp_path / f"results/{tmp_path.name}/{name}.npz")["displayed"]
         assert maps.shape == (1, 24, 24)
+
+
+def test_labels_of_no_picture_are_told_and_boxes_outside_leave_a_picture_out(modules, pictures, capsys):
+    (pictures / "labels.csv").write_text("absent.png,3\ngrey.png,3,box=1 2 300 4\ncat.v2.png,3,3\n")
+    names, shape = tuple("0123456789"), (1, 32, 32)
+    network = modules.networks.Network("digits", None, shape, (0.0,), (1.0,), names, shape)
+    found, failed = modules.sources.pictures_of(str(pictures), 9, None, network)
+    assert failed
+    assert "grey.png" not in [picture.name for picture in found]
+    assert {picture.name: picture.classes for picture in found}["cat.v2.png"] == (3,)
+    strange, outside = capsys.readouterr().err.splitlines()
+    assert "there is no picture absent.png" in strange
+    assert "a box must lie in the 90 x 37 pixels of grey.png, got 1 2 300 4" in outside
 
 
 def test_a_class_that_a_network_does_not_have_leaves_a_picture_its_box(modules, pictures, capsys):
@@ -101,7 +151,7 @@ def test_a_map_that_is_undefined_fails_the_control_of_full_rank(defined, differe
     for name, its, gaps in (("dense", [True, True], [0, 0]), ("full_rank", defined, difference)):
         table = pd.DataFrame({**rows, "defined": its, "largest_difference": gaps})
         table.to_csv(tmp_path / f"{name}.csv", index=False)
-    with pytest.raises(SystemExit, match=told):
+    with pytest.raises(RunError, match=told):
         modules.compare_cams.check_full_rank(tmp_path, "dense", "gradcam")
 
 
@@ -111,7 +161,9 @@ def test_a_comparison_that_broke_off_is_not_drawn(script, tmp_path):
     (tmp_path / "results/one/full_rank.csv").write_text("network,target\nfull_rank,same\n")
     code, _, err = script("produce_results", "--results", "results", "--output-dir", "out")
     assert code == 1
-    assert "no comparisons in results" in err
+    left_out, nothing = err.splitlines()
+    assert "results/one is left out (there is no randomcam.csv yet)" in left_out
+    assert "no finished comparisons in results" in nothing
 
 
 def test_a_grid_of_undefined_maps_is_drawn(modules, tmp_path):

@@ -20,6 +20,7 @@ def test_run_sh_says_which_commands_train_what_it_needs(tmp_path):
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert result.returncode == code
         assert told in result.stderr
+        assert result.stderr.count(f"--output-dir {tmp_path}") == (2 if code == 1 else 0)
 
 
 RECORDER = """#!/bin/sh
@@ -85,7 +86,7 @@ def test_run_sh_draws_and_compares_what_has_a_checkpoint(run_sh, run_script, tmp
     assert networks == trained | cut | {"full_rank", "random_weights", "randomcam"}
 
 
-@pytest.mark.parametrize(("code", "commands"), [(1, 8), (2, 1)])
+@pytest.mark.parametrize(("code", "commands"), [(1, 8), (2, 1), (3, 1)])
 def test_run_sh_goes_on_after_an_unreadable_picture_and_after_nothing_else(code, commands, run_sh, tmp_path):
     save_run(tmp_path / "runs/dense_seed0")
     ended, called = run_sh(tmp_path / "runs", tmp_path / "out", code)

@@ -6,7 +6,7 @@ was, pictures of any kind, and measures by which the maps of two networks are co
 """
 
 from dlrt.cams.explain import Maps, check_options, explain
-from dlrt.cams.methods import METHODS
+from dlrt.cams.methods import CLASSLESS, METHODS
 from dlrt.cams.spatial import default_layer, spatial_layers
 
-__all__ = ["METHODS", "Maps", "check_options", "default_layer", "explain", "spatial_layers"]
+__all__ = ["CLASSLESS", "METHODS", "Maps", "check_options", "default_layer", "explain", "spatial_layers"]

@@ -16,11 +16,14 @@ TOP = 0.2  # the share of pixels that a map's top is
 def similarity(one: np.ndarray, other: np.ndarray) -> dict[str, float]:
     """Pearson's and Spearman's correlation, SSIM, and the IoU of the highest fifths of two maps (H, W).
 
-    NaN for what is not defined: of a map that is not finite or does not vary. SSIM, which knows no scale,
-    compares the maps divided by their largest absolute values.
+    NaN for what is not defined: of a map that is not finite or does not vary, of maps of different sizes (raw
+    ones of FullGrad beside RandomCAM's). SSIM, which knows no scale, compares the maps divided by their
+    largest absolute values.
     """
     names = ("pearson", "spearman", "ssim", "iou")
-    if not all(np.isfinite(values).all() and np.ptp(values) > 0 for values in (one, other)):
+    if one.shape != other.shape or not all(
+        np.isfinite(values).all() and np.ptp(values) > 0 for values in (one, other)
+    ):
         return dict.fromkeys(names, float("nan"))
     a, b = (np.asarray(values, dtype=np.float64) / np.abs(values).max() for values in (one, other))
     side = min(a.shape)

@@ -28,6 +28,7 @@ METHODS: dict[str, type] = {
     name.lower(): kind for name, kind in vars(pytorch_grad_cam).items() if _takes_model_and_layers(kind)
 }
 COMPONENTS = ("eigencam", "eigengradcam", "kpca_cam")  # maps that are a principal component
+CLASSLESS = ("eigencam", "kpca_cam", "fem", "randomcam")  # maps that are the same for every class
 # those take no other component, FEM looks at no weights, RefineCAM hands the option on as another one, and
 # the sign of FullGrad's component is arbitrary
 NOT_SMOOTHED = (*COMPONENTS, "segeigencam", "fem", "refinecam", "fullgrad")

@@ -65,9 +65,10 @@ def read(path: Path) -> Picture:
 
 def _plain(image: Image.Image) -> Image.Image:
     if image.mode.startswith(DEEP):
-        values = np.asarray(image, dtype=np.float64)
-        fraction = image.mode == "F" and values.max() <= 1
-        largest = 1 if fraction else 255 if values.max() <= 255 else 65535
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        # integers have as many bits as they need; of floats that exceed 1 the largest is white
+        largest = 255 if values.max() <= 255 else 65535
+        largest = max(1.0, values.max()) if image.mode == "F" else largest
         return Image.fromarray(np.uint8(np.clip(values / largest, 0, 1) * 255))
     if "A" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -82,7 +83,8 @@ def files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise PictureError(f"{path} is not there: give a picture or a folder of pictures")
-    found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+    named = (file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+    found = sorted(file for file in named if not file.name.startswith(".") and not file.is_dir())
     if not found:
         raise PictureError(f"{path} holds no pictures ({' '.join(SUFFIXES)})")
     return found
@@ -112,7 +114,7 @@ def read_labels(path: Path, number: Callable[[str], int | None]) -> Labels:
             raise PictureError(f"{path}, line {count}: {error}") from error
         if name in labels:
             raise PictureError(f"{path}, line {count}: {name} is there twice; put its classes in one line")
-        labels[name] = tuple(its for its in numbers if its is not None), boxes
+        labels[name] = tuple(dict.fromkeys(its for its in numbers if its is not None)), boxes
     return labels
 
 
@@ -127,8 +129,14 @@ def _box(cell: str) -> Box:
 
 
 def labelled(picture: Picture, labels: Labels) -> Picture:
-    """A picture with what a file of labels says about it."""
+    """A picture with what a file of labels says about it. PictureError for a box that is not inside it."""
     classes, boxes = labels.get(picture.name, ((), ()))
+    width, height = picture.image.size
+    if outside := [box for box in boxes if min(box[:2]) < 0 or box[2] > width or box[3] > height]:
+        raise PictureError(
+            f"a box must lie in the {width} x {height} pixels of {picture.name}, got "
+            f"{' '.join(f'{value:g}' for value in outside[0])}: the picture is left out"
+        )
     return replace(picture, classes=classes, boxes=boxes)
 
 
