@@ -23,9 +23,10 @@ DATA = "CIFAR-10 (the runs that are committed: a JPEG copy of it)"
 CAPTION = (
     f"{DATA}: test accuracy in %, mean and standard deviation over the seeds, at the epoch chosen on 5,000 "
     "validation pictures and at the last one. below dense: points below the dense net that began alike and "
-    "was trained for as many epochs (from trained weights with a smaller lr). cut to: the compression that "
-    "trained weights were cut to at the start. Trained weights of others may have seen the validation "
-    f"pictures, dense and low-rank nets that begin with them alike. {tables.COUNTED}"
+    "was trained for as many epochs. cut to: the compression that trained weights were cut to at the start. "
+    "kernels: low-rank across space, as a horizontal and a vertical convolution, or as matrices (out, in "
+    "height width), which have a larger lr. Trained weights of others may have seen the validation pictures, "
+    f"dense and low-rank nets that begin with them alike. {tables.COUNTED}"
 )
 FINE_TUNING = (
     f"{DATA}: test accuracy in % before and after fine-tuning of S and all that is dense in frozen bases, "
@@ -33,16 +34,19 @@ FINE_TUNING = (
     f"al. 2022. {tables.COUNTED}"
 )
 SETTING = ["network", "start", "epochs"]
+KERNELS = {True: "across space", False: "matrices"}
 
 
 def compared(found: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Means over the seeds of all runs without fine-tuning, as numbers and as text."""
-    summary = results.over_seeds(found, [*SETTING, "tau", "asked"])
+    summary = results.over_seeds(found, [*SETTING, "tau", "asked", "spatial"])
     dense = summary[summary["tau"].isna()].set_index(SETTING)["accuracy"]
     below = summary.join(dense.rename("dense"), on=SETTING)["dense"] - summary["accuracy"]
     tau = tables.text(summary["tau"], "{:g}", "dense")
     asked = tables.text(summary["asked"], "{:g}")
-    setting = {"network": summary["network"], "start": summary["start"], "cut to [%]": asked, "τ": tau}
+    kernels = summary["spatial"].map(KERNELS).where(summary["tau"].notna(), "")
+    setting = {"network": summary["network"], "start": summary["start"]}
+    setting |= {"cut to [%]": asked, "kernels": kernels, "τ": tau}
     table = tables.readable(summary, setting)
     below = tables.text(below.where(summary["tau"].notna()), "{:.2f}")
     table.insert(table.columns.get_loc("at the last epoch [%]") + 1, "below dense", below)
@@ -86,6 +90,7 @@ def main() -> None:
     found["start"] = start.str.replace(r"_seed\d+$", "", regex=True).fillna("scratch")
     # dense runs alone have no such options
     found["asked"] = found.get("compression", pd.Series(float("nan"), found.index))
+    found["spatial"] = found.get("spatial", pd.Series(False, found.index)).fillna(False).astype(bool)
     tuned = found.get("finetune_epochs", pd.Series(0, found.index)) > 0
     if tuned.any():
         table = fine_tuned(found[tuned], args.results)
@@ -95,11 +100,11 @@ def main() -> None:
         return
     summary, table = compared(found[~tuned])
     curves, lines = {}, {}
-    for (network, start, epochs), rows in summary.groupby(SETTING):
-        if rows["tau"].notna().any():
-            label = f"{network} from {start}, {epochs} epochs"
-            curves[f"DLRT, {label}"] = rows.dropna(subset="tau")
-            lines |= {f"dense, {label}": row.accuracy for row in rows[rows["tau"].isna()].itertuples()}
+    low_rank = summary.dropna(subset="tau")
+    for (network, start, epochs, spatial), rows in low_rank.groupby([*SETTING, "spatial"]):
+        curves[f"{network} from {start}, {epochs} epochs, {KERNELS[spatial]}"] = rows
+    for row in summary[summary["tau"].isna()].merge(low_rank[SETTING].drop_duplicates()).itertuples():
+        lines[f"{row.network} from {row.start}, {row.epochs} epochs, dense"] = row.accuracy
     figures = {}
     if curves:
         figures["cifar10_accuracy_vs_cr"] = plots.accuracy_against_compression(curves, {}, lines)

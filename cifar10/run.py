@@ -3,9 +3,9 @@
     python cifar10/run.py --weights resnet20-12fca82f.pt        about 3 hours on two CPU cores
 
 `--weights` is a file of a trained dense ResNet20. It is first trained on for `--adapt-epochs`, since the
-pictures and their normalisation may be others; from there DLRT begins, cut to each of the `--compressions`,
-and beside it the dense net goes on for as long. Without `--weights` there are the runs from scratch only, at
-each of the `--taus`.
+pictures and their normalisation may be others; from there DLRT begins, cut across space to each of the
+`--compressions` and with kernels as matrices to the first of them, and beside it the dense net goes on for as
+long. Without `--weights` there are the runs from scratch only, at each of the `--taus`.
 """
 
 from pathlib import Path
@@ -17,6 +17,8 @@ NETWORKS = ("resnet20", "alexnet", "vgg16")
 GENTLE = {"lr": 0.02}  # more would first undo what dense weights have learned
 # what is cut at once has all epochs to heal
 COMPRESSING = {"spatial": True, "tau": 0.03, "tau_warmup": 0, "max_rank": "initial"}
+# as matrices (out, in * height * width) kernels lose much at once, and a larger step is the better one then
+MATRICES = {"lr": 0.05, "tau": 0.1, "tau_warmup": 0, "max_rank": "initial"}
 
 
 def twins(name: str, options: dict, low_rank: dict[str, dict]) -> list[grid.Plan]:
@@ -53,6 +55,8 @@ def main() -> None:
             first.append(grid.Plan(adapted, script, {**options, **GENTLE, **begin}))
             begin = {"epochs": args.epochs, "from_checkpoint": args.output_dir / adapted}
             cuts = {f"compression{c:g}": {**COMPRESSING, "compression": float(c)} for c in args.compressions}
+            for c in args.compressions[:1]:
+                cuts[f"matrix_compression{c:g}"] = {**MATRICES, "compression": float(c)}
             then += twins("resnet20/adapted", {**options, **GENTLE, **begin}, cuts)
         options["epochs"] = args.scratch_epochs
         for network in args.networks:

@@ -65,9 +65,11 @@ def test_the_runs_of_cifar10_go_to_tables_and_a_figure(run_script, weights, tmp_
         output(run_script("cifar10/produce_results.py", *flags))
     table = pd.read_csv(tmp_path / "out" / "table.csv", keep_default_na=False)
     rows = {(row["start"], row["τ"]): row for _, row in table.iterrows()}
-    starts = [("adapted", "dense"), ("adapted", "0.03"), ("resnet20.pt", "dense"), ("scratch", "0.3")]
-    assert rows.keys() == {*starts, ("scratch", "dense")}
+    adapted = [("adapted", tau) for tau in ("dense", "0.03", "0.1")]
+    others = ("resnet20.pt", "dense"), ("scratch", "dense"), ("scratch", "0.3")
+    assert rows.keys() == {*adapted, *others}
     assert float(rows["adapted", "0.03"]["compression [%]"]) >= 50
+    assert [rows[start]["kernels"] for start in adapted] == ["", "across space", "matrices"]
     assert [rows[start]["cut to [%]"] for start in (("adapted", "0.03"), ("scratch", "0.3"))] == ["50", ""]
     for start, tau in (("adapted", "0.03"), ("scratch", "0.3")):
         dense, low = rows[start, "dense"], rows[start, tau]
