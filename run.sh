@@ -25,12 +25,13 @@ case "${1:-}" in
         [ -f "${prefix}dense_seed0/checkpoint.pt" ] && reference=${prefix}dense_seed0 && break
     done
     if [ -z "$reference" ]; then
-        there=${CHECKPOINTS:+ --output-dir $checkpoints}
+        quoted=$(printf %q "$checkpoints")
+        there=${CHECKPOINTS:+ --output-dir $quoted}
         {
             echo "run.sh: no trained ResNet20 in $checkpoints (checkpoints are not committed). Train one with"
             echo "    python cifar10/resnet20_cifar10_baseline.py --name dense_seed0$there"
             echo "    for tau in ${taus[*]}; do python cifar10/resnet20_cifar10.py --tau \$tau \\"
-            echo "        --from-checkpoint $checkpoints/dense_seed0 --rank 1.0 --name tau\${tau}_seed0$there; done"
+            echo "        --from-checkpoint $quoted/dense_seed0 --rank 1.0 --name tau\${tau}_seed0$there; done"
             echo "or try ./run.sh --quick, which needs no download and no data"
         } >&2
         exit 1
@@ -89,8 +90,9 @@ for tau in "${taus[@]}"; do
     fi
 done
 
-for run in "$prefix"tau*_seed0 "$prefix"compression*_seed0; do # trained at others
-    name=$(basename "${run%_seed0}" | sed 's/^.*_//')
+for run in "$prefix"tau*_seed0 "$prefix"*compression*_seed0; do # trained at others
+    name=${run#"$prefix"}
+    name=${name%_seed0}
     case " ${taus[*]} " in *" ${name#tau} "*) continue ;; esac
     if [ -f "$run/checkpoint.pt" ]; then
         draw "$name" --checkpoint "$run"

@@ -24,9 +24,9 @@ CAPTION = (
     f"{DATA}: test accuracy in %, mean and standard deviation over the seeds, at the epoch chosen on 5,000 "
     "validation pictures and at the last one. below dense: points below the dense net that began alike and "
     "was trained for as many epochs. cut to: the compression that trained weights were cut to at the start. "
-    "kernels: low-rank across space, as a horizontal and a vertical convolution, or as matrices (out, in "
-    "height width), which have a larger lr. Trained weights of others may have seen the validation pictures, "
-    f"dense and low-rank nets that begin with them alike. {tables.COUNTED}"
+    "kernels: low-rank across space, as a horizontal and a vertical convolution, or as matrices out x (in x "
+    "height x width). lr: the step size at the start, the better one of those tried. Trained weights of "
+    f"others may have seen the validation pictures, dense and low-rank nets alike. {tables.COUNTED}"
 )
 FINE_TUNING = (
     f"{DATA}: test accuracy in % before and after fine-tuning of S and all that is dense in frozen bases, "
@@ -39,14 +39,14 @@ KERNELS = {True: "across space", False: "matrices"}
 
 def compared(found: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Means over the seeds of all runs without fine-tuning, as numbers and as text."""
-    summary = results.over_seeds(found, [*SETTING, "tau", "asked", "spatial"])
+    summary = results.over_seeds(found, [*SETTING, "tau", "asked", "spatial", "lr"])
     dense = summary[summary["tau"].isna()].set_index(SETTING)["accuracy"]
     below = summary.join(dense.rename("dense"), on=SETTING)["dense"] - summary["accuracy"]
     tau = tables.text(summary["tau"], "{:g}", "dense")
     asked = tables.text(summary["asked"], "{:g}")
     kernels = summary["spatial"].map(KERNELS).where(summary["tau"].notna(), "")
     setting = {"network": summary["network"], "start": summary["start"]}
-    setting |= {"cut to [%]": asked, "kernels": kernels, "τ": tau}
+    setting |= {"cut to [%]": asked, "kernels": kernels, "τ": tau, "lr": summary["lr"].map("{:g}".format)}
     table = tables.readable(summary, setting)
     below = tables.text(below.where(summary["tau"].notna()), "{:.2f}")
     table.insert(table.columns.get_loc("at the last epoch [%]") + 1, "below dense", below)

@@ -18,7 +18,7 @@ GENTLE = {"lr": 0.02}  # more would first undo what dense weights have learned
 # what is cut at once has all epochs to heal
 COMPRESSING = {"spatial": True, "tau": 0.03, "tau_warmup": 0, "max_rank": "initial"}
 # as matrices (out, in * height * width) kernels lose much at once, and a larger step is the better one then
-MATRICES = {"lr": 0.05, "tau": 0.1, "tau_warmup": 0, "max_rank": "initial"}
+MATRICES = {"spatial": False, "lr": 0.05, "tau": 0.1, "tau_warmup": 0, "max_rank": "initial"}
 
 
 def twins(name: str, options: dict, low_rank: dict[str, dict]) -> list[grid.Plan]:

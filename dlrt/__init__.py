@@ -2,12 +2,12 @@
 
 from dlrt import fields, integrators
 from dlrt.convert import load_factors, to_dense, to_low_rank
+from dlrt.convolutions import LowRankConv2d, SpatialLowRankConv2d
 from dlrt.costs import Compression, compression, singular_values
 from dlrt.export import export
-from dlrt.layers import LowRankConv2d, LowRankLayer, LowRankLinear
+from dlrt.layers import LowRankLayer, LowRankLinear
 from dlrt.lowrank import LowRank, truncate
 from dlrt.optimizer import DLRT
-from dlrt.spatial_conv import SpatialLowRankConv2d
 
 __all__ = [
     "DLRT",

@@ -29,10 +29,9 @@ def kronecker_factors(
     """A and G of each layer, from a classifier's inputs (N, ...), with classes drawn as the model sees them.
 
     In evaluation mode. A is a mean over all that the weight is multiplied by, G a sum over all outputs for an
-    input. With spatial they are those of a kernel as the matrix of a `SpatialLowRankConv2d`: of rows of
-    patches, and of the gradients for what each of them gives to the outputs above and below. A layer that the
-    logits do not depend on has none. ValueError unless the model gives logits (N, classes) of at least two
-    classes.
+    input. With spatial they are those of a kernel as the matrix of a `SpatialLowRankConv2d`, which is
+    multiplied by patches one row high, each of which adds to several outputs. A layer that the logits do not
+    depend on has none. ValueError unless the model gives logits (N, classes) of at least two classes.
     """
     A: dict[nn.Module, Tensor] = {}
     G: dict[nn.Module, Tensor] = {}
@@ -75,12 +74,13 @@ def _patches(layer: nn.Linear | nn.Conv2d, x: Tensor, spatial: bool) -> Tensor:
     x = F.pad(x, layer._reversed_padding_repeated_twice, mode)
     kernel_size, stride = layer.kernel_size, layer.stride
     if spatial:
+        x = x[:, :, _used_rows(layer, x.shape[2])]
         kernel_size, stride = (1, kernel_size[1]), (1, stride[1])
     return _rows(F.unfold(x, kernel_size, dilation=layer.dilation, stride=stride), channels=-2)
 
 
 def _gradients(layer: nn.Linear | nn.Conv2d, g: Tensor, spatial: bool) -> Tensor:
-    """The gradients for those products, from that for the outputs; zeros that would follow are left out."""
+    """The gradients for those products, from that for the outputs."""
     if isinstance(layer, nn.Linear):
         return _rows(g, channels=-1)
     if spatial:
@@ -89,7 +89,15 @@ def _gradients(layer: nn.Linear | nn.Conv2d, g: Tensor, spatial: bool) -> Tensor
         place = place.view(-1, layer.out_channels, height, 1).transpose(0, 1)
         stride, dilation = (layer.stride[0], 1), (layer.dilation[0], 1)
         g = F.conv_transpose2d(g, place, stride=stride, dilation=dilation)
+        g = g[..., _used_rows(layer, g.shape[-2]), :]
     return _rows(g, channels=-3)
+
+
+def _used_rows(layer: nn.Conv2d, height: int) -> list[int]:
+    """The rows of a picture of that height, padding and all, that a convolution multiplies by anything."""
+    (size, _), (stride, _), (dilation, _) = layer.kernel_size, layer.stride, layer.dilation
+    outputs = (height - dilation * (size - 1) - 1) // stride + 1
+    return sorted({i * stride + p * dilation for i in range(outputs) for p in range(size)})
 
 
 def _rows(x: Tensor, channels: int) -> Tensor:

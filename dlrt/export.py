@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from dlrt.convert import replace_layers
-from dlrt.layers import LowRankConv2d, LowRankLayer
-from dlrt.spatial_conv import SpatialLowRankConv2d
+from dlrt.convolutions import LowRankConv2d, SpatialLowRankConv2d
+from dlrt.layers import LowRankLayer
 
 
 def export(model: nn.Module) -> nn.Module:
@@ -42,9 +42,12 @@ def _pair(layer: LowRankLayer, biased: bool) -> tuple[nn.Module, nn.Module]:
     """Two layers without weights yet; the first convolution has the geometry, or what is horizontal of it."""
     if isinstance(layer, LowRankConv2d):
         spatial = isinstance(layer, SpatialLowRankConv2d)
-        first = nn.Conv2d(layer.in_channels, layer.rank, bias=False, **_geometry(layer, not spatial, True))
-        second = nn.Conv2d(layer.rank, layer.out_channels, bias=biased, **_geometry(layer, spatial, False))
-        return first, second
+        first = _geometry(layer, vertical=not spatial, horizontal=True)
+        second = _geometry(layer, vertical=spatial, horizontal=False)
+        return (
+            nn.Conv2d(layer.in_channels, layer.rank, bias=False, **first),
+            nn.Conv2d(layer.rank, layer.out_channels, bias=biased, **second),
+        )
     return (
         nn.Linear(layer.in_features, layer.rank, bias=False),
         nn.Linear(layer.rank, layer.out_features, bias=biased),
@@ -53,7 +56,7 @@ def _pair(layer: LowRankLayer, biased: bool) -> tuple[nn.Module, nn.Module]:
 
 def _geometry(layer: LowRankConv2d, vertical: bool, horizontal: bool) -> dict[str, Any]:
     """The arguments of nn.Conv2d for a convolution that does what a layer does along these directions."""
-    geometry = {"padding_mode": layer.padding_mode}
+    geometry = {"padding_mode": layer.padding_mode if vertical or horizontal else "zeros"}
     for name, neutral in (("kernel_size", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
         sizes = getattr(layer, name)
         if not isinstance(sizes, str):  # padding may be "same" or "valid"

@@ -15,7 +15,9 @@ class Maps(Protocol):
     """The maps that a layer y = x V Sᵀ Uᵀ + bias is made of, forwards and backwards.
 
     x, y and their gradients are matrices in a linear layer, pictures in a convolution; the formulas read them
-    as matrices with a row for every sample and position and a column for every feature. W = U S Vᵀ is (m, n).
+    as matrices with a row for every sample and position and a column for every feature. (Where a layer adds
+    several rows of x W to a row of y, as a vertical convolution does, they stand for y before that.)
+    W = U S Vᵀ is (m, n).
     """
 
     U: nn.Parameter
@@ -32,7 +34,7 @@ class Maps(Protocol):
         """y = a Sᵀ Uᵀ + bias."""
 
     def lift_adjoint(self, g: Tensor, U: Tensor, x: Tensor) -> Tensor:
-        """b = g U, for g the gradient for y."""
+        """b = g U, for g the gradient for y; x says how large b is where a stride leaves that open."""
 
     def project_adjoint(self, b: Tensor, S: Tensor, V: Tensor, x: Tensor) -> Tensor:
         """b S Vᵀ, the gradient for x."""
@@ -46,8 +48,11 @@ class Maps(Protocol):
     def whole_product(self, g: Tensor, x: Tensor) -> Tensor:
         """gᵀ x, which is G (m, n)."""
 
+    def core_product(self, b: Tensor, a: Tensor) -> Tensor:
+        """bᵀ a, which is Uᵀ G V (r, r)."""
+
     def total(self, g: Tensor) -> Tensor:
-        """The sum of the rows of g, (m,): the gradient for the bias."""
+        """The sum of g for every output, (outputs,): the gradient for the bias."""
 
 
 class RecordedMap(torch.autograd.Function):
@@ -77,7 +82,7 @@ def adjoint(
     layer = gradient.layer
     # under autocast g may be bfloat16 or float16, and the factors never are
     x, a, S, U, V = (T.to(g.dtype) for T in (x, a, S, layer.U, layer.V))
-    dense = _dense_is_cheaper(layer, g)
+    dense = _dense_is_cheaper(layer, g, a)
     b = layer.lift_adjoint(g, U, x) if of_x or not dense else None
     if dense:
         G = layer.whole_product(g, x)
@@ -86,17 +91,21 @@ def adjoint(
     else:
         GV, GtU = layer.left_product(g, a), layer.right_product(x, b)
         gradient.record(Contribution(GV=GV, GtU=GtU, sample=(x, g)))
-        S_grad = U.mT @ GV
+        S_grad = layer.core_product(b, a)
         if g.dtype == torch.float16:  # a GradScaler must see what overflows, and sees S.grad alone
             S_grad = S_grad + 0 * (GV.float().sum() + GtU.float().sum())
     return layer.project_adjoint(b, S, V, x) if of_x else None, S_grad
 
 
-def _dense_is_cheaper(layer: Maps, g: Tensor) -> bool:
-    """Whether G itself costs less than its products: at high rank, with many more rows than columns."""
+def _dense_is_cheaper(layer: Maps, g: Tensor, a: Tensor) -> bool:
+    """Whether G itself costs less than its products: at high rank, with many more rows than columns.
+
+    Counted are G V and Gᵀ U, and as much again for the new blocks of the bases; with G they are products of
+    matrices.
+    """
     (m, n), r = layer.shape, layer.rank
-    rows = g.numel() // g.shape[1]
-    return rows * m * n + 3 * m * n * r < 2 * rows * r * (m + n)
+    of_g, of_a = g.numel() // g.shape[1], a.numel() // a.shape[1]  # rows
+    return of_g * m * n + 3 * m * n * r < 2 * r * (of_g * m + of_a * n)
 
 
 @dataclass

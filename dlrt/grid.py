@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dlrt.runs import DIVERGED, NOT_PART_OF_THE_EXPERIMENT, epochs_done
+from dlrt.runs import DIVERGED, NOT_PART_OF_THE_EXPERIMENT, epochs_done, same_option
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Plan:
         path = results / self.name / "config.json"
         if not path.exists():
             return []
-        was = {"finetune_epochs": 0, **json.loads(path.read_text())["options"]}
+        was = json.loads(path.read_text())["options"]
         return [
             f"{name} {was.get(name)!r} instead of {value!r}"
             for name, value in {"finetune_epochs": 0, **self.options}.items()
@@ -68,7 +68,7 @@ def _same(name: str, recorded: Any, value: Any) -> bool:
         return re.sub(r" [0-9a-f]{8}$", "", str(recorded)) == Path(value).name
     if name == "rank" and type(recorded) is not type(value):  # 1 is a rank, 1.0 the full one
         return False
-    return recorded == (list(value) if isinstance(value, tuple) else value)
+    return same_option(recorded, list(value) if isinstance(value, tuple) else value)
 
 
 def make(

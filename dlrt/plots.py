@@ -72,8 +72,9 @@ def accuracy_against_compression(
     curves: dict[str, pd.DataFrame], references: dict[str, pd.DataFrame], dense: dict[str, float]
 ) -> Figure:
     """Test accuracy over evaluation compression, by label: curves of `tables.over_seeds`, with a bar of one
-    standard deviation; references with the columns compression and accuracy, in grey; dense lines, in the
-    colour of the curve that is labelled "DLRT" in the place of "dense", or grey.
+    standard deviation; references with the columns compression and accuracy, in grey; dense lines, dotted
+    more widely from one to the next, in the colour of the curve that is labelled "DLRT" in the place of
+    "dense", or grey.
     """
     colours = {label: style(number)["color"] for number, label in enumerate(curves)}
     with mpl.rc_context(LOOK):
@@ -86,9 +87,9 @@ def accuracy_against_compression(
             line = style(number)
             errors = {"yerr": rows["accuracy_std"].fillna(0), "capsize": 3, "marker": "o", "ms": 4}
             axes.errorbar(rows["compression"], rows["accuracy"], label=label, **errors, **line)
-        for label, accuracy in dense.items():
+        for number, (label, accuracy) in enumerate(dense.items()):
             colour = colours.get(label.replace("dense", "DLRT"), "0.55")
-            axes.axhline(accuracy, color=colour, lw=1, ls=(0, (1, 1)), label=label)
+            axes.axhline(accuracy, color=colour, lw=1, ls=(0, (1, 1 + 2 * number)), label=label)
         axes.set(xlabel="evaluation compression [%]", ylabel="test accuracy [%]")
         axes.legend(loc="lower left", fontsize="small", frameon=True, framealpha=0.9)
     return figure

@@ -27,10 +27,16 @@ except ImportError:  # not on Windows
 
 NOT_PART_OF_THE_EXPERIMENT = ("data_dir", "output_dir", "resume", "quiet", "device", "workers")
 DIVERGED = 3  # the exit code of a run whose loss is not finite
+RESUME = "once it can be, --resume continues from the last epoch"
 
 
 class RunError(RuntimeError):
     """A run's folder cannot be used as asked; the message says why and what to do."""
+
+
+def same_option(one: Any, other: Any) -> bool:
+    """Whether two values of an option are the same; in a record that is too old to have it, it is not set."""
+    return one == other or not (one or other)
 
 
 class Run:
@@ -55,8 +61,7 @@ class Run:
             other = [
                 f"{key} {was.get(key)!r} -> {value!r}"
                 for key, value in config.items()
-                # a folder may move, and an option that the run did not know was not set
-                if key != "name" and was.get(key, None if value else value) != value
+                if key != "name" and not same_option(was.get(key), value)  # a folder may move
             ]
             if other:
                 raise RunError(
@@ -240,12 +245,7 @@ def _commit(folder: Path) -> str | None:
     return commits[0][:12] + ("-dirty" if changes else "") if commits else None
 
 
-RESUME = "once it can be, --resume continues from the last epoch"
-
-
-def write_whole(
-    path: Path, write: Callable[[IO[bytes]], Any], advice: str = "what is finished is kept"
-) -> None:
+def write_whole(path: Path, write: Callable[[IO[bytes]], Any], advice: str) -> None:
     """Write a file that is seen whole or not at all; OSError, with a line that ends in advice, where not."""
     part = path.with_name(path.name + ".part")
     try:

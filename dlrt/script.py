@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from dlrt import distributed
 from dlrt.cli import OPTIMIZERS
 from dlrt.convert import to_low_rank
+from dlrt.convolutions import SpatialLowRankConv2d
 from dlrt.data import Dataset
 from dlrt.datasets import DataError, load
 from dlrt.distributed import ProcessError
@@ -120,6 +121,8 @@ def _begin(
     model = network(dataset.shape, dataset.classes, **settings)
     options = {key: value for key, value in vars(args).items() if key not in NOT_PART_OF_THE_EXPERIMENT}
     options["network"] = network.__name__
+    if not args.from_checkpoint:
+        options.pop("cut_by", None)  # there is nothing to cut
     if args.from_checkpoint:
         options["from_checkpoint"] = _take_weights(model, args.from_checkpoint, run)
     distributed.first(lambda: run.start(options, args.resume))
@@ -137,9 +140,14 @@ def _low_rank(model: nn.Module, args: argparse.Namespace, dataset: Dataset, run:
     inputs = dataset.train.images[:CALIBRATION_IMAGES].cpu() if by_loss else None
     cut = {"rank": args.rank, "compression": args.compression, "inputs": inputs}
     try:
-        return to_low_rank(model, skip=args.skip, spatial=args.spatial, **cut)
+        model = to_low_rank(model, skip=args.skip, spatial=args.spatial, **cut)
     except ValueError as error:
         raise RunError(f"--{error}") from error
+    if args.spatial and not any(isinstance(module, SpatialLowRankConv2d) for module in model.modules()):
+        raise RunError(
+            "--spatial needs a convolution that is still to become low-rank, and there is none: leave it out"
+        )
+    return model
 
 
 def _name(args: argparse.Namespace, settings: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ import pandas as pd
 from torch import nn
 
 from dlrt.costs import compression, singular_values
+from dlrt.runs import same_option
 
 COUNTED = "Weights only, biases and norms left out; a layer of rank r counts r (m + n), a dense one m n."
 
@@ -64,9 +65,10 @@ def _check_seeds(rows: pd.DataFrame) -> None:
         )
     for other in others:
         changed = [
-            f"{name} {first.options.get(name)!r} and {value!r}"
-            for name, value in other.options.items()
-            if name not in ("seed", "name", "from_checkpoint") and first.options.get(name) != value
+            f"{name} {first.options.get(name)!r} and {other.options.get(name)!r}"
+            for name in {**first.options, **other.options}
+            if name not in ("seed", "name", "from_checkpoint")
+            and not same_option(first.options.get(name), other.options.get(name))
         ]
         if changed:
             both = f"{first.run} and {other.run}"

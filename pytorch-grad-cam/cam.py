@@ -22,7 +22,7 @@ from pathlib import Path
 import networks
 import numpy as np
 import pandas as pd
-from endings import LEFT_OUT, told
+from endings import KEPT, LEFT_OUT, told
 from PIL import Image
 from sources import batches, readable
 
@@ -135,7 +135,7 @@ def explained(
             arrays["guided"] = gradients[index] * shown[..., None]
             large = Image.fromarray(visible(arrays["guided"])).resize(picture.image.size)
             save_png(args.output_dir / f"{picture.name}.guided.png", large)
-        write_whole(file.with_suffix(".npz"), partial(np.savez_compressed, **arrays))
+        write_whole(file.with_suffix(".npz"), partial(np.savez_compressed, **arrays), KEPT)
         about = "map of the picture" if args.method in CLASSLESS else f"map of {its['target']}"
         state = "" if its["defined"] else ": undefined, nothing speaks for it, and the picture is left bare"
         seen = f"{its['predicted']} {its['probability']:.3f}"
@@ -144,7 +144,7 @@ def explained(
 
 
 def save_png(path: Path, image: Image.Image) -> None:
-    write_whole(path, partial(image.save, format="PNG"))
+    write_whole(path, partial(image.save, format="PNG"), KEPT)
 
 
 def row(
@@ -178,7 +178,7 @@ def write_records(
 ) -> None:
     """cams.csv and config.json; of files and folders the names alone, since records can be published."""
     form = {"index": False, "float_format": "%.6g"}
-    write_whole(args.output_dir / "cams.csv", lambda file: pd.DataFrame(rows).to_csv(file, **form))
+    write_whole(args.output_dir / "cams.csv", lambda file: pd.DataFrame(rows).to_csv(file, **form), KEPT)
     count = dlrt.compression(network.model)
     options = {key: its for key, its in vars(args).items() if key not in NOT_PART_OF_THE_EXPERIMENT}
     options["target_layer"] = layer if args.method != "fullgrad" else None
@@ -195,7 +195,7 @@ def write_records(
         **surroundings(),
     }
     text = json.dumps(config, indent=2) + "\n"
-    write_whole(args.output_dir / "config.json", lambda file: file.write(text.encode()))
+    write_whole(args.output_dir / "config.json", lambda file: file.write(text.encode()), KEPT)
 
 
 if __name__ == "__main__":

@@ -55,9 +55,10 @@ def gather(
 
     def run(path: Path, flag: str) -> Network:
         network = networks.placed(networks.from_run(path), image_size, reference.device)
-        wanted, other = ("low-rank", "dense") if flag == "--low-rank" else ("dense", "low-rank")
-        if bool(dlrt.compression(network.model).ranks) != (wanted == "low-rank"):
-            raise ValueError(f"{flag} takes {wanted} networks, and {network.label} is {other}")
+        low_rank = bool(dlrt.compression(network.model).ranks)
+        if low_rank != (flag == "--low-rank"):
+            kind, place = ("low-rank", "--low-rank") if low_rank else ("dense", "--seeds")
+            raise ValueError(f"{network.label} is {kind}: give it as {place}, not as {flag}")
         return network
 
     def cut(tau: float | None, label: str) -> Network:

@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from dlrt import cli
+from dlrt.cams.pictures import read_labels
 from dlrt.clutter import clutter
 
 
@@ -17,15 +18,16 @@ def main() -> None:
     parser.add_argument("--count", type=cli.NATURAL, default=8, help="of pictures")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    for path in args.folder.glob("digit_[0-9][0-9][0-9].png"):  # of an earlier call, with more of them
-        path.unlink()
+    table = args.folder / "labels.csv"
+    for name in read_labels(table, int) if table.is_file() else ():  # of an earlier call, maybe with more
+        (args.folder / name).unlink(missing_ok=True)
     made = clutter(args.count, seed=0, test=True)
     lines = ["file,class"]
     for number, (image, label, box) in enumerate(zip(made.images, made.labels, made.boxes, strict=True)):
         name = f"digit_{number:03d}.png"
         Image.fromarray(image).save(args.folder / name)
         lines.append(f"{name},{label},box={' '.join(map(str, box))}")
-    (args.folder / "labels.csv").write_text("\n".join(lines) + "\n")
+    table.write_text("\n".join(lines) + "\n")
     print(args.folder)
 
 

@@ -27,7 +27,7 @@ import measure
 import networks
 import numpy as np
 import pandas as pd
-from endings import LEFT_OUT, told
+from endings import KEPT, LEFT_OUT, told
 from map_times import map_times
 from sources import digest, pictures_of
 
@@ -156,16 +156,17 @@ def save_pictures(path: Path, pictures: Sequence[Picture]) -> None:
         image = picture.image.convert("RGB")
         image.thumbnail((256, 256))
         small[picture.name] = np.asarray(image)
-    write_whole(path, partial(np.savez_compressed, **small))
+    write_whole(path, partial(np.savez_compressed, **small), KEPT)
 
 
 def save_maps(path: Path, maps: Maps) -> None:
     """The displayed maps of the grid's pictures."""
-    write_whole(path, partial(np.savez_compressed, displayed=maps.displayed[:SHOWN].astype(np.float16)))
+    shown = maps.displayed[:SHOWN].astype(np.float16)
+    write_whole(path, partial(np.savez_compressed, displayed=shown), KEPT)
 
 
 def save_table(path: Path, table: pd.DataFrame) -> None:
-    write_whole(path, lambda file: table.to_csv(file, index=False, float_format="%.6g"))
+    write_whole(path, lambda file: table.to_csv(file, index=False, float_format="%.6g"), KEPT)
 
 
 def line(table: pd.DataFrame) -> str:
@@ -186,7 +187,7 @@ def check_full_rank(folder: Path, reference: str, method: str) -> None:
     if other := list(full.index[full["defined"] != dense["defined"]]):
         raise RunError(
             f"of {', '.join(other)} only one of the full-rank and the dense map is defined: "
-            f"the figures in {folder} cannot be trusted"
+            f"the figures in {folder} cannot be trusted, and it is a fault of dlrt to be reported"
         )
     largest = max(full.loc[full["defined"], "largest_difference"].fillna(np.inf), default=0.0)
     if largest > FULL_RANK_TOLERANCE:
@@ -195,7 +196,7 @@ def check_full_rank(folder: Path, reference: str, method: str) -> None:
             return
         raise RunError(
             f"full-rank maps differ by {largest:.2g}, more than {FULL_RANK_TOLERANCE}: "
-            f"the figures in {folder} cannot be trusted"
+            f"the figures in {folder} cannot be trusted, and it is a fault of dlrt to be reported"
         )
     print(f"full rank: maps agree with the dense ones within {largest:.2g}")
 

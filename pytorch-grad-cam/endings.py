@@ -9,6 +9,7 @@ from dlrt import cli
 from dlrt.runs import RunError
 
 LEFT_OUT, STOPPED = 1, 3  # exit codes: a picture could not be read; the work could not go on
+KEPT = "what is finished is kept"
 
 
 @contextlib.contextmanager
@@ -17,6 +18,6 @@ def told(parser: cli.Parser) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        parser.exit(130, f"\n{parser.prog}: interrupted; what is finished is kept\n")
+        parser.exit(130, f"\n{parser.prog}: interrupted; {KEPT}\n")
     except (RunError, OSError) as error:
         parser.exit(STOPPED, f"{parser.prog}: {error}\n")

@@ -34,7 +34,7 @@ def map_times(
     Sizes that the network cannot see are left out. ValueError for a network that is low-rank itself.
     """
     if dlrt.compression(network.model).ranks:
-        raise ValueError(f"times are measured against a dense network, and {network.label} is low-rank")
+        raise ValueError(f"times are measured against a dense network, got {network.label}: give a dense run")
     models = [network.model] + [dlrt.to_low_rank(deepcopy(network.model), rank=share) for share in shares]
     rows = []
     for size in sizes:

@@ -84,7 +84,7 @@ def add_size_flag(parser: cli.Parser) -> None:
 
 
 def read(args: argparse.Namespace, size: int | None = None) -> Network:
-    """The network that the flags name, for pictures of a size; RunError or ValueError, in a line."""
+    """The network that the flags name, for pictures of a size; RunError or ValueError where there is none."""
     if args.checkpoint and args.weights:
         raise ValueError(f"--weights must come with --arch: {args.checkpoint} has weights of its own")
     network = from_run(args.checkpoint) if args.checkpoint else from_arch(args.arch, args.weights)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import zipfile
 from pathlib import Path
 
 import drawings
@@ -17,7 +18,7 @@ from dlrt import results, tables
 KINDS = ["reference", "low-rank", "SVD", "other seed", "full rank", "random weights", "RandomCAM"]
 LAST = "randomcam.csv"  # a comparison is complete when it has its last table
 TIMES = "times.csv"
-FINISH = "call compare_cams.py again as it was called, and it goes on"
+FINISH = "delete what is damaged, call compare_cams.py again as it was called, and it goes on"
 MEANS = (
     *("pearson_raw", "spearman_raw", "ssim_raw", "iou_raw", "pearson", "spearman", "ssim", "iou"),
     *("deletion", "insertion", "road", "pointing", "energy"),
@@ -128,7 +129,7 @@ def main() -> None:
             config = json.loads((folder / "config.json").read_text())["options"]
             summary, times = summarise(read_study(folder)), read_times(folder)
             grid = drawings.grid(folder, summary)
-        except (OSError, ValueError, KeyError) as error:
+        except (FileNotFoundError, pd.errors.EmptyDataError, zipfile.BadZipFile) as error:
             reason = " ".join(str(error).split())
             print(f"produce_results.py: {folder} is left out ({reason}): {FINISH}", file=sys.stderr)
             continue

@@ -315,6 +315,9 @@ def test_a_run_starts_from_the_truncated_weights_of_a_dense_run(lenet5, tmp_path
     assert cut["validation_loss"][0] < read_metrics(tmp_path / "weights")["validation_loss"][0]
     assert "random weights have nothing to keep" in lenet5("--compression", "50").stderr
     assert "not allowed with argument" in lenet5("--compression", "50", "--rank", "3").stderr
+    spatial = lenet5("--spatial", "--skip", "conv1", "conv2", "--name", "flat")
+    assert (spatial.returncode, spatial.stderr.count("\n")) == (1, 1)
+    assert "--spatial needs a convolution" in spatial.stderr
     missing = lenet5("--from-checkpoint", tmp_path / "nowhere", "--name", "a")
     assert missing.returncode == 1
     assert "give a run's folder" in missing.stderr

@@ -68,8 +68,8 @@ def test_a_comparison_of_other_tasks_or_settings_is_refused(script, runs, tmp_pa
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--low-rank", "dense_seed1"], "--low-rank takes low-rank networks, and dense_seed1 is dense"),
-        (["--seeds", "tau0.3_seed0"], "--seeds takes dense networks, and tau0.3_seed0 is low-rank"),
+        (["--low-rank", "dense_seed1"], "dense_seed1 is dense: give it as --seeds, not as --low-rank"),
+        (["--seeds", "tau0.3_seed0"], "tau0.3_seed0 is low-rank: give it as --low-rank, not as --seeds"),
         (["--low-rank", "times"], "no network can be called times"),
         (["--name", "two/folders"], "must name one folder"),
     ],

@@ -114,6 +114,8 @@ def test_a_run_of_other_options_is_not_taken_for_the_one_planned(tmp_path):
         (told,) = other(**changed)
         assert told.startswith(next(iter(changed)))
     assert other(epochs=4) == ["epochs 3 instead of 4"]
+    assert other(spatial=False, amp=None) == []  # the record is older than these options
+    assert other(spatial=True) == ["spatial None instead of True"]
     del same["finetune_epochs"]
     assert other() == ["finetune_epochs 1 instead of 0"]
     with pytest.raises(SystemExit, match="one was made with finetune_epochs 1 instead of 0: move it"):

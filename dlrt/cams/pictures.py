@@ -65,7 +65,8 @@ def read(path: Path) -> Picture:
 
 def _plain(image: Image.Image) -> Image.Image:
     if image.mode.startswith(DEEP):
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        values = np.asarray(image, dtype=np.float64)
+        values = np.where(np.isfinite(values), values, 0)
         # integers have as many bits as they need; of floats that exceed 1 the largest is white
         largest = 255 if values.max() <= 255 else 65535
         largest = max(1.0, values.max()) if image.mode == "F" else largest

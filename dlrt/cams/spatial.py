@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dlrt.layers import LowRankConv2d
+from dlrt.convolutions import LowRankConv2d
 from dlrt.watching import watching
 
 
