@@ -19,19 +19,20 @@ PUBLISHED = pd.DataFrame({
     "after [%]": ["58.7", "58.6", "67.7", "64.2"],
     "compression [%]": "93 to 98",
 })  # fmt: skip
-DATA = "CIFAR-10 (the runs that are committed: a JPEG copy of it)"
+DATA = {"cifar10": "CIFAR-10 (the runs that are committed: a JPEG copy of it)"}
 CAPTION = (
-    f"{DATA}: test accuracy in %, mean and standard deviation over the seeds, at the epoch chosen on 5,000 "
-    "validation pictures and at the last one. below dense: points below the dense net that began alike and "
-    "was trained for as many epochs. cut to: the compression that trained weights were cut to at the start. "
-    "kernels: low-rank across space, as a horizontal and a vertical convolution, or as matrices out x (in x "
-    "height x width). lr: the step size at the start, the better one of those tried. Trained weights of "
+    "{data}: test accuracy in %, mean and standard deviation over the seeds, at the epoch chosen on the "
+    "validation pictures and at the last one. start: scratch, the weights of a file, or of a run (adapted: "
+    "those of the file, trained on for two epochs). below dense: points below the dense net that began alike "
+    "and was trained for as many epochs, of several the best on the validation pictures. cut to: the "
+    "compression that trained weights were cut to at the start. kernels: low-rank across space, as a "
+    "horizontal and a vertical convolution, or as matrices out x (in x height x width). Trained weights of "
     f"others may have seen the validation pictures, dense and low-rank nets alike. {tables.COUNTED}"
 )
 FINE_TUNING = (
-    f"{DATA}: test accuracy in % before and after fine-tuning of S and all that is dense in frozen bases, "
+    "{data}: test accuracy in % before and after fine-tuning of S and all that is dense in frozen bases, "
     "each at the epoch chosen on the validation pictures; epochs: before + after. published: Schotthöfer et "
-    f"al. 2022. {tables.COUNTED}"
+    f"al. 2022, on CIFAR-10. {tables.COUNTED}"
 )
 SETTING = ["network", "start", "epochs"]
 KERNELS = {True: "across space", False: "matrices"}
@@ -40,7 +41,7 @@ KERNELS = {True: "across space", False: "matrices"}
 def compared(found: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Means over the seeds of all runs without fine-tuning, as numbers and as text."""
     summary = results.over_seeds(found, [*SETTING, "tau", "asked", "spatial", "lr"])
-    dense = summary[summary["tau"].isna()].set_index(SETTING)["accuracy"]
+    dense = summary[summary["tau"].isna()].sort_values("validation").groupby(SETTING)["accuracy"].last()
     below = summary.join(dense.rename("dense"), on=SETTING)["dense"] - summary["accuracy"]
     tau = tables.text(summary["tau"], "{:g}", "dense")
     asked = tables.text(summary["asked"], "{:g}")
@@ -84,7 +85,9 @@ def fine_tuned(found: pd.DataFrame, folder: Path) -> pd.DataFrame:
 
 def main() -> None:
     args = results.parse(__doc__, HERE)
-    found = results.read(args, "python cifar10/run.py, or the training scripts beside it")
+    command = "python cifar10/run.py, or the training scripts beside it"
+    found = results.read(args, command, dataset="cifar10")
+    data = DATA.get(found["dataset"].iloc[0], found["dataset"].iloc[0])
     found["tau"] = tables.dense_or_tau(found)
     start = found["from_checkpoint"].astype("string").str.replace(r" [0-9a-f]{8}$", "", regex=True)
     found["start"] = start.str.replace(r"_seed\d+$", "", regex=True).fillna("scratch")
@@ -92,13 +95,13 @@ def main() -> None:
     found["asked"] = found.get("compression", pd.Series(float("nan"), found.index))
     found["spatial"] = found.get("spatial", pd.Series(False, found.index)).fillna(False).astype(bool)
     tuned = found.get("finetune_epochs", pd.Series(0, found.index)) > 0
+    summary, table = (None, None) if tuned.all() else compared(found[~tuned])
     if tuned.any():
-        table = fine_tuned(found[tuned], args.results)
-        tables.write(table, args.output_dir, FINE_TUNING, name="fine_tune_effects")
-        print(tables.markdown(table, FINE_TUNING))
-    if tuned.all():
+        effects, caption = fine_tuned(found[tuned], args.results), FINE_TUNING.format(data=data)
+        tables.write(effects, args.output_dir, caption, name="fine_tune_effects")
+        print(tables.markdown(effects, caption))
+    if summary is None:
         return
-    summary, table = compared(found[~tuned])
     curves, lines = {}, {}
     low_rank = summary.dropna(subset="tau")
     for (network, start, epochs, spatial), rows in low_rank.groupby([*SETTING, "spatial"]):
@@ -108,7 +111,7 @@ def main() -> None:
     figures = {}
     if curves:
         figures["cifar10_accuracy_vs_cr"] = plots.accuracy_against_compression(curves, {}, lines)
-    results.publish(args, table, CAPTION, figures)
+    results.publish(args, table, CAPTION.format(data=data), figures)
 
 
 if __name__ == "__main__":

@@ -59,9 +59,9 @@ TOLERANCE, POSITIVE = number(float, "[0, 1)"), number(float, "(0, inf)")
 
 def rank(text: str) -> int | float:
     """An argparse type: a whole number is a rank, a number with a point a share of the full rank."""
-    if text.isdigit():
-        return NATURAL(text)
     try:
+        if text.isdigit():
+            return NATURAL(text)
         return number(float, "(0, 1]")(text)
     except (ValueError, argparse.ArgumentTypeError) as error:
         told = f"must be a whole number from 1 on, or a share with a point in (0, 1], got {text}"
@@ -166,7 +166,7 @@ def _add_low_rank_flags(parser: Parser) -> None:
     )
     across += "rank has as many parameters as the kernel: take --compression, or --rank 0.2"
     add("--spatial", action=argparse.BooleanOptionalAction, default=False, help=across)
-    add("--min-rank", type=NATURAL, default=2, help="of every layer")
+    add("--min-rank", type=NATURAL, default=2, help="of every layer that --max-rank lets have it")
     s_steps = f"steps of S in each move of the bases; by default {S_STEPS}, and 1 where the integrator is bug"
     add("--s-steps", type=NATURAL, help=s_steps)
     largest = "of every layer, or initial: what it begins with; by default only its size limits it"
@@ -213,6 +213,8 @@ def parse(parser: Parser, arguments: Sequence[str] | None = None) -> argparse.Na
         args.rank = None
     if low_rank and args.compression and not args.from_checkpoint:
         parser.error("--compression must come with --from-checkpoint: random weights have nothing to keep")
+    if low_rank and args.cut_by == "weights" and not args.from_checkpoint:
+        parser.error("--cut-by must come with --from-checkpoint: random weights have nothing to keep")
     if low_rank and args.integrator == "bug" and args.amp == "float16":
         parser.error("--integrator bug takes two gradients a step, a loss scale one: take --amp bfloat16")
     return args

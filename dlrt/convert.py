@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dlrt.convolutions import LowRankConv2d, SpatialLowRankConv2d
 from dlrt.costs import compression as cost_of
-from dlrt.curvature import Terms, kronecker_factors, ranks_within, terms
+from dlrt.curvature import kronecker_factors, ranks_within, terms
 from dlrt.layers import LowRankLayer, LowRankLinear
 from dlrt.lowrank import check_tolerance, rank_within
 
@@ -152,10 +152,11 @@ def _cut(
     ranks = [_rank(W, rank) for W in weights]
     if inputs is None and compression is None:
         return [kind.from_dense(layer, r, tau) for kind, layer, r in zip(kinds, layers, ranks, strict=True)]
+    budget = None if compression is None else _budget(model, weights, compression)
     factors = {} if inputs is None else kronecker_factors(model, layers, inputs, spatial)
     parts = [terms(W, factors.get(layer)) for W, layer in zip(weights, layers, strict=True)]
-    if compression is not None:
-        ranks = ranks_within(_budget(model, layers, parts, compression), parts)
+    if budget is not None:
+        ranks = ranks_within(budget, parts)
     made = []
     for kind, layer, part, r in zip(kinds, layers, parts, ranks, strict=True):
         within = r if tau is None else max(1, rank_within(part.sigma, tau))
@@ -165,12 +166,12 @@ def _cut(
     return made
 
 
-def _budget(model: nn.Module, layers: list[nn.Module], parts: list[Terms], compression: float) -> int:
-    """How many parameters these layers may have; ValueError where ranks of 1 have more."""
+def _budget(model: nn.Module, weights: list[Tensor], compression: float) -> int:
+    """How many parameters the layers of these weights may have; ValueError where ranks of 1 have more."""
     cost = cost_of(model)
-    others = cost.evaluation_parameters - sum(layer.weight.numel() for layer in layers)
+    others = cost.evaluation_parameters - sum(W.numel() for W in weights)
     budget = math.floor((1 - compression / 100) * cost.dense_parameters) - others
-    least = sum(part.parameters_per_rank for part in parts)
+    least = sum(sum(W.shape) for W in weights)
     if least > budget:
         most = 100 * (1 - (others + least) / cost.dense_parameters)
         raise ValueError(

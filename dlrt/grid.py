@@ -149,6 +149,7 @@ def _run_all(
         for process in running:
             process.wait()
         if isinstance(error, KeyboardInterrupt):
+            print("\ninterrupted; the same command goes on", file=sys.stderr)
             sys.exit(130)
         raise
     finally:

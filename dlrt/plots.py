@@ -113,5 +113,5 @@ def singular_values(values: dict[str, Tensor]) -> Figure:
             axes.plot(range(1, len(sigma) + 1), sigma / sigma[0], label=name, marker=".", **style(number))
         axes.set(xlabel="number of the singular value", ylabel="singular value / largest")
         axes.set(xscale="log", yscale="log")
-        figure.legend(loc="outside right upper", ncols=1 + len(values) // 24, fontsize="small")
+        figure.legend(loc="outside right upper", ncols=1 + (len(values) - 1) // 16, fontsize="small")
     return figure

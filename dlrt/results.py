@@ -33,11 +33,15 @@ def parse(description: str, folder: Path) -> argparse.Namespace:
 
 
 def read(
-    args: argparse.Namespace, command: str, reader: Callable[[Path], pd.DataFrame] = read_runs
+    args: argparse.Namespace,
+    command: str,
+    reader: Callable[[Path], pd.DataFrame] = read_runs,
+    dataset: str = "mnist",
 ) -> pd.DataFrame:
     """What the reader finds, and a line for each of its warnings.
 
-    Where there is nothing the program ends and says which command makes the runs.
+    All of one data set, that one where it is there; the runs on others are named and left out. Where there is
+    nothing the program ends and says which command makes the runs.
     """
     script = Path(sys.argv[0]).name
     with warnings.catch_warnings(record=True) as told:
@@ -50,7 +54,13 @@ def read(
         print(f"{script}: {warning.message}", file=sys.stderr)
     if found is None:
         sys.exit(f"{script}: no finished runs in {args.results}; make them with: {command}")
-    return found
+    if "dataset" not in found:
+        return found
+    wanted = dataset if (found["dataset"] == dataset).any() else found["dataset"].iloc[0]
+    others = found.loc[found["dataset"] != wanted, "run"]
+    if len(others):
+        print(f"{script}: left out, since not on {wanted}: {', '.join(others)}", file=sys.stderr)
+    return found[found["dataset"] == wanted].reset_index(drop=True)
 
 
 def over_seeds(found: pd.DataFrame, by: list[str]) -> pd.DataFrame:

@@ -141,6 +141,8 @@ def trained_weights(path: Path) -> dict[str, torch.Tensor]:
 
     RunError where there is neither.
     """
+    if (path / "config.json").exists() and not (path / "checkpoint.pt").exists():
+        raise RunError(f"{path} holds the record of a run without its weights: train it anew")
     path = path / "checkpoint.pt" if path.is_dir() else path
     if not path.exists():
         raise RunError(f"{path} is not there: give a run's folder, its checkpoint.pt or a file of weights")
@@ -151,10 +153,12 @@ def trained_weights(path: Path) -> dict[str, torch.Tensor]:
 def chosen_epoch(metrics: pd.DataFrame) -> int:
     """The row to report: of the epochs at the final tolerance, the one most accurate on the validation split.
 
-    Among equals the one with the smallest validation loss. The same for every method; the test split has no
-    say.
+    Among equals the one with the smallest validation loss. Epoch 0, what training began with, is not one of
+    them. The same for every method; the test split has no say.
     """
-    final = metrics[metrics["tau"] == metrics["tau"].iloc[-1]]
+    final = metrics[(metrics["tau"] == metrics["tau"].iloc[-1]) & (metrics["epoch"] > 0)]
+    if final.empty:  # nothing was trained yet
+        final = metrics
     order = final.sort_values(
         ["validation_accuracy", "validation_loss"], ascending=[False, True], kind="stable"
     )

@@ -118,7 +118,10 @@ def _begin(
 ) -> nn.Module:
     """The network as training finds it, on its device, once the run's folder has taken the options."""
     torch.manual_seed(args.seed)
-    model = network(dataset.shape, dataset.classes, **settings)
+    try:
+        model = network(dataset.shape, dataset.classes, **settings)
+    except ValueError as error:  # pictures too small for it
+        raise RunError(f"--dataset {args.dataset} is not for this network: {error}") from error
     options = {key: value for key, value in vars(args).items() if key not in NOT_PART_OF_THE_EXPERIMENT}
     options["network"] = network.__name__
     if not args.from_checkpoint:
@@ -177,14 +180,20 @@ def _take_weights(model: nn.Module, path: Path, run: Run) -> str:
         recorded == path.name or (recorded.startswith(f"{path.name} ") and not path.exists())
     ):
         return recorded
-    weights = trained_weights(path)
+    try:
+        weights = trained_weights(path)
+    except RunError as error:
+        raise RunError(f"--from-checkpoint: {error}") from error
     if any(name.split(".")[-1] == "S" for name in weights):
         raise RunError(f"--from-checkpoint {path} is of a low-rank network: give a dense one's")
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         reason = " ".join(" ".join(str(error).splitlines()[1:2]).split())
-        raise RunError(f"--from-checkpoint {path} does not fit {type(model).__name__}: {reason}") from error
+        raise RunError(
+            f"--from-checkpoint must be the weights of a dense {type(model).__name__}, got {path} "
+            f"({reason[:150]} ...)"
+        ) from error
     sums = [(name, distributed.checksum(value)) for name, value in model.state_dict().items()]
     return f"{path.name} {zlib.crc32(repr(sums).encode()):08x}"
 

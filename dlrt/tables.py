@@ -41,6 +41,7 @@ def over_seeds(runs: pd.DataFrame, by: list[str]) -> pd.DataFrame:
         _check_seeds(rows)
     table = groups.agg(
         seeds=("seed", "nunique"),
+        validation=("validation_accuracy", "mean"),
         accuracy=("test_accuracy", "mean"),
         accuracy_std=("test_accuracy", "std"),
         last_accuracy=("last_test_accuracy", "mean"),
@@ -59,10 +60,6 @@ def over_seeds(runs: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 def _check_seeds(rows: pd.DataFrame) -> None:
     """Runs of other options in one mean would say nothing of any."""
     first, *others = rows[["run", "seed", "options"]].itertuples(index=False)
-    if rows["seed"].duplicated().any():
-        raise ValueError(
-            f"runs of one setting need a seed each, got {', '.join(rows['run'])}: move some away"
-        )
     for other in others:
         changed = [
             f"{name} {first.options.get(name)!r} and {other.options.get(name)!r}"
@@ -73,6 +70,10 @@ def _check_seeds(rows: pd.DataFrame) -> None:
         if changed:
             both = f"{first.run} and {other.run}"
             raise ValueError(f"{both} must differ in the seed only, got {', '.join(changed)}: move one away")
+    if rows["seed"].duplicated().any():
+        raise ValueError(
+            f"runs of one setting need a seed each, got {', '.join(rows['run'])}: move some away"
+        )
 
 
 def dense_or_tau(runs: pd.DataFrame) -> pd.Series:

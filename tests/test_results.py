@@ -107,3 +107,18 @@ def test_a_dense_line_has_the_colour_of_its_curve():
         assert drawn[f"dense, {name}"].get_color() == drawn[f"DLRT, {name}"][0].get_color()
     assert drawn["dense, a"].get_color() != drawn["dense, b"].get_color()
     assert drawn["published dense"].get_color() == "0.55"
+
+
+def test_cifar10_has_a_table_of_its_own_pictures_beside_several_dense_runs(run_script, tmp_path):
+    """Of two dense twins the better one on the validation split is the reference; digits have no place."""
+    shared = {"dataset": "cifar10", "network": "ResNet20"}
+    write_run(tmp_path / "r", "low", [70], [68.0], **shared)
+    write_run(tmp_path / "r", "one", [80], [78.0], ranks="", **shared)
+    write_run(tmp_path / "r", "two", [81], [77.0], ranks="", lr=0.2, **shared)
+    write_run(tmp_path / "r", "digits", [99], [98.0], ranks="", **{**shared, "dataset": "digits32"})
+    result = run_script("cifar10/produce_results.py", "--results", "r", "--output-dir", "out")
+    assert result.returncode == 0
+    assert result.stderr == "produce_results.py: left out, since not on cifar10: digits\n"
+    table = pd.read_csv(tmp_path / "out" / "table.csv", keep_default_na=False).set_index("τ")
+    assert list(table.loc["dense", "lr"]) == [0.1, 0.2]
+    assert table.loc["0.2", "below dense"] == "9.00"

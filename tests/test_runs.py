@@ -204,7 +204,7 @@ def test_the_test_split_has_no_say():
     rows = [row(1, 90.0, test=99.0), row(2, 92.0, test=10.0), row(3, 91.0, test=50.0)]
     metrics = pd.DataFrame(rows)
     assert chosen_epoch(metrics) == 1
-    assert chosen_epoch(metrics[["tau", "validation_accuracy", "validation_loss"]]) == 1
+    assert chosen_epoch(metrics[["epoch", "tau", "validation_accuracy", "validation_loss"]]) == 1
 
 
 def test_no_runs_are_an_error_that_names_the_folder(tmp_path):
