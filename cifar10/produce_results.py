@@ -105,9 +105,9 @@ def main() -> None:
     curves, lines = {}, {}
     low_rank = summary.dropna(subset="tau")
     for (network, start, epochs, spatial), rows in low_rank.groupby([*SETTING, "spatial"]):
-        curves[f"{network} from {start}, {epochs} epochs, {KERNELS[spatial]}"] = rows
+        curves[f"{network}, start: {start}, {epochs} epochs, {KERNELS[spatial]}"] = rows
     for row in summary[summary["tau"].isna()].merge(low_rank[SETTING].drop_duplicates()).itertuples():
-        lines[f"{row.network} from {row.start}, {row.epochs} epochs, dense"] = row.accuracy
+        lines[f"{row.network}, start: {row.start}, {row.epochs} epochs, dense"] = row.accuracy
     figures = {}
     if curves:
         figures["cifar10_accuracy_vs_cr"] = plots.accuracy_against_compression(curves, {}, lines)
