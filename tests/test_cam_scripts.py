@@ -169,7 +169,7 @@ def test_an_unreadable_picture_is_told_and_the_others_are_done(script, runs, pic
         (["--image-path", "nowhere"], "nowhere is not there"),
         (["--image-path", "empty"], "holds no pictures"),
         (["--output-dir", "pictures"], "another folder than that of the pictures"),
-        (["--rank", "0"], "must lie in"),
+        (["--rank", "0"], "must be a whole number from 1 on"),
         (["--image-size", "2"], "cannot see 2 x 2 pixels"),
         (["--checkpoint", "nowhere"], "there is no nowhere"),
         (["--checkpoint", "LOW_RANK", "--low-rank", "0.1"], "is low-rank already"),

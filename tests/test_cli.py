@@ -82,7 +82,7 @@ IMPOSSIBLE = [
     (["--momentum", "1"], ["--momentum", "[0, 1)", "got 1"]),
     (["--weight-decay", "-1"], ["--weight-decay", "[0, inf)", "got -1"]),
     (["--weight-decay", "inf"], ["--weight-decay", "[0, inf)", "got inf"]),
-    (["--rank", "0"], ["--rank", "[1, inf)", "got 0"]),
+    (["--rank", "0"], ["--rank", "from 1 on", "got 0"]),
     (["--rank", "1.5"], ["--rank", "(0, 1]", "got 1.5"]),
     (["--rank", "-3"], ["--rank", "(0, 1]", "got -3"]),
     (["--min-rank", "0"], ["--min-rank", "[1, inf)", "got 0"]),
@@ -325,7 +325,7 @@ def test_a_run_starts_from_the_truncated_weights_of_a_dense_run(lenet5, tmp_path
     assert "is of a low-rank network: give a dense one's" in other.stderr
     torch.save({"conv1.weight": torch.zeros(2)}, tmp_path / "other.pt")
     foreign = lenet5("--from-checkpoint", tmp_path / "other.pt", "--name", "c")
-    assert "does not fit LeNet5: Missing key" in foreign.stderr
+    assert "must be the weights of a dense LeNet5, got" in foreign.stderr
     assert [each.stderr.count("\n") for each in (other, foreign)] == [1, 1]
 
 
