@@ -161,10 +161,8 @@ def _add_low_rank_flags(parser: Parser) -> None:
     needed = "what is kept of --from-checkpoint: what the loss needs, or what is largest in the weights"
     add("--cut-by", choices=("loss", "weights"), default="loss", help=needed)
     add("--skip", nargs="*", default=[], metavar="LAYER", help="layers that stay dense")
-    across = (
-        "convolutions are low-rank across space, a horizontal and a vertical one, of which half the full "
-    )
-    across += "rank has as many parameters as the kernel: take --compression, or --rank 0.2"
+    across = "convolutions are low-rank across space, a horizontal and a vertical one, of which half the "
+    across += "full rank has as many parameters as the kernel: take --compression, or --rank 0.2"
     add("--spatial", action=argparse.BooleanOptionalAction, default=False, help=across)
     add("--min-rank", type=NATURAL, default=2, help="of every layer that --max-rank lets have it")
     s_steps = f"steps of S in each move of the bases; by default {S_STEPS}, and 1 where the integrator is bug"

@@ -184,8 +184,9 @@ class SpatialLowRankConv2d(LowRankConv2d):
         return y.contiguous(memory_format=CHANNELS_LAST)
 
     def lift_adjoint(self, g: Tensor, U: Tensor, x: Tensor) -> Tensor:
-        like = torch.empty(len(x), U.shape[1], x.shape[2], g.shape[3], dtype=g.dtype, device=g.device)
-        return _gradient_for_input(g, _channels_last(like), self._columns(U), self._vertical)
+        shape, options = (len(x), U.shape[1], x.shape[2], g.shape[3]), {"dtype": g.dtype, "device": g.device}
+        a = _channels_last(torch.empty(shape, **options, memory_format=CHANNELS_LAST))
+        return _gradient_for_input(g, a, self._columns(U), self._vertical)
 
     def project_adjoint(self, b: Tensor, S: Tensor, V: Tensor, x: Tensor) -> Tensor:
         return _gradient_for_input(b, x, self._filters(V @ S.mT), self._horizontal)

@@ -77,8 +77,10 @@ def accuracy_against_compression(
     "dense", or grey.
     """
     colours = {label: style(number)["color"] for number, label in enumerate(curves)}
+    labels = [*references, *curves, *dense]
+    columns = 1 if max(map(len, labels)) > 35 else 2  # two longer ones are wider than the figure
     with mpl.rc_context(LOOK):
-        figure, axes = plt.subplots(figsize=(6.4, 4.4))
+        figure, axes = plt.subplots(figsize=(6.4, 3.7 + 0.2 * len(labels) / columns))
         for number, (label, rows) in enumerate(references.items()):
             marker = "sD^vP*"[number % 6]
             axes.plot(rows["compression"], rows["accuracy"], marker, color="0.55", ms=6, label=label)
@@ -91,7 +93,7 @@ def accuracy_against_compression(
             colour = colours.get(label.replace("dense", "DLRT"), "0.55")
             axes.axhline(accuracy, color=colour, lw=1, ls=(0, (1, 1 + 2 * number)), label=label)
         axes.set(xlabel="evaluation compression [%]", ylabel="test accuracy [%]")
-        axes.legend(loc="lower left", fontsize="small", frameon=True, framealpha=0.9)
+        figure.legend(loc="outside lower center", ncols=columns, fontsize="small")
     return figure
 
 

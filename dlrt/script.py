@@ -124,10 +124,10 @@ def _begin(
         raise RunError(f"--dataset {args.dataset} is not for this network: {error}") from error
     options = {key: value for key, value in vars(args).items() if key not in NOT_PART_OF_THE_EXPERIMENT}
     options["network"] = network.__name__
-    if not args.from_checkpoint:
-        options.pop("cut_by", None)  # there is nothing to cut
     if args.from_checkpoint:
         options["from_checkpoint"] = _take_weights(model, args.from_checkpoint, run)
+    else:
+        options.pop("cut_by", None)  # there is nothing to cut
     distributed.first(lambda: run.start(options, args.resume))
     if hasattr(args, "tau"):
         model = _low_rank(model, args, dataset, run)

@@ -18,6 +18,7 @@ from dlrt import results, tables
 KINDS = ["reference", "low-rank", "SVD", "other seed", "full rank", "random weights", "RandomCAM"]
 LAST = "randomcam.csv"  # a comparison is complete when it has its last table
 TIMES = "times.csv"
+DAMAGE = (FileNotFoundError, json.JSONDecodeError, pd.errors.EmptyDataError, zipfile.BadZipFile)
 FINISH = "delete what is damaged, call compare_cams.py again as it was called, and it goes on"
 MEANS = (
     *("pearson_raw", "spearman_raw", "ssim_raw", "iou_raw", "pearson", "spearman", "ssim", "iou"),
@@ -129,7 +130,7 @@ def main() -> None:
             config = json.loads((folder / "config.json").read_text())["options"]
             summary, times = summarise(read_study(folder)), read_times(folder)
             grid = drawings.grid(folder, summary)
-        except (FileNotFoundError, pd.errors.EmptyDataError, zipfile.BadZipFile) as error:
+        except DAMAGE as error:
             reason = " ".join(str(error).split())
             print(f"produce_results.py: {folder} is left out ({reason}): {FINISH}", file=sys.stderr)
             continue

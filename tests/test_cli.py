@@ -93,6 +93,7 @@ IMPOSSIBLE = [
     (["--finetune-epochs", "-1"], ["--finetune-epochs", "[0, inf)", "got -1"]),
     (["--max-rank", "all"], ["--max-rank", "whole number from 1 on, or initial", "got all"]),
     (["--compression", "100"], ["--compression", "(0, 100)", "got 100"]),
+    (["--cut-by", "weights"], ["--cut-by must come with --from-checkpoint"]),
     (["--name", "../../x"], ["--name", "must name one folder", "--output-dir says where", "'../../x'"]),
     (["--seed", "-1"], ["--seed", "[0, 4294967295]", "got -1"]),
     (["--seed", "9999999999"], ["--seed", "[0, 4294967295]", "got 9999999999"]),
