@@ -19,7 +19,8 @@ def main() -> None:
     if not isinstance(args.rank, int) or any(of_other_ranks):
         parser.error(
             "here all layers have one rank, --rank, a whole number, to the end: leave out --skip, --tau, "
-            f"--min-rank and --max-rank; got --rank {args.rank}"
+            f"--min-rank and --max-rank; got --rank {args.rank}, --skip {args.skip}, --tau {args.tau:g}, "
+            f"--min-rank {args.min_rank}, --max-rank {args.max_rank}"
         )
     args.min_rank = args.max_rank = args.rank
     script.run(

@@ -66,9 +66,7 @@ def _same(name: str, recorded: Any, value: Any) -> bool:
     """Whether a value of config.json is the planned one; of weights it has the file's name and a checksum."""
     if name == "from_checkpoint":
         return re.sub(r" [0-9a-f]{8}$", "", str(recorded)) == Path(value).name
-    if name == "rank" and type(recorded) is not type(value):  # 1 is a rank, 1.0 the full one
-        return False
-    return same_option(recorded, list(value) if isinstance(value, tuple) else value)
+    return same_option(name, recorded, list(value) if isinstance(value, tuple) else value)
 
 
 def make(
@@ -96,7 +94,7 @@ def make(
     with tempfile.TemporaryDirectory() as logs:
         codes = _run_all(plans, _missing(plans, then, results), results, jobs, Path(logs))
     failed = [name for name, code in codes.items() if not (may_diverge and code == DIVERGED)]
-    print(f"{len(plans) - len(failed)} of {len(plans)} runs are in {results}")
+    print(f"{len(plans) - len(codes)} of {len(plans)} runs are in {results}")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}; the same command tries them again")
 

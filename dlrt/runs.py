@@ -34,8 +34,10 @@ class RunError(RuntimeError):
     """A run's folder cannot be used as asked; the message says why and what to do."""
 
 
-def same_option(one: Any, other: Any) -> bool:
+def same_option(name: str, one: Any, other: Any) -> bool:
     """Whether two values of an option are the same; in a record that is too old to have it, it is not set."""
+    if name == "rank" and type(one) is not type(other):  # 1 is a rank, 1.0 the full one
+        return False
     return one == other or not (one or other)
 
 
@@ -59,9 +61,9 @@ class Run:
             raise RunError(f"{self.folder} holds a run: continue it with --resume, or choose another --name")
         if was and begun:  # else nothing was completed, and nothing is lost
             other = [
-                f"{key} {was.get(key)!r} -> {value!r}"
-                for key, value in config.items()
-                if key != "name" and not same_option(was.get(key), value)  # a folder may move
+                f"{key} {was.get(key)!r} -> {config.get(key)!r}"
+                for key in {**was, **config}
+                if key != "name" and not same_option(key, was.get(key), config.get(key))  # a folder may move
             ]
             if other:
                 raise RunError(
@@ -193,7 +195,7 @@ def read_runs(results: Path) -> pd.DataFrame:
             "seconds_per_epoch": metrics["seconds"].median(),
         })  # fmt: skip
     if unfinished:
-        warnings.warn(f"left out, since unfinished: {', '.join(unfinished)}", stacklevel=2)
+        warnings.warn(f"left out, since unfinished or diverged: {', '.join(unfinished)}", stacklevel=2)
     if not rows:
         raise FileNotFoundError(
             f"no finished runs in {results}; make them with the training scripts beside it"

@@ -65,7 +65,7 @@ def _check_seeds(rows: pd.DataFrame) -> None:
             f"{name} {first.options.get(name)!r} and {other.options.get(name)!r}"
             for name in {**first.options, **other.options}
             if name not in ("seed", "name", "from_checkpoint")
-            and not same_option(first.options.get(name), other.options.get(name))
+            and not same_option(name, first.options.get(name), other.options.get(name))
         ]
         if changed:
             both = f"{first.run} and {other.run}"
@@ -147,6 +147,7 @@ LATEX = str.maketrans(
         "&": r"\&",
         "_": r"\_",
         "#": r"\#",
+        "|": r"\textbar{}",
         "±": r"$\pm$",
         "τ": r"$\tau$",
         "^": r"\textasciicircum{}",
@@ -155,7 +156,7 @@ LATEX = str.maketrans(
 )
 
 
-WIDE = 12  # columns that a page holds
+WIDE = 8  # columns that a page holds
 
 
 def latex(table: pd.DataFrame, caption: str = "") -> str:

@@ -80,10 +80,8 @@ def fit(
         rows.append(_epoch(model, optimizer, scaler, dataset, recipe, epoch, run, quiet))
         if not math.isfinite(loss := rows[-1]["validation_loss"]):
             raise _diverged(f"the validation loss is {loss} after epoch {epoch}", run)
-        if isinstance(scheduler, ReduceLROnPlateau):
-            scheduler.step(rows[-1]["validation_loss"])
-        elif epoch > 0:
-            scheduler.step()
+        if epoch > 0:
+            scheduler.step(*[loss] if isinstance(scheduler, ReduceLROnPlateau) else [])
         if chosen_epoch(pd.DataFrame(rows)) == len(rows) - 1:
             chosen = deepcopy(model.state_dict())
         state = {name: part.state_dict() for name, part in parts.items()}
@@ -214,6 +212,7 @@ def train_epoch(
         )
     bar.close()
     if isinstance(optimizer, DLRT):
+        optimizer.zero_grad()  # a step that the loss scale left out has kept its gradients
         optimizer.truncate()
     (correct,) = distributed.total(correct)
     return loss_sum / seen, 100 * correct / seen

@@ -14,7 +14,7 @@ from dlrt import DLRT, LowRank, LowRankLinear, cli, to_low_rank
 from dlrt.gradient import Gradient
 from dlrt.models import MLP
 from dlrt.runs import Run
-from dlrt.training import Recipe, fit
+from dlrt.training import Recipe, fit, train_epoch
 
 __all__ = ["dataset", "one_thread"]  # fixtures
 
@@ -93,6 +93,21 @@ def test_a_gradient_that_overflows_moves_nothing_and_lowers_the_scale():
     scaler.update()
     assert_equal_weights(before, model.state_dict())
     assert scaler.get_scale() == 2.0**39
+
+
+def test_an_epoch_may_end_with_a_step_that_overflowed_before_the_bases_move(dataset, tmp_path):
+    torch.manual_seed(0)
+    model = to_low_rank(MLP(width=16), rank=3, skip=["fc5"])
+    optimizer = DLRT(model, torch.optim.SGD, lr=0.1, s_steps=100)
+    x, y = next(dataset.train.batches(64))
+    cross_entropy(model(x), y).backward()
+    optimizer.step()  # the first of a hundred
+    recipe = Recipe(epochs=1, batch_size=64, tau=0.1, amp="float16")
+    scaler = GradScaler("cpu", init_scale=2.0**60)  # no step of the epoch counts
+    train_epoch(model, optimizer, dataset, recipe, 1, Run(tmp_path), quiet=True, scaler=scaler)
+    for layer in low_rank_layers(model):
+        assert not layer.gradient.paused
+        assert layer.S.grad is None
 
 
 def test_products_that_overflow_alone_are_seen_in_the_gradient_of_s():

@@ -74,7 +74,16 @@ def test_a_run_resumes_with_equal_options_only_and_the_difference_is_told(tmp_pa
     for key, value in (("lr", 0.1), ("max_rank", 20), ("amp", True), ("new", 1)):
         with pytest.raises(RunError, match=f"{key} .* -> {value!r}"):
             Run(tmp_path).start(OPTIONS | {key: value}, resume=True)
+    dense = {key: value for key, value in OPTIONS.items() if key != "tau"}
+    with pytest.raises(RunError, match=r"tau 0\.1 -> None"):
+        Run(tmp_path).start(dense, resume=True)
     assert json.loads((tmp_path / "config.json").read_text())["options"] == OPTIONS
+
+
+def test_a_share_of_the_full_rank_is_not_the_rank_one(tmp_path):
+    started(tmp_path, row(1, 80.0), rank=1)
+    with pytest.raises(RunError, match=r"rank 1 -> 1\.0"):
+        Run(tmp_path).start(OPTIONS | {"rank": 1.0}, resume=True)
 
 
 def test_resuming_where_nothing_was_begun_begins(tmp_path):
@@ -232,7 +241,7 @@ def test_many_runs_are_one_table_with_a_row_each(tmp_path):
 def test_an_unfinished_run_is_left_out_and_told(tmp_path):
     started(tmp_path / "whole", row(1, 92.0), row(2, 93.0), epochs=2)
     started(tmp_path / "half", row(1, 99.0), row(2, 99.0), epochs=2, finetune_epochs=2)
-    with pytest.warns(UserWarning, match=r"left out, since unfinished: half \(2 of 4 epochs\)"):
+    with pytest.warns(UserWarning, match=r"left out, since unfinished or diverged: half \(2 of 4 epochs\)"):
         assert read_runs(tmp_path)["run"].tolist() == ["whole"]
 
 

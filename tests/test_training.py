@@ -78,6 +78,13 @@ def test_what_a_network_begins_with_is_measured_but_not_chosen(dataset, tmp_path
         assert chosen_epoch(metrics.assign(validation_accuracy=[9.0, 1.0])) == 1
 
 
+def test_a_plateau_is_one_of_trained_epochs(dataset, tmp_path):
+    """The accuracy before training, epoch 0, moves no schedule."""
+    recipe = replace(RECIPE, epochs=2, measure_first=True)
+    _, metrics = train(dataset, Run(tmp_path), recipe, schedule=plateau, lr=1e-6)
+    assert list(metrics["lr"]) == [1e-6] * 3
+
+
 class BrokenOff(Run):
     """A run that is broken off after its second epoch."""
 
