@@ -1,11 +1,11 @@
 """LeNet5 on MNIST over many tolerances, and the dense net, over seeds: the runs behind table and frontier.
 
-    python Lenet_experiment/run.py --jobs 2        about 5 hours on two CPU cores
+    python Lenet_experiment/run.py --jobs 2        about 4 hours on two CPU cores
 
 Two sweeps: "plain", with the whole tolerance from the first step on, bases that move at every step, a
 low-rank first layer, and digits and targets as they are; and "best", with the defaults of the training
-scripts, which were chosen on the validation split, but longer, with smaller batches and less weight decay.
-The dense net is trained with both.
+scripts, which were chosen on the validation split, but longer, with smaller batches and steps and less
+weight decay. The dense net is trained with both.
 """
 
 from pathlib import Path

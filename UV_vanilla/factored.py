@@ -27,7 +27,8 @@ def best_lrs(runs: pd.DataFrame) -> pd.Series:
     runs are those of `dlrt.runs.read_runs`, which has finished ones only: one that diverged wins nothing.
     """
     first = runs[runs["seed"] == runs["seed"].min()]
-    return first.sort_values("validation_accuracy").groupby(["network", "decay"])["lr"].last()
+    first = first.sort_values(["validation_accuracy", "validation_loss"], ascending=[True, False])
+    return first.groupby(["network", "decay"])["lr"].last()
 
 
 class VanillaLinear(nn.Module):

@@ -23,14 +23,15 @@ PUBLISHED = pd.DataFrame({
     ],
 })  # fmt: skip
 CAPTION = (
-    "LeNet5 on MNIST at rank 20 in every layer, from weights of singular values |N(0, 1)|, the k-th divided "
+    "LeNet5 on {data} at rank 20 in every layer, from weights of singular values |N(0, 1)|, the k-th divided "
     "by decay^k: test accuracy, mean and standard deviation over the seeds. SGD without momentum, batch 128; "
-    "the learning rate of U Vᵀ is the one of those tried that did best on the validation split with seed 0."
+    "the learning rate of U Vᵀ is the one of those tried that did best on the validation split with seed 0, "
+    "and seeds that diverged with it are left out."
 )
 METHODS = {"decayed_lenet5": "DLRT", "vanilla_lenet5": "U Vᵀ"}
 
 
-def curves(found: pd.DataFrame, folder: Path) -> dict[tuple[str, float], list[pd.DataFrame]]:
+def curves(found: pd.DataFrame, folder: Path) -> dict[tuple[str, float, float], list[pd.DataFrame]]:
     """The metrics of all seeds for each method and decay, with the learning rate that won."""
     best = best_lrs(found)
     won = found[found["lr"] == [best.get(key) for key in zip(found["network"], found["decay"], strict=True)]]
@@ -44,7 +45,7 @@ def table(curves: dict[tuple[str, float, float], list[pd.DataFrame]]) -> pd.Data
     """A row per method and decay: test accuracy after the first epoch and after the last one."""
     rows = []
     for (method, decay, lr), metrics in curves.items():
-        accuracies = pd.DataFrame([rows["test_accuracy"].iloc[[0, -1]].tolist() for rows in metrics])
+        accuracies = pd.DataFrame([of_run["test_accuracy"].iloc[[0, -1]].tolist() for of_run in metrics])
         first, last = tables.spread(accuracies.mean(), accuracies.std())
         setting = {"method": method, "decay": decay, "learning rate": f"{lr:g}", "seeds": str(len(metrics))}
         rows.append({**setting, "after epoch 1 [%]": first, "after the last epoch [%]": last})
@@ -72,8 +73,9 @@ def figure(curves: dict[tuple[str, float, float], list[pd.DataFrame]]) -> Figure
 
 def main() -> None:
     args = results.parse(__doc__, Path(__file__).parent)
-    found = curves(results.read(args, "python UV_vanilla/run.py"), args.results)
-    results.publish(args, table(found), CAPTION, {"uv_vanilla": figure(found)})
+    found = results.read(args, "python UV_vanilla/run.py")
+    caption, its = CAPTION.format(data=results.data(found)), curves(found, args.results)
+    results.publish(args, table(its), caption, {"uv_vanilla": figure(its)})
 
 
 if __name__ == "__main__":

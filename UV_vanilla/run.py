@@ -43,8 +43,8 @@ def main() -> None:
         sys.exit(
             f"run.py: with every one of --lrs U Vᵀ diverges at decay {', '.join(hopeless)}: add smaller ones"
         )
-    others = range(1, args.seeds)
-    grid.make([plan(d, seed, best[d]) for d in args.decays for seed in others], args.output_dir, args.jobs)
+    others = [plan(decay, seed, best[decay]) for decay in args.decays for seed in range(1, args.seeds)]
+    grid.make(others, args.output_dir, args.jobs, may_diverge=True)
 
 
 if __name__ == "__main__":

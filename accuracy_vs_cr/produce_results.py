@@ -22,8 +22,8 @@ PUBLISHED = {
     }),
 }  # fmt: skip
 CAPTION = (
-    "Five-layer nets on MNIST, all trained on digits shifted at random: test accuracy in %, mean and "
-    "standard deviation over the seeds, at the epoch chosen on 10,000 validation digits and at the last one. "
+    "Five-layer nets on {data}, all trained on digits shifted at random: test accuracy in %, mean and "
+    "standard deviation over the seeds, at the epoch chosen on the validation digits and at the last one. "
     "truncated: the dense net cut to a rank by the SVD; retrained: its factors trained at that rank, for "
     f"the epochs told after those of the dense net. {tables.COUNTED}"
 )
@@ -35,7 +35,7 @@ def with_methods(found: pd.DataFrame, folder: Path) -> pd.DataFrame:
     found.loc[found["ranks"] == "", "method"] = "dense"
     pruned = found["from_checkpoint"].notna()
     found.loc[pruned, "method"] = "retrained"
-    truncated = found[pruned].assign(method="truncated")
+    truncated = found[pruned].assign(method="truncated", epochs=0)
     for index, run in truncated.iterrows():
         first = runs.read_metrics(folder / run["run"]).iloc[0]
         truncated.loc[index, ["test_accuracy", "last_test_accuracy"]] = first["test_accuracy"]
@@ -64,7 +64,7 @@ def main() -> None:
         )
     tau = tables.text(summary["tau"], "{:g}").where(summary["method"] == "DLRT", "")
     table = tables.readable(summary, {"width": summary["width"], "method": summary["method"], "τ": tau})
-    results.publish(args, table, CAPTION, figures)
+    results.publish(args, table, CAPTION.format(data=results.data(found)), figures)
 
 
 if __name__ == "__main__":

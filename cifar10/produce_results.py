@@ -19,7 +19,6 @@ PUBLISHED = pd.DataFrame({
     "after [%]": ["58.7", "58.6", "67.7", "64.2"],
     "compression [%]": "93 to 98",
 })  # fmt: skip
-DATA = {"cifar10": "CIFAR-10 (the runs that are committed: a JPEG copy of it)"}
 CAPTION = (
     "{data}: test accuracy in %, mean and standard deviation over the seeds, at the epoch chosen on the "
     "validation pictures and at the last one. start: scratch, the weights of a file, or of a run (adapted: "
@@ -65,7 +64,7 @@ def fine_tuned(found: pd.DataFrame, folder: Path) -> pd.DataFrame:
             "network": run.network,
             "τ": f"{run.tau:g}",
             "seed": run.seed,
-            "epochs": f"{run.epochs} + {run.finetune_epochs}",
+            "epochs": f"{run.epochs} + {run.finetune_epochs:g}",
             "before": before["test_accuracy"],
             "after": after["test_accuracy"],
             "compression": after["evaluation_compression"],
@@ -87,7 +86,7 @@ def main() -> None:
     args = results.parse(__doc__, HERE)
     command = "python cifar10/run.py, or the training scripts beside it"
     found = results.read(args, command, dataset="cifar10")
-    data = DATA.get(found["dataset"].iloc[0], found["dataset"].iloc[0])
+    data = results.data(found)
     found["tau"] = tables.dense_or_tau(found)
     start = found["from_checkpoint"].astype("string").str.replace(r" [0-9a-f]{8}$", "", regex=True)
     found["start"] = start.str.replace(r"_seed\d+$", "", regex=True).fillna("scratch")

@@ -38,10 +38,10 @@ def save(figure: Figure, folders: list[Path], name: str) -> Path:
     """Write name.pdf and name.png into every folder and close the figure; give the first PNG's path."""
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(
-            folder / f"{name}.pdf", metadata={"CreationDate": None}
-        )  # the same runs, the same file
-        figure.savefig(folder / f"{name}.png")
+        with mpl.rc_context(LOOK):
+            # the same runs, the same file
+            figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+            figure.savefig(folder / f"{name}.png")
     plt.close(figure)
     return folders[0] / f"{name}.png"
 

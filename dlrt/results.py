@@ -15,6 +15,8 @@ from dlrt import plots, tables
 from dlrt.cli import ROOT, HelpFormatter, Parser
 from dlrt.runs import read_runs
 
+DATA = {"mnist": "MNIST", "cifar10": "CIFAR-10 (the runs that are committed: a JPEG copy of it)"}
+
 
 def parse(description: str, folder: Path) -> argparse.Namespace:
     """The flags of a produce_results.py: where the runs are, and where tables and figures go."""
@@ -61,6 +63,11 @@ def read(
     if len(others):
         print(f"{script}: left out, since not on {wanted}: {', '.join(others)}", file=sys.stderr)
     return found[found["dataset"] == wanted].reset_index(drop=True)
+
+
+def data(found: pd.DataFrame) -> str:
+    """What a caption calls the data set of the runs that `read` gave."""
+    return DATA.get(found["dataset"].iloc[0], found["dataset"].iloc[0])
 
 
 def over_seeds(found: pd.DataFrame, by: list[str]) -> pd.DataFrame:

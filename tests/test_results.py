@@ -19,7 +19,7 @@ def load(path):
     return module
 
 
-def write_run(results, name, validation, test, epochs=None, tau=0.2, ranks="3/4", **options):
+def write_run(results, name, validation, test, epochs=None, tau=0.2, ranks="3/4", loss=1.0, **options):
     """A finished run with these accuracies, epoch by epoch; with weights to begin with from epoch 0 on."""
     folder = results / name
     folder.mkdir(parents=True)
@@ -34,7 +34,7 @@ def write_run(results, name, validation, test, epochs=None, tau=0.2, ranks="3/4"
         "epoch": range(first, count + 1),
         "frozen_bases": [epoch > count - frozen for epoch in range(first, count + 1)],
         "tau": tau if ranks else 0.0,
-        "validation_loss": 1.0,
+        "validation_loss": loss,
         "validation_accuracy": validation,
         "test_accuracy": test,
         "ranks": ranks,
@@ -87,14 +87,19 @@ def test_the_step_size_of_plain_factors_is_the_one_best_in_validation(tmp_path):
         write_run(tmp_path, f"{lr}", [validation], [test], network="vanilla", decay=2.0, lr=lr, ranks="")
     write_run(tmp_path, "other seed", [99], [99], network="vanilla", decay=2.0, lr=1.0, ranks="", seed=1)
     write_run(tmp_path, "diverged", [95], [95], network="vanilla", decay=2.0, lr=3.0, ranks="", epochs=9)
-    with pytest.warns(UserWarning, match=r"unfinished: diverged \(1 of 9 epochs\)"):
+    for lr, loss in ((0.2, 2.3), (0.3, 2.4)):  # both at chance
+        name = f"chance {lr}"
+        write_run(tmp_path, name, [10], [10], network="vanilla", decay=9.0, lr=lr, ranks="", loss=loss)
+    with pytest.warns(UserWarning, match=r"unfinished or diverged: diverged \(1 of 9 epochs\)"):
         found = read_runs(tmp_path)
-    assert load("UV_vanilla/factored").best_lrs(found).to_dict() == {("vanilla", 2.0): 0.1}
+    best = load("UV_vanilla/factored").best_lrs(found).to_dict()
+    assert best == {("vanilla", 2.0): 0.1, ("vanilla", 9.0): 0.2}
 
 
 def test_fine_tuning_is_shown_by_the_best_epoch_before_it_and_in_it(tmp_path):
     write_run(tmp_path, "a", [50, 60, 70, 65], [51.0, 61.0, 71.0, 66.0], epochs=2, finetune_epochs=2)
-    row = load("cifar10/produce_results").fine_tuned(read_runs(tmp_path), tmp_path).iloc[0]
+    write_run(tmp_path, "b", [50], [51.0])  # its record has no such option
+    row = load("cifar10/produce_results").fine_tuned(read_runs(tmp_path)[:1], tmp_path).iloc[0]
     assert (row["before [%]"], row["after [%]"], row["epochs"]) == ("61.00", "71.00", "2 + 2")
 
 

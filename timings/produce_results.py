@@ -13,6 +13,7 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import NullFormatter
 
 from dlrt import plots, results, runs
 from dlrt.optimizer import INTEGRATORS
@@ -123,6 +124,8 @@ def draw_times(axes: Axes, rows: pd.DataFrame) -> None:
     axes.fill_between(of["rank"], of["dense_lower_ms"], of["dense_upper_ms"], color="black", alpha=0.2, lw=0)
     axes.plot([], [], color="0.4", label="FLOP limit", **LIMIT)
     axes.set(xscale="log", yscale="log", xlabel="rank")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_formatter(NullFormatter())  # those between powers of ten would overlap
 
 
 def by_device(rows: pd.DataFrame, height: float) -> tuple[Figure, list[tuple[SubFigure, pd.DataFrame]]]:
@@ -151,11 +154,11 @@ def times(rows: pd.DataFrame) -> Figure:
             panels = {title: panel for title, panel in panels.items() if len(panel)}
             grid = part.subplots(1, len(panels), squeeze=False)[0]
             for axes, (title, panel) in zip(grid, panels.items(), strict=True):
+                if axes is not grid[0] and title.startswith("training"):
+                    axes.sharey(grid[0])
                 draw_times(axes, panel)
                 axes.set_title(title, fontsize="medium")
                 axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, fontsize="small")
-                if axes is not grid[0] and title.startswith("training"):
-                    axes.sharey(grid[0])
             grid[0].set(ylabel="time [ms]")
     return figure
 
@@ -193,8 +196,8 @@ def caption(rows: pd.DataFrame) -> str:
         f"{rows['repeats'].max()} calls; with more S-steps than one a step is the mean of those from a move "
         "of the bases to the next. Break-even: the rank from which dense needs less time (operations in "
         "products; peak memory), interpolated between the measured ranks on logarithmic axes; no rank of a "
-        "layer exceeds its full one. A setting is not measured much beyond the rank where it is slower than "
-        "dense. published: Schotthöfer et al. 2022."
+        "layer exceeds its full one. Settings that are slow are not measured much beyond the rank where they "
+        "are slower than dense. published: Schotthöfer et al. 2022."
     )
 
 
