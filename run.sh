@@ -99,7 +99,7 @@ for run in "$prefix"tau*_seed0 "$prefix"*compression*_seed0; do # trained at oth
         trained+=("$run")
     fi
 done
-for run in "$prefix"dense_seed[1-9]*; do
+for run in "$prefix"dense_seed[1-9]* "${prefix%adapted_}"scratch_dense_seed[1-9]*; do
     if [ -f "$run/checkpoint.pt" ]; then
         seeds+=("$run")
     fi

@@ -29,7 +29,7 @@ def grid(folder: Path, summary: pd.DataFrame) -> Figure:
     """Photographs by tolerance: the map over the picture, and below how it differs from the dense one."""
     drawn = summary[summary["kind"] == "reference"]
     low_rank = summary[summary["kind"].isin(("low-rank", "SVD"))]
-    drawn = pd.concat([drawn, low_rank.sort_values(["tau", "kind"])])
+    drawn = pd.concat([drawn, low_rank.sort_values(["compression", "kind"])])
     with np.load(folder / "pictures.npz") as file:
         pictures = {name: file[name] / 255 for name in list(file)[:GRID_PICTURES]}
     maps = {
@@ -55,7 +55,7 @@ def grid(folder: Path, summary: pd.DataFrame) -> Figure:
         if columns > 2:
             label = "map - dense map,\nboth scaled to [0, 1]"
             bar = ScalarMappable(DIFFERENCES, "RdBu_r")
-            figure.colorbar(bar, ax=axes, location="right", aspect=30, label=label)
+            figure.colorbar(bar, ax=axes, location="right", aspect=30, shrink=0.5, label=label)
     return figure
 
 
@@ -78,7 +78,7 @@ def _pair(above: Axes, below: Axes, pixels: np.ndarray, shown: np.ndarray, dense
 def _title(row) -> str:
     if row.kind == "reference":
         return "dense"
-    kind = "" if row.kind == "low-rank" else "SVD, "
+    kind = "trained, " if row.kind == "low-rank" else "SVD, "
     tolerance = f"τ = {row.tau:g}\n" if pd.notna(row.tau) else ""
     return f"{kind}{tolerance}compression {row.compression:.0f} %"
 

@@ -86,6 +86,17 @@ def test_run_sh_draws_and_compares_what_has_a_checkpoint(run_sh, run_script, tmp
     assert networks == trained | cut | {"full_rank", "random_weights", "randomcam"}
 
 
+def test_run_sh_compares_with_seeds_from_scratch_where_the_reference_is_adapted(run_sh, tmp_path):
+    for name in ("adapted_dense_seed0", "scratch_dense_seed0", "scratch_dense_seed1"):
+        save_run(tmp_path / "runs" / name)
+    code, commands = run_sh(tmp_path / "runs", tmp_path / "out")
+    assert code == 0
+    compared = commands[-2]
+    assert compared[compared.index("--reference") + 1] == str(tmp_path / "runs/adapted_dense_seed0")
+    seeds = compared[compared.index("--seeds") + 1 : compared.index("--images")]
+    assert seeds == [str(tmp_path / "runs/scratch_dense_seed1")]
+
+
 @pytest.mark.parametrize(("code", "commands"), [(1, 8), (2, 1), (3, 1)])
 def test_run_sh_goes_on_after_an_unreadable_picture_and_after_nothing_else(code, commands, run_sh, tmp_path):
     save_run(tmp_path / "runs/dense_seed0")
