@@ -2,7 +2,7 @@
 # Grad-CAM of a dense network and of low-rank ones over tolerances, and their comparison, into figures/gradcam/.
 #
 #   ./run.sh              on test_images/, with the ResNet20 checkpoints in cifar10/results/resnet20/
-#   ./run.sh --quick      trains small networks on bundled digits first: no download, about 3 minutes on two cores
+#   ./run.sh --quick      trains small networks on bundled digits first: no download, 4 minutes on two cores
 #
 # PYTHON, CHECKPOINTS and OUT are variables of the environment; the last lines printed name the figures. It ends
 # with 1 where a picture could not be read, and all others are drawn; any other failure ends it at once.
@@ -44,19 +44,24 @@ case "${1:-}" in
     compared=(--images clutter-test --count 50)
     reference=$runs/dense_seed0
     prefix=$runs/
-    train() { # NAME and flags of a run; what is finished is not trained again
-        [ -f "$runs/$1/finished" ] || {
-            rm -rf "${runs:?}/$1"
-            "$PYTHON" "pytorch-grad-cam/convnet_clutter$2.py" --quiet --output-dir "$runs" --name "$1" "${@:3}"
-            touch "$runs/$1/finished"
-        }
+    training=()
+    trap '[ ${#training[@]} -eq 0 ] || kill "${training[@]}" 2>/dev/null' EXIT
+    train() { # SCRIPT, NAME and flags of a run, which is begun beside others, or goes on where it broke off
+        OMP_NUM_THREADS=1 "$PYTHON" "pytorch-grad-cam/$1.py" --quiet --resume --output-dir "$runs" --name "$2" "${@:3}" &
+        training+=($!)
     }
-    train dense_seed0 _baseline
-    train dense_seed1 _baseline --seed 1
+    wait_for_training() {
+        for job in "${training[@]}"; do wait "$job"; done
+        training=()
+    }
+    train convnet_clutter_baseline dense_seed0
+    train convnet_clutter_baseline dense_seed1 --seed 1
+    wait_for_training
     for tau in "${taus[@]}"; do
-        train "tau${tau}_seed0" "" --tau "$tau" --from-checkpoint "$reference" --rank 1.0 --cut-by weights \
-            --lr 0.02 --epochs 3 --tau-warmup 2.5
+        train convnet_clutter "tau${tau}_seed0" --tau "$tau" --from-checkpoint "$reference" --rank 1.0 \
+            --cut-by weights --lr 0.02 --epochs 3 --tau-warmup 2.5
     done
+    wait_for_training
     "$PYTHON" pytorch-grad-cam/clutter_pictures.py "$images" --count 8
     ;;
 *)
