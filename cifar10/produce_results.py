@@ -30,8 +30,9 @@ CAPTION = (
 )
 FINE_TUNING = (
     "{data}: test accuracy in % before and after fine-tuning of S and all that is dense in frozen bases, "
-    "each at the epoch chosen on the validation pictures; epochs: before + after. published: Schotthöfer et "
-    f"al. 2022, on CIFAR-10. {tables.COUNTED}"
+    "each at the epoch chosen on the validation pictures; epochs: before + after, on one schedule of the "
+    "learning rate, so that part of the gain is its fall. published: Schotthöfer et al. 2022, on CIFAR-10."
+    f"{{missing}} {tables.COUNTED}"
 )
 SETTING = ["network", "start", "epochs"]
 KERNELS = {True: "across space", False: "matrices"}
@@ -96,7 +97,10 @@ def main() -> None:
     tuned = found.get("finetune_epochs", pd.Series(0, found.index)) > 0
     summary, table = (None, None) if tuned.all() else compared(found[~tuned])
     if tuned.any():
-        effects, caption = fine_tuned(found[tuned], args.results), FINE_TUNING.format(data=data)
+        effects = fine_tuned(found[tuned], args.results)
+        missing = ", ".join(name for name in PUBLISHED["network"] if name not in set(effects["network"]))
+        missing = missing and f" Runs of {missing} are still to come."
+        caption = FINE_TUNING.format(data=data, missing=missing)
         tables.write(effects, args.output_dir, caption, name="fine_tune_effects")
         print(tables.markdown(effects, caption))
     if summary is None:
