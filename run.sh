@@ -5,7 +5,7 @@
 #   ./run.sh --quick      trains small networks on bundled digits first: no download, 4 minutes on two cores
 #
 # PYTHON, CHECKPOINTS and OUT are variables of the environment; the last lines printed name the figures. It ends
-# with 1 where a picture could not be read, and all others are drawn; any other failure ends it at once.
+# with 1 where a picture could not be read, and all others are drawn; any other failure ends it.
 set -eu
 cd "$(dirname "$0")"
 taus=(0.04 0.08 0.12 0.16 0.2)
@@ -45,7 +45,7 @@ case "${1:-}" in
     reference=$runs/dense_seed0
     prefix=$runs/
     training=()
-    trap '[ ${#training[@]} -eq 0 ] || kill "${training[@]}" 2>/dev/null' EXIT
+    trap '[ ${#training[@]} -eq 0 ] || kill "${training[@]}" 2>/dev/null || true' EXIT
     train() { # SCRIPT, NAME and flags of a run, which is begun beside others, or goes on where it broke off
         OMP_NUM_THREADS=1 "$PYTHON" "pytorch-grad-cam/$1.py" --quiet --resume --output-dir "$runs" --name "$2" "${@:3}" &
         training+=($!)
@@ -104,7 +104,9 @@ for run in "$prefix"tau*_seed0 "$prefix"*compression*_seed0; do # trained at oth
         trained+=("$run")
     fi
 done
-for run in "$prefix"dense_seed[1-9]* "${prefix%adapted_}"scratch_dense_seed[1-9]*; do
+from="" # the seeds of a reference that began with others' weights are those that did not
+[ "${prefix%adapted_}" = "$prefix" ] || from="scratch*_"
+for run in "${prefix%adapted_}"${from}dense_seed[1-9]*; do
     if [ -f "$run/checkpoint.pt" ]; then
         seeds+=("$run")
     fi

@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         networks.warn(network)  # once of each size
     settings = measure.Settings(layer, args.batch_size, not args.no_faithfulness)
     with told(parser):
-        compare(found, pictures, settings, run.folder, timed=bool(args.time_shares))
+        compare(found, pictures, settings, run.folder)
         if args.time_shares:
             sizes = args.time_sizes or sorted({reference.shape[1], 224})
             times = map_times(reference, layer, args.method, args.time_shares, sizes)
@@ -130,7 +130,6 @@ def compare(
     pictures: Sequence[Picture],
     settings: measure.Settings,
     folder: Path,
-    timed: bool,
 ) -> None:
     """Measure every network that is not there yet: its table NETWORK.csv, and its part of the grid.
 
@@ -145,8 +144,6 @@ def compare(
             print(f"{candidate.network.label}: is there")
             continue
         table, maps = measure.measure(candidate, pictures, reference, settings)
-        if timed:
-            table["time_ratio"] = measure.time_beside(candidate, found[0], pictures, settings)
         save_maps(folder / f"{candidate.network.label}.npz", maps)
         save_table(path, table)
         print(f"{line(table)}; {time.perf_counter() - start:.0f} s", flush=True)

@@ -26,7 +26,7 @@ PANELS = {
 
 
 def grid(folder: Path, summary: pd.DataFrame) -> Figure:
-    """Photographs by tolerance: the map over the picture, and below how it differs from the dense one."""
+    """Pictures by compression: the map over the picture, and below how it differs from the dense one."""
     drawn = summary[summary["kind"] == "reference"]
     low_rank = summary[summary["kind"].isin(("low-rank", "SVD"))]
     drawn = pd.concat([drawn, low_rank.sort_values(["compression", "kind"])])

@@ -26,11 +26,6 @@ from dlrt.timing import medians
 PIXELS = 16 * 32 * 32  # at a time
 
 
-def at_a_time(size: int) -> int:
-    """How many pictures of so many pixels a side are timed at a time."""
-    return max(1, PIXELS // size**2)
-
-
 def map_times(
     network: Network, layer: str, method: str, shares: list[float], sizes: list[int], repeats: int = 15
 ) -> pd.DataFrame:
@@ -43,7 +38,7 @@ def map_times(
     models = [network.model] + [dlrt.to_low_rank(deepcopy(network.model), rank=share) for share in shares]
     rows = []
     for size in sizes:
-        count = at_a_time(size)
+        count = max(1, PIXELS // size**2)
         x = torch.randn(count, network.shape[0], size, size, device=network.device)
         try:
             networks.placed(network, size, network.device)

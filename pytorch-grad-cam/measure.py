@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import pandas as pd
 import torch
 from candidates import Candidate, describe
-from map_times import at_a_time
 from networks import Network
 from sources import batches
 
@@ -19,7 +17,6 @@ from dlrt.cams.compare import in_boxes, similarity
 from dlrt.cams.faithfulness import MEASURES, faithfulness
 from dlrt.cams.pictures import Picture
 from dlrt.cams.targets import of_classes
-from dlrt.timing import medians
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ def make_maps(
         raw=np.concatenate([maps.raw for maps in parts]),
         displayed=np.concatenate([maps.displayed for maps in parts]),
         logits=torch.cat([maps.logits for maps in parts]).cpu(),
-        milliseconds={},  # of batches that were not made in turn they would tell little
+        milliseconds={},  # times of networks that were not called in turn tell little
     )
 
 
@@ -81,19 +78,6 @@ def measure(
     for position, (name, value) in enumerate(describe(candidate).items()):
         table.insert(position, name, value)
     return table, same
-
-
-def time_beside(
-    candidate: Candidate, reference: Candidate, pictures: Sequence[Picture], settings: Settings
-) -> float:
-    """How many times as long a map takes as one of the reference's; medians of maps made in turn."""
-    few = pictures[: at_a_time(reference.network.shape[1])]
-    calls = [
-        partial(explain, its.network.model, its.network.images(few), None, its.method, settings.layer)
-        for its in (candidate, reference)
-    ]
-    mine, theirs = medians(calls, repeats=7)
-    return mine / theirs
 
 
 def _own_maps(

@@ -50,7 +50,6 @@ COLUMNS = {  # title: a column of the summary, and its format
     "ROAD": ("road", "{:.3f}"),
     "pointing": ("pointing", "{:.3f}"),
     "energy": ("energy", "{:.3f}"),
-    "time per map": ("time_ratio", "{:.2f}"),
 }
 CAPTION = (
     "Means over the pictures; of the accuracy over the labelled ones. Of every network the map of the class "
@@ -59,7 +58,7 @@ CAPTION = (
     "own: of the class that the network itself predicts. Deletion (low is good), insertion and ROAD (high is "
     "good) are of the network on its own maps. Undefined: maps without anything positive, left out of all "
     "that needs a displayed one. Seeds: whether the displayed map is as similar (Pearson) as those of dense "
-    "networks of other seeds. Time per map: against the reference's, medians of maps made in turn."
+    "networks of other seeds."
 )
 
 
@@ -95,7 +94,6 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
             **{name: same[name].mean() for name in MEANS},
             "pearson_own": own["pearson"].mean(),
             "gain": (same["insertion"] - same["deletion"]).mean(),
-            "time_ratio": first.get("time_ratio"),
         })  # fmt: skip
     summary = pd.DataFrame(found)
     summary["order"] = summary["kind"].map(KINDS.index)

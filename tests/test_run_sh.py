@@ -87,14 +87,19 @@ def test_run_sh_draws_and_compares_what_has_a_checkpoint(run_sh, run_script, tmp
 
 
 def test_run_sh_compares_with_seeds_from_scratch_where_the_reference_is_adapted(run_sh, tmp_path):
-    for name in ("adapted_dense_seed0", "scratch_dense_seed0", "scratch_dense_seed1"):
+    for name in (
+        "adapted_dense_seed0",
+        "adapted_dense_seed1",
+        "scratch_dense_seed0",
+        "scratch12_dense_seed1",
+    ):
         save_run(tmp_path / "runs" / name)
     code, commands = run_sh(tmp_path / "runs", tmp_path / "out")
     assert code == 0
     compared = commands[-2]
     assert compared[compared.index("--reference") + 1] == str(tmp_path / "runs/adapted_dense_seed0")
     seeds = compared[compared.index("--seeds") + 1 : compared.index("--images")]
-    assert seeds == [str(tmp_path / "runs/scratch_dense_seed1")]
+    assert seeds == [str(tmp_path / "runs/scratch12_dense_seed1")]
 
 
 @pytest.mark.parametrize(("code", "commands"), [(1, 8), (2, 1), (3, 1)])

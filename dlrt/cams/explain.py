@@ -28,7 +28,7 @@ class Maps:
     raw (N, h, w): the map as the method defines it, before negative values are cut off and before scaling, of
     the target layer's size where the method has one; SESS, which puts scaled maps together, has no other.
     displayed (N, H, W): scaled to [0, 1], NaN where it is undefined: where nothing positive varies.
-    logits (N, classes). milliseconds: per picture, of the stages forward, backward and assembly.
+    logits (N, classes). milliseconds: per picture, of the stages forward, backward and assembly, or nothing.
     """
 
     raw: np.ndarray
