@@ -18,9 +18,8 @@ def main() -> None:
     of_other_ranks = [args.skip, args.tau, args.max_rank, args.min_rank != parser.get_default("min_rank")]
     if not isinstance(args.rank, int) or any(of_other_ranks):
         parser.error(
-            "here all layers have one rank, --rank, a whole number, to the end: leave out --skip, --tau, "
-            f"--min-rank and --max-rank; got --rank {args.rank}, --skip {args.skip}, --tau {args.tau:g}, "
-            f"--min-rank {args.min_rank}, --max-rank {args.max_rank}"
+            f"here all layers have one rank, --rank, a whole number (got {args.rank}), to the end: "
+            "leave out --skip, --tau, --min-rank and --max-rank"
         )
     args.min_rank = args.max_rank = args.rank
     script.run(

@@ -74,8 +74,8 @@ def figure(curves: dict[tuple[str, float, float], list[pd.DataFrame]]) -> Figure
 def main() -> None:
     args = results.parse(__doc__, Path(__file__).parent)
     found = results.read(args, "python UV_vanilla/run.py")
-    caption, its = CAPTION.format(data=results.data(found)), curves(found, args.results)
-    results.publish(args, table(its), caption, {"uv_vanilla": figure(its)})
+    caption, won = CAPTION.format(data=results.data(found)), curves(found, args.results)
+    results.publish(args, table(won), caption, {"uv_vanilla": figure(won)})
 
 
 if __name__ == "__main__":

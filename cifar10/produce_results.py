@@ -20,18 +20,20 @@ PUBLISHED = pd.DataFrame({
     "compression [%]": "93 to 98",
 })  # fmt: skip
 CAPTION = (
-    "{data}: test accuracy in %, mean and standard deviation over the seeds, at the epoch chosen on the "
-    "validation pictures and at the last one. start: scratch, the weights of a file, or of a run (adapted: "
-    "those of the file, trained on for two epochs). below dense: points below the dense net that began alike "
-    "and was trained for as many epochs, of several the best on the validation pictures. cut to: the "
-    "compression that trained weights were cut to at the start. kernels: low-rank across space, as a "
-    "horizontal and a vertical convolution, or as matrices out x (in x height x width). Trained weights of "
+    "{data} (the runs that are committed: a JPEG copy of it): test accuracy in %, mean and standard "
+    "deviation over the seeds, at the epoch chosen on the validation pictures and at the last one. start: "
+    "scratch, the weights of a file, or of a run (adapted: those of the file, trained on for two epochs). "
+    "below dense: points below the dense net that began alike and was trained for as many epochs, of "
+    "several the best on the validation pictures. cut to: the compression that trained weights were cut to "
+    "at the start. kernels: low-rank across space, as a horizontal and a vertical convolution, or as "
+    "matrices out x (in x height x width). Trained weights of "
     f"others may have seen the validation pictures, dense and low-rank nets alike. {tables.COUNTED}"
 )
 FINE_TUNING = (
-    "{data}: test accuracy in % before and after fine-tuning of S and all that is dense in frozen bases, "
-    "each at the epoch chosen on the validation pictures; epochs: before + after, on one schedule of the "
-    "learning rate, so that part of the gain is its fall. published: Schotthöfer et al. 2022, on CIFAR-10."
+    "{data} (the runs that are committed: a JPEG copy of it): test accuracy in % before and after fine-"
+    "tuning of S and all that is dense in frozen bases, each at the epoch chosen on the validation "
+    "pictures; epochs: before + after, on one schedule of the learning rate, so that part of the gain is "
+    "its fall. published: Schotthöfer et al. 2022, on CIFAR-10."
     f"{{missing}} {tables.COUNTED}"
 )
 SETTING = ["network", "start", "epochs"]

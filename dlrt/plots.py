@@ -39,8 +39,7 @@ def save(figure: Figure, folders: list[Path], name: str) -> Path:
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
         with mpl.rc_context(LOOK):
-            # the same runs, the same file
-            figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+            figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})  # the same at any time
             figure.savefig(folder / f"{name}.png")
     plt.close(figure)
     return folders[0] / f"{name}.png"

@@ -15,7 +15,7 @@ from dlrt import plots, tables
 from dlrt.cli import ROOT, HelpFormatter, Parser
 from dlrt.runs import read_runs
 
-DATA = {"mnist": "MNIST", "cifar10": "CIFAR-10 (the runs that are committed: a JPEG copy of it)"}
+DATA = {"mnist": "MNIST", "cifar10": "CIFAR-10"}
 
 
 def parse(description: str, folder: Path) -> argparse.Namespace:

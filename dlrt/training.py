@@ -81,7 +81,7 @@ def fit(
         if not math.isfinite(loss := rows[-1]["validation_loss"]):
             raise _diverged(f"the validation loss is {loss} after epoch {epoch}", run)
         if epoch > 0:
-            scheduler.step(*[loss] if isinstance(scheduler, ReduceLROnPlateau) else [])
+            scheduler.step(loss) if isinstance(scheduler, ReduceLROnPlateau) else scheduler.step()
         if chosen_epoch(pd.DataFrame(rows)) == len(rows) - 1:
             chosen = deepcopy(model.state_dict())
         state = {name: part.state_dict() for name, part in parts.items()}

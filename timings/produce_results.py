@@ -13,7 +13,6 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.ticker import NullFormatter
 
 from dlrt import plots, results, runs
 from dlrt.optimizer import INTEGRATORS
@@ -124,8 +123,6 @@ def draw_times(axes: Axes, rows: pd.DataFrame) -> None:
     axes.fill_between(of["rank"], of["dense_lower_ms"], of["dense_upper_ms"], color="black", alpha=0.2, lw=0)
     axes.plot([], [], color="0.4", label="FLOP limit", **LIMIT)
     axes.set(xscale="log", yscale="log", xlabel="rank")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_minor_formatter(NullFormatter())  # those between powers of ten would overlap
 
 
 def by_device(rows: pd.DataFrame, height: float) -> tuple[Figure, list[tuple[SubFigure, pd.DataFrame]]]:
