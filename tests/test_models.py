@@ -52,3 +52,12 @@ def test_resnet20_takes_parameter_free_shortcuts():
     y = block(x)
     assert torch.equal(y[:, 8:24], x[:, :, ::2, ::2])
     assert y[:, :8].abs().max() == y[:, 24:].abs().max() == 0
+
+
+@pytest.mark.parametrize(("rank", "least"), [(None, 0.1), (0.25, 0.005)])
+def test_alexnet_tells_pictures_apart_before_training(rank, least):
+    """It has no norms: where its logits do not vary it begins on a plateau that it never leaves."""
+    torch.manual_seed(0)
+    model = AlexNet() if rank is None else dlrt.to_low_rank(AlexNet(), rank=rank)
+    with torch.no_grad():
+        assert model(torch.randn(64, 3, 32, 32)).std(0).mean() > least

@@ -24,6 +24,10 @@ class AlexNet(nn.Module):
         self.fc2 = nn.Linear(4096, 4096)
         self.fc3 = nn.Linear(4096, classes)
         self.pool, self.relu, self.dropout = nn.MaxPool2d(2), nn.ReLU(inplace=True), nn.Dropout(0.5)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                # there are no norms: with torch's own weights every picture looks alike at the end
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pool(self.relu(self.conv1(x)))
