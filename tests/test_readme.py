@@ -15,7 +15,10 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [
-    line.split("#")[0].strip() for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()
+    line.split("#")[0].strip()
+    for kind, block in BLOCKS
+    if kind == "sh"
+    for line in block.replace("\\\n", " ").splitlines()
 ]
 PYTHON = sorted({command for command in COMMANDS if command.startswith("python ")})
 # of these only the flags are tried: test_scripts.py, test_cifar10.py and others run them, on less
