@@ -80,8 +80,10 @@ def fit(
         rows.append(_epoch(model, optimizer, scaler, dataset, recipe, epoch, run, quiet))
         if not math.isfinite(loss := rows[-1]["validation_loss"]):
             raise _diverged(f"the validation loss is {loss} after epoch {epoch}", run)
-        if epoch > 0:
-            scheduler.step(loss) if isinstance(scheduler, ReduceLROnPlateau) else scheduler.step()
+        if epoch > 0 and isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step(loss)
+        elif epoch > 0:
+            scheduler.step()
         if chosen_epoch(pd.DataFrame(rows)) == len(rows) - 1:
             chosen = deepcopy(model.state_dict())
         state = {name: part.state_dict() for name, part in parts.items()}
