@@ -161,11 +161,12 @@ def _name(args: argparse.Namespace, settings: dict[str, Any]) -> str:
 
 def _result(metrics: pd.DataFrame, accuracy: float, folder: Path) -> str:
     row = metrics.loc[chosen_epoch(metrics)]
-    ranks = f", ranks {row['ranks']}" if row["ranks"] else ""
+    low_rank = (
+        f", ranks {row['ranks']}, compression {row['evaluation_compression']:.2f} %" if row["ranks"] else ""
+    )
     return (
-        f"test accuracy {accuracy:.2f} % (epoch {row['epoch']}, chosen on the validation split){ranks}, "
-        f"evaluation parameters {row['evaluation_parameters']:,}, "
-        f"compression {row['evaluation_compression']:.2f} %; {folder}"
+        f"test accuracy {accuracy:.2f} % (epoch {row['epoch']}, chosen on the validation split), "
+        f"evaluation parameters {row['evaluation_parameters']:,}{low_rank}; {folder}"
     )
 
 

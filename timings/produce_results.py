@@ -169,12 +169,14 @@ def shares(rows: pd.DataFrame) -> Figure:
         figure, devices = by_device(rows, height=1 + 2.4 * lines)
         for part, of in devices:
             grid = part.subplots(lines, columns, sharey=True, squeeze=False)
-            settings = list(of.groupby(SETTING[2:], sort=False))
+            settings, ranks = list(of.groupby(SETTING[2:], sort=False)), sorted(of["rank"].unique())
             for axes, (setting, its) in zip(grid.flat, settings, strict=False):
-                values = [100 * its[share] for share in PARTS]
-                axes.stackplot(its["rank"], *values, colors=plots.COLOURS, labels=PARTS.values())
+                values = 100 * its.set_index("rank")[list(PARTS)].rename(columns=PARTS)
+                values.reindex(ranks).plot.bar(
+                    ax=axes, stacked=True, width=0.9, color=plots.COLOURS, legend=False
+                )
                 axes.set_title(label(*setting) + ("" if setting[-1] else ", fixed rank"), fontsize="small")
-                axes.set(xscale="log", xlabel="rank", ylim=(0, 100))
+                axes.set(xlabel="rank", ylim=(0, 100))
             for axes in grid.flat[len(settings) :]:
                 axes.set_axis_off()
             part.supylabel("share of the step's time [%]")
