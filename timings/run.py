@@ -1,6 +1,6 @@
 """Training step and inference of the net 784-w-w-w-w-10 over ranks, against dense: the figures' records.
 
-    python timings/run.py        about half an hour on two CPU cores that have nothing else to do
+    python timings/run.py        about 20 minutes on two CPU cores that have nothing else to do
 
 Timed are all integrators: adaptive, with bases that move at every step and at every tenth, and at fixed rank.
 Every device has its folder in results/ with a row for each setting and rank. What is there is not measured
