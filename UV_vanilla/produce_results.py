@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from dlrt import plots, results, runs, tables
 
-# Schotthöfer et al. 2022: test accuracy after epoch 1, and after epoch 20; their U Vᵀ trains no convolution
+# Schotthöfer et al. 2022: test accuracy after epoch 1, and after epoch 20
 PUBLISHED = pd.DataFrame({
     "method": ["DLRT, published"] * 3 + ["U Vᵀ, published"] * 3,
     "decay": [1, 2, 10] * 2,
@@ -23,10 +23,11 @@ PUBLISHED = pd.DataFrame({
     ],
 })  # fmt: skip
 CAPTION = (
-    "LeNet5 on {data} at rank 20 in every layer, from weights of singular values |N(0, 1)|, the k-th divided "
-    "by decay^k: test accuracy, mean and standard deviation over the seeds. SGD without momentum, batch 128; "
-    "the learning rate of U Vᵀ is the one of those tried that did best on the validation split with seed 0, "
-    "and seeds that diverged with it are left out."
+    "LeNet5 on {data} at rank 20 (the last layer at its full 10), from weights of singular values |N(0, 1)|, "
+    "the k-th divided by decay^k: test accuracy, mean and standard deviation over the seeds. SGD without "
+    "momentum, batch 128; the learning rate of U Vᵀ is the one of those tried that did best on the validation "
+    "split with seed 0, and seeds that diverged with it are left out. published: Schotthöfer et al. 2022, where the "
+    "convolutions of U Vᵀ are not trained."
 )
 METHODS = {"decayed_lenet5": "DLRT", "vanilla_lenet5": "U Vᵀ"}
 

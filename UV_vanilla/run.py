@@ -37,7 +37,7 @@ def main() -> None:
     tried = [plan(decay, 0, lr) for decay in args.decays for lr in args.lrs]
     grid.make(tried, args.output_dir, args.jobs, may_diverge=True)  # a step size may be too large
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # those that diverged are unfinished
+        warnings.filterwarnings("ignore", "left out, since unfinished or diverged")
         best = best_lrs(read_runs(args.output_dir)).get("vanilla_lenet5", {})
     if hopeless := [f"{decay:g}" for decay in args.decays if decay not in best]:
         sys.exit(

@@ -3,7 +3,8 @@
     python accuracy_vs_cr/run.py --jobs 2        about 4 hours on two CPU cores
 
 All nets, dense or not, are trained on shifted digits. `pruned` runs start from the truncated SVD of the dense
-net of width 784: their epoch 0 is the truncation alone, the others train the factors at that rank.
+net of width 784: their epoch 0 is the truncation alone, then the factors are trained at that rank for half of
+the epochs.
 """
 
 from pathlib import Path

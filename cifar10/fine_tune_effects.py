@@ -1,6 +1,6 @@
 """What fine-tuning adds at high compression: DLRT, then S and the rest trained on in bases that are frozen.
 
-    python cifar10/fine_tune_effects.py --jobs 2        about 3 hours on two CPU cores
+    python cifar10/fine_tune_effects.py --jobs 2        about an hour on two CPU cores
 
 The paper has 20 epochs of each; `--epochs 20 --finetune-epochs 20` wants a GPU. `produce_results.py` makes
 the table of accuracy before and after.

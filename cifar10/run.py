@@ -1,6 +1,6 @@
 """The runs behind the tables of CIFAR-10: from scratch, and from trained weights, dense and over tolerances.
 
-    python cifar10/run.py --weights resnet20-12fca82f.pt        about 4 hours on two CPU cores
+    python cifar10/run.py --weights resnet20-12fca82f.pt        about 3 hours on two CPU cores
 
 `--weights` is a file of a trained dense ResNet20. It is first trained on for `--adapt-epochs`, since the
 pictures and their normalisation may be others; from there DLRT begins, cut across space to each of the

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import matplotlib as mpl
+import numpy as np
 from torch import Tensor
 
 mpl.use("Agg")  # files, no windows
@@ -36,13 +38,17 @@ def style(number: int) -> dict[str, str]:
 
 def save(figure: Figure, folders: list[Path], name: str) -> Path:
     """Write name.pdf and name.png into every folder and close the figure; give the first PNG's path."""
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-        with mpl.rc_context(LOOK):
-            figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})  # the same at any time
-            figure.savefig(folder / f"{name}.png")
+    first, *others = folders
+    first.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context(LOOK):
+        figure.savefig(first / f"{name}.pdf", metadata={"CreationDate": None})  # the same at any time
+        figure.savefig(first / f"{name}.png")
     plt.close(figure)
-    return folders[0] / f"{name}.png"
+    for folder in others:  # copies, since the layout moves a little when it is drawn again
+        folder.mkdir(parents=True, exist_ok=True)
+        for kind in ("pdf", "png"):
+            shutil.copyfile(first / f"{name}.{kind}", folder / f"{name}.{kind}")
+    return first / f"{name}.png"
 
 
 def learning_curves(metrics: dict[str, pd.DataFrame]) -> Figure:
@@ -71,9 +77,9 @@ def accuracy_against_compression(
     curves: dict[str, pd.DataFrame], references: dict[str, pd.DataFrame], dense: dict[str, float]
 ) -> Figure:
     """Test accuracy over evaluation compression, by label: curves of `tables.over_seeds`, with a bar of one
-    standard deviation; references with the columns compression and accuracy, in grey; dense lines, dotted
-    more widely from one to the next, in the colour of the curve that is labelled "DLRT" in the place of
-    "dense", or grey.
+    standard deviation where there are seeds; references with the columns compression and accuracy, in grey;
+    dense lines, dotted more widely from one to the next, in the colour of the curve that is labelled "DLRT"
+    in the place of "dense", or grey.
     """
     colours = {label: style(number)["color"] for number, label in enumerate(curves)}
     labels = [*references, *curves, *dense]
@@ -82,11 +88,13 @@ def accuracy_against_compression(
         figure, axes = plt.subplots(figsize=(6.4, 3.7 + 0.2 * len(labels) / columns))
         for number, (label, rows) in enumerate(references.items()):
             marker = "sD^vP*"[number % 6]
-            axes.plot(rows["compression"], rows["accuracy"], marker, color="0.55", ms=6, label=label)
+            axes.plot(
+                rows["compression"], rows["accuracy"], marker, color="0.55", ms=6, label=label, zorder=3
+            )
         for number, (label, rows) in enumerate(curves.items()):
             rows = rows.sort_values("compression")
             line = style(number)
-            errors = {"yerr": rows["accuracy_std"].fillna(0), "capsize": 3, "marker": "o", "ms": 4}
+            errors = {"yerr": rows["accuracy_std"], "capsize": 3, "marker": "o", "ms": 4}
             axes.errorbar(rows["compression"], rows["accuracy"], label=label, **errors, **line)
         for number, (label, accuracy) in enumerate(dense.items()):
             colour = colours.get(label.replace("dense", "DLRT"), "0.55")
@@ -94,6 +102,15 @@ def accuracy_against_compression(
         axes.set(xlabel="evaluation compression [%]", ylabel="test accuracy [%]")
         figure.legend(loc="outside lower center", ncols=columns, fontsize="small")
     return figure
+
+
+def widen_near_100(axes: Axes) -> None:
+    """Spread an axis of accuracies in % where they are high, by log(100.5 - accuracy)."""
+    bottom = axes.get_ylim()[0]
+    scale = (lambda y: -np.log(np.maximum(100.5 - y, 0.1)), lambda t: 100.5 - np.exp(-t))
+    axes.set_yscale("function", functions=scale)
+    ticks = [tick for tick in (0, 10, 50, 80, 90, 95, 98, 99, 100) if tick >= bottom]
+    axes.set(yticks=ticks, ylim=(bottom, 100))
 
 
 def bands(axes: Axes, runs: list[pd.DataFrame], column: str, label: str, number: int) -> None:

@@ -170,7 +170,7 @@ def chosen_epoch(metrics: pd.DataFrame) -> int:
 def read_runs(results: Path) -> pd.DataFrame:
     """A row per run below a folder: its options, the metrics of its chosen epoch, and the folder's name.
 
-    The column last_test_accuracy is that of the last epoch, seconds_per_epoch the median; options has all
+    The column last_test_accuracy is that of the last epoch, seconds_per_epoch the mean; options has all
     options as a dict. A run that is not finished is left out with a warning. FileNotFoundError where there
     are no finished runs.
     """
@@ -192,7 +192,7 @@ def read_runs(results: Path) -> pd.DataFrame:
             "options": options,
             "run": name,
             "last_test_accuracy": metrics["test_accuracy"].iloc[-1],
-            "seconds_per_epoch": metrics["seconds"].median(),
+            "seconds_per_epoch": metrics["seconds"].mean(),
         })  # fmt: skip
     if unfinished:
         warnings.warn(f"left out, since unfinished or diverged: {', '.join(unfinished)}", stacklevel=2)

@@ -19,8 +19,8 @@ from dlrt.optimizer import INTEGRATORS
 
 # Schotthöfer et al. 2022, the same net
 PUBLISHED = pd.DataFrame({
-    "device": ["published"] * 2,
-    "of": ["training", "inference"],
+    "device": ["published, other hardware"] * 2,
+    "phase": ["training", "inference"],
     "rank adaptation": ["no", ""],
     "break-even rank": ["about 125", "near 2100"],
     "largest speed-up": ["4.5 x", ""],
@@ -32,19 +32,22 @@ PARTS = {
     "share_svd": "SVD, truncation",
     "share_rest": "inner optimizer, rest",
 }
-LIMIT = {"lw": 1.2, "linestyle": (0, (1, 1))}
+LIMITS = [(0, (1, 1)), (0, (1, 4))]  # dotted, more widely with more S-steps
 SETTING = ["device", "phase", "integrator", "s_steps", "adaptive"]
 
 
 def read(folder: Path) -> pd.DataFrame:
     """The rows of all devices and sizes of the net, with their options; FileNotFoundError without any."""
-    found = []
+    found, names = [], set()
     for path in sorted(folder.glob("*/config.json")):
         metrics = runs.read_metrics(path.parent)
         if metrics is not None:
             config = json.loads(path.read_text())
             metrics = metrics.fillna({"integrator": ""}).assign(**config["options"])
-            device = "{device}, width {width}, batch {batch_size}".format(**config["options"])
+            device = "{device}, width {width}, batch {batch_size}".format_map(config["options"])
+            if device in names:
+                device += f" ({path.parent.name})"
+            names.add(device)
             found.append(metrics.assign(device=device, torch=config["versions"]["torch"]))
     if not found:
         raise FileNotFoundError(f"no measurements in {folder}")
@@ -98,7 +101,7 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
         if integrator:
             how.update({"rank adaptation": "yes" if adaptive else "no", "S-steps": str(s_steps)})
         best = {"largest speed-up": f"{speed_up.max():.1f} x", "at rank": str(ranks[speed_up.argmax()])}
-        lines.append({"device": device, "of": phase, **how, **at, **best})
+        lines.append({"device": device, "phase": phase, **how, **at, **best})
     return pd.concat([pd.DataFrame(lines), PUBLISHED]).fillna("")
 
 
@@ -117,11 +120,11 @@ def draw_times(axes: Axes, rows: pd.DataFrame) -> None:
         axes.plot(of["rank"], of["median_ms"], ".", label=label(integrator, s_steps, adaptive), **line)
         axes.fill_between(of["rank"], of["lower_ms"], of["upper_ms"], color=line["color"], alpha=0.25, lw=0)
         limit = of["dense_median_ms"] * of["gflops"] / of["dense_gflops"]
-        axes.plot(of["rank"], limit, **{**line, **LIMIT})
+        axes.plot(of["rank"], limit, color=line["color"], linestyle=LIMITS[s_steps > 1], lw=1.2)
     of = rows.drop_duplicates("rank").sort_values("rank")
     axes.plot(of["rank"], of["dense_median_ms"], color="black", lw=2, label="dense")
     axes.fill_between(of["rank"], of["dense_lower_ms"], of["dense_upper_ms"], color="black", alpha=0.2, lw=0)
-    axes.plot([], [], color="0.4", label="FLOP limit", **LIMIT)
+    axes.plot([], [], color="0.4", lw=1.2, linestyle=LIMITS[0], label="dense time x FLOP ratio")
     axes.set(xscale="log", yscale="log", xlabel="rank")
 
 
@@ -194,9 +197,11 @@ def caption(rows: pd.DataFrame) -> str:
         f"momentum, in one process with the dense net: {where}.{gpu} Medians of {rows['repeats'].min()} to "
         f"{rows['repeats'].max()} calls; with more S-steps than one a step is the mean of those from a move "
         "of the bases to the next. Break-even: the rank from which dense needs less time (operations in "
-        "products; peak memory), interpolated between the measured ranks on logarithmic axes; no rank of a "
-        "layer exceeds its full one. Settings that are slow are not measured much beyond the rank where they "
-        "are slower than dense. published: Schotthöfer et al. 2022."
+        "products; peak memory), interpolated between the measured ranks on logarithmic axes; the dense net "
+        "is timed anew beside every rank; no rank of a layer exceeds its full one. Bands in the figure: from "
+        "quartile to quartile; dotted: what the operations in products alone would take at the speed of the "
+        "dense net. Settings that are slow are not measured much beyond the rank where they are slower than "
+        "dense. published: Schotthöfer et al. 2022."
     )
 
 

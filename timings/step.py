@@ -1,6 +1,6 @@
 """How long a training step and inference take at rank r, against the dense network, in one process.
 
-    python timings/step.py        about 4 minutes on two CPU cores
+    python timings/step.py        about 5 minutes on two CPU cores
 
 Medians over `--repeats` steps; "x faster" is dense / low-rank, and beside it stands the same ratio of the
 counted FLOPs of all matrix products and convolutions, which is the limit that small matrices, memory and
