@@ -22,9 +22,10 @@ OTHERS = pd.DataFrame({
 CAPTION = (
     "LeNet5 on {data}: test accuracy in %, mean and standard deviation over the seeds, at the epoch chosen "
     "on the validation digits and at the last one. best: the best recipe found, batches of 64, lr 0.03, "
-    "weight decay, digits shifted at random and smoothed labels, for the dense net too; first and last layer dense, bases that move in every tenth "
-    "step, a tolerance that rises over the first half of training. plain: batches of 128, lr 0.05; last "
-    "layer dense, the whole tolerance from the first step on, none of the rest. The paper has five seeds. "
+    "weight decay, digits shifted at random and smoothed labels, for the dense net too; first and last layer "
+    "dense, bases that move in every tenth step, a tolerance that rises over the first half of training. "
+    "plain: batches of 128, lr 0.05; last layer dense, the whole tolerance from the first step on, none of "
+    "the rest. The paper has five seeds. "
     "published: Schotthöfer et al. 2022, best of five runs (their mean in brackets), "
     f"and methods as quoted there. {tables.COUNTED}"
 )

@@ -25,9 +25,9 @@ PUBLISHED = pd.DataFrame({
 CAPTION = (
     "LeNet5 on {data} at rank 20 (the last layer at its full 10), from weights of singular values |N(0, 1)|, "
     "the k-th divided by decay^k: test accuracy, mean and standard deviation over the seeds. SGD without "
-    "momentum, batch 128; the learning rate of U Vᵀ is the one of those tried that did best on the validation "
-    "split with seed 0, and seeds that diverged with it are left out. published: Schotthöfer et al. 2022, where the "
-    "convolutions of U Vᵀ are not trained."
+    "momentum, batch 128; the learning rate of U Vᵀ is the one of those tried that did best on the "
+    "validation split with seed 0, and seeds that diverged with it are left out. published: Schotthöfer et "
+    "al. 2022, where the convolutions of U Vᵀ are not trained."
 )
 METHODS = {"decayed_lenet5": "DLRT", "vanilla_lenet5": "U Vᵀ"}
 
