@@ -26,7 +26,8 @@ PUBLISHED = pd.DataFrame({
 CAPTION = (
     "Five-layer nets on {data}, all trained on digits shifted at random: test accuracy in %, mean and "
     "standard deviation over the seeds, at the epoch chosen on the validation digits and at the last one. "
-    "DLRT begins with a quarter of the full rank, and the tolerance rises over a quarter of the epochs. "
+    "DLRT begins with a quarter of the full rank; its bases move in every 40th step and the tolerance rises "
+    "over the first half of training. "
     "truncated: the dense net cut to a rank by the SVD; retrained: its factors trained at that rank, for "
     "the epochs told, after those of the dense net. published: Schotthöfer et al. 2022, retrained at fixed "
     f"rank. {tables.COUNTED}"
