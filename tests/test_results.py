@@ -3,6 +3,7 @@
 import importlib.util
 import json
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -101,6 +102,18 @@ def test_fine_tuning_is_shown_by_the_best_epoch_before_it_and_in_it(tmp_path):
     write_run(tmp_path, "b", [50], [51.0])  # its record has no such option
     row = load("cifar10/produce_results").fine_tuned(read_runs(tmp_path)[:1], tmp_path).iloc[0]
     assert (row["before [%]"], row["after [%]"], row["epochs"]) == ("61.00", "71.00", "2 + 2")
+
+
+def test_every_folder_gets_the_same_figure(tmp_path):
+    figure, axes = plt.subplots()
+    axes.plot([0, 100], [20.0, 99.0])
+    plots.widen_near_100(axes)
+    assert axes.get_ylim() == (pytest.approx(16.05), 100)
+    drawn = plots.save(figure, [tmp_path / "a", tmp_path / "b"], "drawn")
+    assert drawn == tmp_path / "a" / "drawn.png"
+    for kind in ("pdf", "png"):
+        first, second = ((tmp_path / folder / f"drawn.{kind}").read_bytes() for folder in "ab")
+        assert first == second
 
 
 def test_a_dense_line_has_the_colour_of_its_curve():

@@ -222,7 +222,7 @@ def test_a_second_device_stands_beside_the_first(results, scripts, tmp_path):
     rows = produce.read(tmp_path)
     assert list(dict.fromkeys(produce.table(rows)["device"]))[1:] == [
         f"Some GPU, width {WIDTH}, batch {BATCH}",
-        "published",
+        "published, other hardware",
     ]
     assert f"; Some GPU, width {WIDTH}, batch {BATCH} (torch" in produce.caption(rows)
     assert "still to come" not in produce.caption(rows)
@@ -254,3 +254,13 @@ def test_a_bad_flag_costs_one_line(scripts, flags, message, tmp_path, capsys):
     printed = capsys.readouterr().err
     assert message in printed
     assert printed.count("\n") == 1
+
+
+def test_two_folders_of_one_device_are_not_mixed(results, scripts, tmp_path):
+    for name in ("one", "other"):
+        shutil.copytree(results / "small", tmp_path / name)
+    produce = scripts.produce_results
+    rows = produce.read(tmp_path)
+    first, second = rows["device"].unique()
+    assert second == f"{first} (other)"
+    assert len(produce.table(rows)) == 2 * 8 + 2
