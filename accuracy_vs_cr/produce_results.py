@@ -62,8 +62,8 @@ def published(widths: pd.Series) -> pd.DataFrame:
 def over_widths(summary: pd.DataFrame) -> Figure:
     """A curve of DLRT per width, with its dense line, over the published points."""
     low_rank, dense = (summary[summary["method"] == method] for method in ("DLRT", "dense"))
-    published = PUBLISHED[PUBLISHED["width"].isin(summary["width"])]
-    points, line = published.dropna(subset="tau"), published[published["tau"].isna()]
+    known = PUBLISHED[PUBLISHED["width"].isin(summary["width"])]
+    points, line = known.dropna(subset="tau"), known[known["tau"].isna()]
     return plots.accuracy_against_compression(
         {f"DLRT, width {width}": rows for width, rows in low_rank.groupby("width")},
         {f"published, width {width}": rows for width, rows in points.groupby("width")},
