@@ -50,7 +50,7 @@ class VanillaConv2d(VanillaLinear):
         self.kernel = kernel  # (in, height, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        filters = self.V.mT.unflatten(1, self.kernel)
+        filters = self.V.mT.unflatten(1, self.kernel).contiguous(memory_format=torch.channels_last)
         return F.conv2d(F.conv2d(x, filters), self.U[..., None, None], self.bias)
 
 
