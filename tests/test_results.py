@@ -83,17 +83,28 @@ def test_a_pruned_net_is_shown_before_its_training_and_after_it(tmp_path):
 
 
 def test_the_step_size_of_plain_factors_is_the_one_best_in_validation(tmp_path):
+    vanilla = {"network": "vanilla_lenet5", "ranks": ""}
     for lr, validation, test in ((0.01, 80, 99), (0.1, 90, 70), (1.0, 85, 98)):
-        write_run(tmp_path, f"{lr}", [validation], [test], network="vanilla", decay=2.0, lr=lr, ranks="")
-    write_run(tmp_path, "other seed", [99], [99], network="vanilla", decay=2.0, lr=1.0, ranks="", seed=1)
-    write_run(tmp_path, "diverged", [95], [95], network="vanilla", decay=2.0, lr=3.0, ranks="", epochs=9)
+        write_run(tmp_path, f"{lr}", [validation], [test], decay=2.0, lr=lr, **vanilla)
+    write_run(tmp_path, "other seed", [99], [99], decay=2.0, lr=1.0, seed=1, **vanilla)
+    write_run(tmp_path, "other method", [99], [99], decay=2.0, lr=1.0, network="decayed_lenet5")
+    write_run(tmp_path, "diverged", [95], [95], decay=2.0, lr=3.0, epochs=9, **vanilla)
     for lr, loss in ((0.2, 2.3), (0.3, 2.4)):  # both at chance
-        name = f"chance {lr}"
-        write_run(tmp_path, name, [10], [10], network="vanilla", decay=9.0, lr=lr, ranks="", loss=loss)
+        write_run(tmp_path, f"chance {lr}", [10], [10], decay=9.0, lr=lr, loss=loss, **vanilla)
     with pytest.warns(UserWarning, match=r"unfinished or diverged: diverged \(1 of 9 epochs\)"):
         found = read_runs(tmp_path)
     best = load("UV_vanilla/factored").best_lrs(found).to_dict()
-    assert best == {("vanilla", 2.0): 0.1, ("vanilla", 9.0): 0.2}
+    assert best == {2.0: 0.1, 9.0: 0.2}
+
+
+def test_plain_factors_have_a_curve_of_their_best_step_size_and_dlrt_of_every_one(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "UV_vanilla")  # as when it is run
+    for lr, validation in ((0.01, 80), (0.1, 90)):
+        for network, ranks in (("vanilla_lenet5", ""), ("decayed_lenet5", "3/4")):
+            name = f"{network} {lr}"
+            write_run(tmp_path, name, [validation], [70], network=network, decay=2.0, lr=lr, ranks=ranks)
+    shown = load("UV_vanilla/produce_results").curves(read_runs(tmp_path), tmp_path)
+    assert shown.keys() == {("DLRT", 2.0, 0.01), ("DLRT", 2.0, 0.1), ("U Vᵀ", 2.0, 0.1)}
 
 
 def test_fine_tuning_is_shown_by_the_best_epoch_before_it_and_in_it(tmp_path):
