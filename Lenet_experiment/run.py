@@ -21,7 +21,7 @@ PLAIN_DLRT = {"tau_warmup": 0, "s_steps": 1, "skip": ["fc2"]}
 
 
 def main() -> None:
-    parser = cli.grid_parser(__doc__, HERE, epochs=10, taus=TAUS)
+    parser = cli.grid_parser(__doc__, HERE, epochs=10, taus=TAUS, runs="the plain sweep")
     parser.add_argument(
         "--best-taus", type=cli.TOLERANCE, nargs="*", default=BEST_TAUS, help="of the best recipe"
     )

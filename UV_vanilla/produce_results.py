@@ -10,6 +10,7 @@ import pandas as pd
 from factored import AS_IN_THE_PAPER, best_lrs
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from dlrt import plots, results, runs, tables
 
@@ -65,6 +66,7 @@ def figure(curves: dict[tuple[str, float, float], list[pd.DataFrame]]) -> Figure
         for upper, lower, decay in zip(*axes, decays, strict=True):
             upper.set(title="no decay" if decay == 1 else f"decay {decay:g}", yscale="log")
             lower.set(xlabel="epoch")
+            lower.xaxis.set_major_locator(MaxNLocator(integer=True))
             lower.legend(loc="lower right", fontsize="small")
         axes[0, 0].set(ylabel="training loss")
         axes[1, 0].set(ylabel="test accuracy [%]")

@@ -173,15 +173,23 @@ def _add_low_rank_flags(parser: Parser) -> None:
 
 
 def grid_parser(
-    description: str, folder: Path, epochs: int, seeds: int = 3, taus: Sequence[float] = ()
+    description: str,
+    folder: Path,
+    epochs: int,
+    seeds: int = 3,
+    taus: Sequence[float] = (),
+    runs: str = "every run",
 ) -> Parser:
-    """A parser for the run.py of an experiment, which makes a grid of runs in the folder's results/."""
+    """A parser for the run.py of an experiment, which makes a grid of runs in the folder's results/.
+
+    runs says of which of them --epochs and --taus are.
+    """
     parser = Parser(description=description, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--epochs", type=NATURAL, default=epochs, help="of every run")
+    add("--epochs", type=NATURAL, default=epochs, help=f"of {runs}")
     add("--seeds", type=NATURAL, default=seeds, help="runs of every setting")
     if taus:
-        add("--taus", type=TOLERANCE, nargs="*", default=taus, help="tolerances")
+        add("--taus", type=TOLERANCE, nargs="*", default=taus, help=f"tolerances of {runs}")
     add("--jobs", type=NATURAL, default=1, help="runs at a time, which share the CPU's cores")
     _add_place_flags(parser)
     add("--output-dir", type=Path, default=folder / "results", help="where the run folders go")
