@@ -18,6 +18,7 @@ from dlrt import plots, results, runs, tables
 PUBLISHED = pd.DataFrame({
     "method": ["DLRT, published"] * 3 + ["U Vᵀ, published"] * 3,
     "decay": [1, 2, 10] * 2,
+    "epochs": ["20"] * 6,
     "after epoch 1 [%]": ["81", "56", "39", "33", "17", "16"],
     "after the last epoch [%]": [
         "97.81 ± 0.15", "97.29 ± 0.30", "97.07 ± 0.69", "93.74 ± 1.5", "90.9 ± 2.6", "86.2 ± 4.8"
@@ -35,6 +36,7 @@ METHODS = {"decayed_lenet5": "DLRT", "vanilla_lenet5": "U Vᵀ"}
 
 def curves(found: pd.DataFrame, folder: Path) -> dict[tuple[str, float, float], list[pd.DataFrame]]:
     """The metrics of all seeds for each method, decay and learning rate; of those of U Vᵀ only the best."""
+    results.over_seeds(found, ["network", "decay", "lr"])  # refuses runs that differ in more than the seed
     shown = (found["lr"] == found["decay"].map(best_lrs(found))) | (found["network"] == "decayed_lenet5")
     return {
         (METHODS[network], decay, lr): [runs.read_metrics(folder / run) for run in rows["run"]]
@@ -48,7 +50,8 @@ def table(curves: dict[tuple[str, float, float], list[pd.DataFrame]]) -> pd.Data
     for (method, decay, lr), metrics in curves.items():
         accuracies = pd.DataFrame([of_run["test_accuracy"].iloc[[0, -1]].tolist() for of_run in metrics])
         first, last = tables.spread(accuracies.mean(), accuracies.std())
-        setting = {"method": method, "decay": decay, "learning rate": f"{lr:g}", "seeds": str(len(metrics))}
+        setting = {"method": method, "decay": decay, "learning rate": f"{lr:g}"}
+        setting |= {"epochs": str(len(metrics[0])), "seeds": str(len(metrics))}
         rows.append({**setting, "after epoch 1 [%]": first, "after the last epoch [%]": last})
     both = pd.concat([pd.DataFrame(rows), PUBLISHED]).fillna("")
     return both.assign(decay=both["decay"].map(lambda decay: "none" if decay == 1 else f"{decay:g}"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -18,7 +17,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dlrt.runs import DIVERGED, NOT_PART_OF_THE_EXPERIMENT, epochs_done, same_option
+from dlrt.runs import (
+    DIVERGED,
+    NOT_PART_OF_THE_EXPERIMENT,
+    RunError,
+    epochs_done,
+    read_options,
+    same_option,
+)
 
 
 @dataclass(frozen=True)
@@ -51,10 +57,9 @@ class Plan:
 
     def other_options(self, results: Path) -> list[str]:
         """In which options the run that is there differs from this plan."""
-        path = results / self.name / "config.json"
-        if not path.exists():
+        was = read_options(results / self.name)
+        if not was:
             return []
-        was = json.loads(path.read_text())["options"]
         return [
             f"{name} {was.get(name)!r} instead of {value!r}"
             for name, value in {"finetune_epochs": 0, **self.options}.items()
@@ -80,19 +85,26 @@ def make(
 
     A run that fails is told and the others go on; then the program ends with 1, unless it was for a loss that
     is not finite and runs may diverge. Ctrl-C and SIGTERM stop the runs, whose last complete epochs are kept,
-    and end with 130 and 143. A run that is there with other options ends the program with 1 before any of
-    these is made. Records without weights are finished runs, too, unless one of the plans `then` is missing
-    and begins with those weights: such a run is made again.
+    and end with 130 and 143. A run that is there with other options or damaged, or a folder that cannot be
+    made, ends the program with 1 before any of these is made. Records without weights are finished runs, too,
+    unless one of the plans `then` is missing and begins with those weights: such a run is made again.
     """
-    for plan in plans:
-        if other := plan.other_options(results):
-            folder = results / plan.name
-            sys.exit(f"{folder} was made with {', '.join(other)}: move it, or take another --output-dir")
     if not plans:
         return
+    try:
+        for plan in plans:
+            if other := plan.other_options(results):
+                folder = results / plan.name
+                sys.exit(f"{folder} was made with {', '.join(other)}: move it, or take another --output-dir")
+        missing = _missing(plans, then, results)
+        results.mkdir(parents=True, exist_ok=True)
+    except RunError as error:
+        sys.exit(str(error))
+    except OSError as error:
+        sys.exit(f"{results} cannot be used ({error.strerror}): take another --output-dir")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory() as logs:
-        codes = _run_all(plans, _missing(plans, then, results), results, jobs, Path(logs))
+        codes = _run_all(plans, missing, results, jobs, Path(logs))
     failed = [name for name, code in codes.items() if not (may_diverge and code == DIVERGED)]
     print(f"{len(plans) - len(codes)} of {len(plans)} runs are in {results}")
     if failed:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from dlrt import plots, tables
 from dlrt.cli import ROOT, HelpFormatter, Parser
-from dlrt.runs import read_runs
+from dlrt.runs import RunError, read_runs
 
 DATA = {"mnist": "MNIST", "cifar10": "CIFAR-10"}
 
@@ -52,6 +52,8 @@ def read(
             found = reader(args.results)
         except FileNotFoundError:
             found = None
+        except RunError as error:
+            sys.exit(f"{script}: {error}")
     for warning in told:
         print(f"{script}: {warning.message}", file=sys.stderr)
     if found is None:
@@ -80,7 +82,11 @@ def over_seeds(found: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 
 def publish(args: argparse.Namespace, table: pd.DataFrame, caption: str, figures: dict[str, Figure]) -> None:
     """Print a table and write it as CSV, Markdown and LaTeX, and figures by their names as PDF and PNG."""
-    tables.write(table, args.output_dir, caption)
+    try:
+        tables.write(table, args.output_dir, caption)
+    except OSError as error:
+        script = Path(sys.argv[0]).name
+        sys.exit(f"{script}: {args.output_dir} cannot be written to ({error.strerror}): take another")
     print(tables.markdown(table, caption))
     for name, figure in figures.items():
         print(f"figure: {plots.save(figure, args.figures, name)}")

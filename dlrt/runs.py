@@ -76,7 +76,7 @@ class Run:
 
     def options(self) -> dict[str, Any]:
         """The options that the folder's run was begun with; none where there is no run."""
-        return json.loads(self.config.read_text())["options"] if self.config.exists() else {}
+        return read_options(self.folder)
 
     def _lock(self) -> None:
         if fcntl is None:
@@ -179,7 +179,7 @@ def read_runs(results: Path) -> pd.DataFrame:
         metrics = read_metrics(path.parent)
         if metrics is None:
             continue
-        options = json.loads(path.read_text())["options"]
+        options = read_options(path.parent)
         name = str(path.parent.relative_to(results))
         done, planned = int(metrics["epoch"].iloc[-1]), options["epochs"] + options.get("finetune_epochs", 0)
         if done < planned:
@@ -203,10 +203,33 @@ def read_runs(results: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def read_options(folder: Path) -> dict[str, Any]:
+    """The options in a run's config.json, none where there is no run; RunError where the file is damaged."""
+    path = folder / "config.json"
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text())["options"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path) from error
+
+
 def read_metrics(folder: Path) -> pd.DataFrame | None:
-    """metrics.csv of one run, or None where no epoch was completed."""
+    """metrics.csv of one run, None where no epoch was completed; RunError where the file is damaged."""
     path = folder / "metrics.csv"
-    return pd.read_csv(path, dtype={"ranks": str}).fillna({"ranks": ""}) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        metrics = pd.read_csv(path, dtype={"ranks": str}).fillna({"ranks": ""})
+    except ValueError as error:
+        raise _damaged(path) from error
+    if metrics.empty or not path.read_bytes().endswith(b"\n"):  # cut off
+        raise _damaged(path)
+    return metrics
+
+
+def _damaged(path: Path) -> RunError:
+    return RunError(f"{path} is damaged: restore it, or delete the run's folder and make the run again")
 
 
 def epochs_done(folder: Path) -> int:

@@ -122,6 +122,24 @@ def test_a_run_of_other_options_is_not_taken_for_the_one_planned(tmp_path):
         grid.make([grid.Plan("one", SCRIPT, same)], tmp_path)
 
 
+def test_a_damaged_record_and_a_place_that_is_none_end_a_grid_before_its_first_run(tmp_path, script):
+    plans = [grid.Plan(name, script, {"epochs": 2}) for name in ("one", "two")]
+    grid.make(plans[:1], tmp_path)
+    for name, text in (("metrics.csv", ""), ("metrics.csv", "epoch,ranks,seconds\n2,"), ("config.json", "{")):
+        path = tmp_path / "one" / name
+        whole = path.read_text()
+        path.write_text(text)
+        with pytest.raises(SystemExit, match=rf"one/{name} is damaged: restore it, or delete"):
+            grid.make(plans, tmp_path)
+        path.write_text(whole)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"file cannot be used \(Not a directory|File exists"):
+        grid.make(plans, tmp_path / "file")
+    assert not (tmp_path / "two").exists()
+    grid.make(plans, tmp_path)  # nothing was lost
+    assert (tmp_path / "two").exists()
+
+
 def test_options_of_every_kind_reach_the_script(tmp_path):
     options = {"augment": False, "skip": ("fc4", "fc5"), "tau": 0.2, "s_steps": 3}
     epochs = {"epochs": 1, "finetune_epochs": 1}

@@ -2,12 +2,13 @@
 
 import importlib.util
 import json
+from argparse import Namespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from dlrt import plots, tables
+from dlrt import plots, results, tables
 from dlrt.cli import ROOT
 from dlrt.runs import read_runs
 
@@ -19,9 +20,9 @@ def load(path):
     return module
 
 
-def write_run(results, name, validation, test, epochs=None, tau=0.2, ranks="3/4", loss=1.0, **options):
+def write_run(runs, name, validation, test, epochs=None, tau=0.2, ranks="3/4", loss=1.0, **options):
     """A finished run with these accuracies, epoch by epoch; with weights to begin with from epoch 0 on."""
-    folder = results / name
+    folder = runs / name
     folder.mkdir(parents=True)
     first = 0 if options.get("from_checkpoint") else 1
     count = len(test) - 1 + first
@@ -105,6 +106,28 @@ def test_plain_factors_have_a_curve_of_their_best_step_size_and_dlrt_of_every_on
             write_run(tmp_path, name, [validation], [70], network=network, decay=2.0, lr=lr, ranks=ranks)
     shown = load("UV_vanilla/produce_results").curves(read_runs(tmp_path), tmp_path)
     assert shown.keys() == {("DLRT", 2.0, 0.01), ("DLRT", 2.0, 0.1), ("U Vᵀ", 2.0, 0.1)}
+
+
+def test_plain_factors_of_other_options_and_a_damaged_record_end_the_table(tmp_path, run_script):
+    shared = {"network": "decayed_lenet5", "decay": 2.0, "dataset": "digits"}
+    flags = ("--results", tmp_path, "--output-dir", tmp_path / "out")
+    write_run(tmp_path, "one", [80], [70], rank=20, **shared)
+    write_run(tmp_path, "two", [80], [70], rank=5, seed=1, **shared)
+    result = run_script("UV_vanilla/produce_results.py", *flags)
+    assert result.returncode == 1
+    assert "one and two must differ in the seed only, got rank 20 and 5: move one away" in result.stderr
+    (tmp_path / "two" / "metrics.csv").write_text("")
+    result = run_script("UV_vanilla/produce_results.py", *flags)
+    assert result.returncode == 1
+    assert result.stderr.startswith("produce_results.py: ")
+    assert "two/metrics.csv is damaged" in result.stderr
+
+
+def test_a_table_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    args = Namespace(output_dir=tmp_path / "file", figures=[])
+    with pytest.raises(SystemExit, match=r"file cannot be written to \(File exists\): take another"):
+        results.publish(args, pd.DataFrame({"a": [1]}), "", {})
 
 
 def test_fine_tuning_is_shown_by_the_best_epoch_before_it_and_in_it(tmp_path):
