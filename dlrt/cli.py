@@ -30,11 +30,15 @@ class Parser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The description as it stands, and every default that says something."""
+    """The description as it stands, and every default that says something.
+
+    A help text tells after "; by default" what None stands for: where a script has another default, not that.
+    """
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        silent = action.default is None or action.default is False
-        return action.help if silent else super()._get_help_string(action)
+        if any(action.default is silent for silent in (None, False, argparse.SUPPRESS)):
+            return action.help
+        return f"{action.help.split('; by default')[0]} (default: %(default)s)"
 
 
 def number(kind: type, interval: str) -> Callable[[str], float]:

@@ -164,6 +164,14 @@ def test_help_lists_every_flag(capsys):
         assert f"--{flag.replace('_', '-')}" in text
 
 
+def test_help_of_a_script_with_its_own_defaults_names_no_others():
+    def told(**defaults):
+        return " ".join(cli.training_parser("", low_rank=True, **defaults).format_help().split())
+
+    assert "steps of S in each move of the bases; by default 10, and 1 where the integrator is bug" in told()
+    assert "steps of S in each move of the bases (default: 1)" in told(s_steps=1)
+
+
 def test_a_run_from_any_folder_leaves_its_folder_and_prints_the_result(finished):
     folder, done = finished
     assert done.returncode == 0, done.stderr
