@@ -24,7 +24,7 @@ DECAY = {
 def best_lrs(runs: pd.DataFrame) -> pd.Series:
     """For every decay the step size with which plain factors and the first seed validate best.
 
-    runs are those of `dlrt.runs.read_runs`, which has finished ones only: one that diverged wins nothing.
+    runs are those of `dlrt.records.read_runs`, which has finished ones only: one that diverged wins nothing.
     """
     tried = runs[(runs["network"] == vanilla_lenet5.__name__) & (runs["seed"] == runs["seed"].min())]
     tried = tried.sort_values(["validation_accuracy", "validation_loss"], ascending=[True, False])

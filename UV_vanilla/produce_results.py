@@ -12,7 +12,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dlrt import plots, results, runs, tables
+from dlrt import plots, records, results, tables
 
 # Schotthöfer et al. 2022: test accuracy after epoch 1, and after epoch 20
 PUBLISHED = pd.DataFrame({
@@ -39,7 +39,7 @@ def curves(found: pd.DataFrame, folder: Path) -> dict[tuple[str, float, float], 
     results.over_seeds(found, ["network", "decay", "lr"])  # refuses runs that differ in more than the seed
     shown = (found["lr"] == found["decay"].map(best_lrs(found))) | (found["network"] == "decayed_lenet5")
     return {
-        (METHODS[network], decay, lr): [runs.read_metrics(folder / run) for run in rows["run"]]
+        (METHODS[network], decay, lr): [records.read_metrics(folder / run) for run in rows["run"]]
         for (network, decay, lr), rows in found[shown].groupby(["network", "decay", "lr"])
     }
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from factored import AS_IN_THE_PAPER, DECAY, best_lrs
 
 from dlrt import cli, grid
-from dlrt.runs import read_runs
+from dlrt.records import read_runs
 
 HERE = Path(__file__).parent
 SCRIPTS = {"dlrt": "lenet5_mnist.py", "vanilla": "lenet5_mnist_baseline.py"}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dlrt import plots, results, runs, tables
+from dlrt import plots, records, results, tables
 
 # Schotthöfer et al. 2022: dense, and at these tolerances after some hundred epochs more at fixed rank
 PUBLISHED = pd.DataFrame({
@@ -42,7 +42,7 @@ def with_methods(found: pd.DataFrame, folder: Path) -> pd.DataFrame:
     found.loc[pruned, "method"] = "retrained"
     truncated = found[pruned].assign(method="truncated", epochs=0)
     for index, run in truncated.iterrows():
-        first = runs.read_metrics(folder / run["run"]).iloc[0]
+        first = records.read_metrics(folder / run["run"]).iloc[0]
         truncated.loc[index, ["test_accuracy", "last_test_accuracy"]] = first["test_accuracy"]
     return pd.concat([found, truncated])
 

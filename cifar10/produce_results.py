@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from dlrt import plots, results, runs, tables
+from dlrt import plots, records, results, tables
 
 HERE = Path(__file__).parent
 # Schotthöfer et al. 2022: after 20 epochs at 93 to 98 % compression, and after 20 more of S alone
@@ -60,9 +60,9 @@ def fine_tuned(found: pd.DataFrame, folder: Path) -> pd.DataFrame:
     """A row per network: the accuracy before and after fine-tuning, chosen alike among the epochs of each."""
     rows = []
     for run in found.itertuples():
-        metrics = runs.read_metrics(folder / run.run)
+        metrics = records.read_metrics(folder / run.run)
         parts = [metrics[metrics["frozen_bases"] == frozen].reset_index() for frozen in (False, True)]
-        before, after = (part.loc[runs.chosen_epoch(part)] for part in parts)
+        before, after = (part.loc[records.chosen_epoch(part)] for part in parts)
         rows.append({
             "network": run.network,
             "τ": f"{run.tau:g}",

@@ -17,14 +17,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dlrt.runs import (
-    DIVERGED,
-    NOT_PART_OF_THE_EXPERIMENT,
-    RunError,
-    epochs_done,
-    read_options,
-    same_option,
-)
+from dlrt.records import RunError, epochs_done, read_options, same_option
+from dlrt.runs import DIVERGED, NOT_PART_OF_THE_EXPERIMENT
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from dlrt import plots, tables
 from dlrt.cli import ROOT, HelpFormatter, Parser
-from dlrt.runs import RunError, read_runs
+from dlrt.records import RunError, read_runs
 
 DATA = {"mnist": "MNIST", "cifar10": "CIFAR-10"}
 

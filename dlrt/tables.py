@@ -8,13 +8,13 @@ import pandas as pd
 from torch import nn
 
 from dlrt.costs import compression, singular_values
-from dlrt.runs import same_option
+from dlrt.records import same_option
 
 COUNTED = "Weights only, biases and norms left out; a layer of rank r counts r (m + n), a dense one m n."
 
 
 def comparison(runs: pd.DataFrame) -> pd.DataFrame:
-    """The columns by which runs are compared, a row per run of `runs.read_runs`."""
+    """The columns by which runs are compared, a row per run of `records.read_runs`."""
     return pd.DataFrame(
         {
             "network": runs["network"],

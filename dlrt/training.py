@@ -22,7 +22,8 @@ from dlrt import distributed
 from dlrt.costs import compression
 from dlrt.data import Dataset, Split, augmented_batch
 from dlrt.optimizer import DLRT
-from dlrt.runs import Run, RunError, chosen_epoch
+from dlrt.records import chosen_epoch
+from dlrt.runs import Run, RunError
 
 AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 

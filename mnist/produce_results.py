@@ -5,14 +5,14 @@ python mnist/produce_results.py
 
 from pathlib import Path
 
-from dlrt import plots, results, runs, tables
+from dlrt import plots, records, results, tables
 
 
 def main() -> None:
     args = results.parse(__doc__, Path(__file__).parent)
     found = results.read(args, "python mnist/lenet5_mnist.py, or the other scripts beside it")
     metrics = {
-        f"{row.network} {row['name']}": runs.read_metrics(args.results / row.run)
+        f"{row.network} {row['name']}": records.read_metrics(args.results / row.run)
         for _, row in found.iterrows()
     }
     figures = {"learning_curves": plots.learning_curves(metrics)}

@@ -14,7 +14,8 @@ import torch
 from dlrt import SpatialLowRankConv2d, cli
 from dlrt.datasets import DATASETS
 from dlrt.loading import load_network
-from dlrt.runs import load_checkpoint, read_metrics
+from dlrt.records import read_metrics
+from dlrt.runs import load_checkpoint
 
 SCRIPT = cli.ROOT / "mnist" / "lenet5_mnist.py"
 OFFLINE = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")  # nobody listens there

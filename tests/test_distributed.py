@@ -23,7 +23,8 @@ import dlrt
 from dlrt import DLRT, distributed, to_low_rank
 from dlrt.cli import ROOT
 from dlrt.data import Dataset, Split
-from dlrt.runs import Run, load_checkpoint, read_metrics
+from dlrt.records import read_metrics
+from dlrt.runs import Run, load_checkpoint
 from dlrt.training import Recipe, evaluate, train_epoch
 
 STEPS = {

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dlrt import cli, grid
-from dlrt.runs import epochs_done, read_metrics
+from dlrt.records import epochs_done, read_metrics
 
 SCRIPT = cli.ROOT / "mnist" / "mlp_mnist_baseline.py"
 QUICK = {"dataset": "digits", "width": 8}
@@ -129,9 +129,13 @@ def test_a_damaged_record_and_a_place_that_is_none_end_a_grid_before_its_first_r
         path = tmp_path / "one" / name
         whole = path.read_text()
         path.write_text(text)
-        with pytest.raises(SystemExit, match=rf"one/{name} is damaged: restore it, or delete"):
+        with pytest.raises(SystemExit, match=rf"one/{name} is lost or damaged: restore it, or delete"):
             grid.make(plans, tmp_path)
         path.write_text(whole)
+    path.unlink()
+    with pytest.raises(SystemExit, match=r"one/config.json is lost or damaged"):
+        grid.make(plans, tmp_path)
+    path.write_text(whole)
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match=r"file cannot be used \(Not a directory|File exists"):
         grid.make(plans, tmp_path / "file")

@@ -10,7 +10,7 @@ import pytest
 
 from dlrt import plots, results, tables
 from dlrt.cli import ROOT
-from dlrt.runs import read_runs
+from dlrt.records import read_runs
 
 
 def load(path):
@@ -120,7 +120,7 @@ def test_plain_factors_of_other_options_and_a_damaged_record_end_the_table(tmp_p
     result = run_script("UV_vanilla/produce_results.py", *flags)
     assert result.returncode == 1
     assert result.stderr.startswith("produce_results.py: ")
-    assert "two/metrics.csv is damaged" in result.stderr
+    assert "two/metrics.csv is lost or damaged" in result.stderr
 
 
 def test_a_table_that_cannot_be_written_is_one_line(tmp_path):

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import dlrt
-from dlrt.runs import Run, RunError, chosen_epoch, load_checkpoint, read_metrics, read_runs
+from dlrt.records import chosen_epoch, read_metrics, read_runs
+from dlrt.runs import Run, RunError, load_checkpoint
 
 OPTIONS = {"lr": 0.05, "tau": 0.1, "max_rank": None, "amp": False, "name": "a"}
 

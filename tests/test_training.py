@@ -12,7 +12,8 @@ from dlrt import DLRT, LowRankLayer, to_low_rank
 from dlrt.data import Split
 from dlrt.datasets import digits
 from dlrt.models import MLP
-from dlrt.runs import Run, chosen_epoch, read_metrics
+from dlrt.records import chosen_epoch, read_metrics
+from dlrt.runs import Run
 from dlrt.training import Recipe, evaluate, fit, train_epoch, warmth
 
 RECIPE = Recipe(epochs=4, batch_size=64, tau=0.1)

@@ -14,7 +14,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
-from dlrt import plots, results, runs
+from dlrt import plots, records, results
 from dlrt.optimizer import INTEGRATORS
 
 # Schotthöfer et al. 2022, the same net
@@ -40,7 +40,7 @@ def read(folder: Path) -> pd.DataFrame:
     """The rows of all devices and sizes of the net, with their options; FileNotFoundError without any."""
     found, names = [], set()
     for path in sorted(folder.glob("*/config.json")):
-        metrics = runs.read_metrics(path.parent)
+        metrics = records.read_metrics(path.parent)
         if metrics is not None:
             config = json.loads(path.read_text())
             metrics = metrics.fillna({"integrator": ""}).assign(**config["options"])

@@ -30,7 +30,8 @@ from tqdm import tqdm
 from dlrt import DLRT, cli, compression
 from dlrt.models import MLP
 from dlrt.optimizer import INTEGRATORS
-from dlrt.runs import Run, RunError, read_metrics
+from dlrt.records import read_metrics
+from dlrt.runs import Run, RunError
 
 RANKS = (5, 10, 20, 40, 80, 160, 320, 640, 1280, 2560)
 Row = dict[str, Any]
