@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,16 +18,6 @@ DECAY = {
     "default": 1.0,
     "help": "of the singular values, from each to the next",
 }
-
-
-def best_lrs(runs: pd.DataFrame) -> pd.Series:
-    """For every decay the step size with which plain factors and the first seed validate best.
-
-    runs are those of `dlrt.records.read_runs`, which has finished ones only: one that diverged wins nothing.
-    """
-    tried = runs[(runs["network"] == vanilla_lenet5.__name__) & (runs["seed"] == runs["seed"].min())]
-    tried = tried.sort_values(["validation_accuracy", "validation_loss"], ascending=[True, False])
-    return tried.groupby("decay")["lr"].last()
 
 
 class VanillaLinear(nn.Module):

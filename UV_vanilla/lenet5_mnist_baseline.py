@@ -1,6 +1,6 @@
 """LeNet5 with plain factors U Vᵀ and SGD, from the same weights: the twin of lenet5_mnist.py.
 
-python UV_vanilla/lenet5_mnist_baseline.py --decay 10
+python UV_vanilla/lenet5_mnist_baseline.py --decay 10 --lr 0.1        5 minutes on a CPU core, to 98.3 %
 """
 
 from pathlib import Path
@@ -15,9 +15,7 @@ def main() -> None:
     parser.add_argument("--rank", type=cli.NATURAL, default=20, help="of every layer large enough")
     parser.add_argument("--decay", **DECAY)
     args = cli.parse(parser)
-    script.run(
-        args, vanilla_lenet5, Path(__file__).parent / "results", {"rank": args.rank, "decay": args.decay}
-    )
+    script.run(args, vanilla_lenet5, Path(__file__).parent / "runs", {"rank": args.rank, "decay": args.decay})
 
 
 if __name__ == "__main__":

@@ -7,14 +7,11 @@ is run with each of `--lrs` and the first seed, and with the winner of the valid
 With that one DLRT is run as well.
 """
 
-import sys
-import warnings
 from pathlib import Path
 
-from factored import AS_IN_THE_PAPER, DECAY, best_lrs
+from factored import AS_IN_THE_PAPER, DECAY
 
 from dlrt import cli, grid
-from dlrt.records import read_runs
 
 HERE = Path(__file__).parent
 SCRIPTS = {"dlrt": "lenet5_mnist.py", "vanilla": "lenet5_mnist_baseline.py"}
@@ -36,13 +33,7 @@ def main() -> None:
     grid.make(as_in_the_paper, args.output_dir, args.jobs)
     tried = [plan("vanilla", decay, lr, 0) for decay in args.decays for lr in args.lrs]
     grid.make(tried, args.output_dir, args.jobs, may_diverge=True)  # a step size may be too large
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "left out, since unfinished or diverged")
-        best = best_lrs(read_runs(args.output_dir))
-    if hopeless := [f"{decay:g}" for decay in args.decays if decay not in best]:
-        sys.exit(
-            f"run.py: with every one of --lrs U Vᵀ diverges at decay {', '.join(hopeless)}: add smaller ones"
-        )
+    best = grid.best_lrs(tried, args.output_dir, by="decay")
     both = [plan(method, decay, best[decay], seed) for decay, seed in seeds for method in SCRIPTS]
     grid.make(both, args.output_dir, args.jobs, may_diverge=True)
 

@@ -21,7 +21,7 @@ import dlrt
 from dlrt import plots, tables
 from dlrt.cli import HelpFormatter, Parser
 from dlrt.loading import load_network
-from dlrt.runs import RunError
+from dlrt.records import RunError
 
 SUFFIXES = {"pt2": ".pt2", "onnx": ".onnx", "state_dict": ".pt"}
 

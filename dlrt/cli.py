@@ -38,7 +38,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if any(action.default is silent for silent in (None, False, argparse.SUPPRESS)):
             return action.help
-        return f"{action.help.split('; by default')[0]} (default: %(default)s)"
+        told = action.help.split("; by default")[0]
+        return told if "%(default)" in told else f"{told} (default: %(default)s)"
 
 
 def number(kind: type, interval: str) -> Callable[[str], float]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dlrt.records import RunError, epochs_done, read_options, same_option
+from dlrt import tables
+from dlrt.records import RunError, epochs_done, read_options, read_runs, same_option
 from dlrt.runs import DIVERGED, NOT_PART_OF_THE_EXPERIMENT
 
 
@@ -103,6 +105,20 @@ def make(
     print(f"{len(plans) - len(codes)} of {len(plans)} runs are in {results}")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}; the same command tries them again")
+
+
+def best_lrs(plans: Sequence[Plan], results: Path, by: str) -> dict[Any, float]:
+    """`tables.best_lrs` of the runs of these plans; where all of a value diverged, the program ends."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "left out, since unfinished or diverged")
+            found = read_runs(results)
+    except RunError as error:
+        sys.exit(str(error))
+    best = tables.best_lrs(found[found["run"].isin([plan.name for plan in plans])], by).to_dict()
+    if hopeless := {f"{plan.options[by]:g}" for plan in plans if plan.options[by] not in best}:
+        sys.exit(f"every learning rate diverges at {by} {', '.join(sorted(hopeless))}: add smaller ones")
+    return best
 
 
 def _missing(plans: Sequence[Plan], then: Sequence[Plan], results: Path) -> list[Plan]:

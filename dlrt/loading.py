@@ -9,7 +9,8 @@ from torch import nn
 
 from dlrt import models
 from dlrt.convert import load_factors
-from dlrt.runs import RunError, load_checkpoint
+from dlrt.records import RunError
+from dlrt.runs import load_checkpoint
 
 
 def load_network(run: Path | str, network: type[nn.Module] | None = None) -> tuple[nn.Module, dict[str, Any]]:

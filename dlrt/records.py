@@ -25,17 +25,18 @@ def read_runs(results: Path) -> pd.DataFrame:
     """A row per run below a folder: its options, the metrics of its chosen epoch, and the folder's name.
 
     The column last_test_accuracy is that of the last epoch, seconds_per_epoch the mean; options has all
-    options as a dict. A run that is not finished is left out with a warning. FileNotFoundError where there
-    are no finished runs.
+    options as a dict. A run that is not finished, or not yet begun, is left out with a warning.
+    FileNotFoundError where there are no finished runs.
     """
     rows, unfinished = [], []
-    for path in sorted(results.glob("**/metrics.csv")):
-        metrics, options = read_metrics(path.parent), read_options(path.parent)
-        name = str(path.parent.relative_to(results))
-        done, planned = int(metrics["epoch"].iloc[-1]), options["epochs"] + options.get("finetune_epochs", 0)
+    files = (*results.glob("**/config.json"), *results.glob("**/metrics.csv"))
+    for folder in sorted({path.parent for path in files}):
+        name, options = str(folder.relative_to(results)), read_options(folder)
+        done, planned = epochs_done(folder), options["epochs"] + options.get("finetune_epochs", 0)
         if done < planned:
             unfinished.append(f"{name} ({done} of {planned} epochs)")
             continue
+        metrics = read_metrics(folder)
         chosen = metrics.loc[chosen_epoch(metrics)].to_dict()
         rows.append({
             **chosen,
@@ -71,11 +72,17 @@ def chosen_epoch(metrics: pd.DataFrame) -> int:
 
 def read_options(folder: Path) -> dict[str, Any]:
     """The options in a run's config.json, none where there is no run; RunError if damaged or gone."""
+    return read_config(folder).get("options", {})
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """All of a run's config.json, nothing where there is no run; RunError if damaged or gone."""
     path = folder / "config.json"
     if not path.exists() and not (folder / "metrics.csv").exists():
         return {}
     try:
-        return json.loads(path.read_text())["options"]
+        config = json.loads(path.read_text())
+        return {**config, "options": dict(config["options"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(path) from error
 

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -74,8 +75,17 @@ def data(found: pd.DataFrame) -> str:
 
 def over_seeds(found: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """`tables.over_seeds`, ordered; what it refuses ends the program."""
+    return _or_exit(tables.over_seeds, found, by).sort_values(by, na_position="first")
+
+
+def best_lrs(found: pd.DataFrame, by: str) -> pd.Series:
+    """`tables.best_lrs`; what it refuses ends the program."""
+    return _or_exit(tables.best_lrs, found, by)
+
+
+def _or_exit(function: Callable[..., Any], *args: Any) -> Any:
     try:
-        return tables.over_seeds(found, by).sort_values(by, na_position="first")
+        return function(*args)
     except ValueError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 

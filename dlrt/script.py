@@ -22,8 +22,8 @@ from dlrt.data import Dataset
 from dlrt.datasets import DataError, load
 from dlrt.distributed import ProcessError
 from dlrt.optimizer import DLRT
-from dlrt.records import chosen_epoch
-from dlrt.runs import DIVERGED, NOT_PART_OF_THE_EXPERIMENT, Run, RunError, trained_weights
+from dlrt.records import RunError, chosen_epoch
+from dlrt.runs import DIVERGED, NOT_PART_OF_THE_EXPERIMENT, Run, trained_weights
 from dlrt.training import Recipe, evaluate, fit
 
 CALIBRATION_IMAGES = 1000  # of the training split: they say what the loss needs of trained weights

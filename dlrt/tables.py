@@ -38,7 +38,7 @@ def over_seeds(runs: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """
     groups = runs.sort_values("seed").groupby(by, sort=False, dropna=False)
     for _, rows in groups:
-        _check_seeds(rows)
+        _check_difference(rows, "seed")
     table = groups.agg(
         seeds=("seed", "nunique"),
         validation=("validation_accuracy", "mean"),
@@ -57,23 +57,35 @@ def over_seeds(runs: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     return table.reset_index()
 
 
-def _check_seeds(rows: pd.DataFrame) -> None:
-    """Runs of other options in one mean would say nothing of any."""
-    first, *others = rows[["run", "seed", "options"]].itertuples(index=False)
+def best_lrs(runs: pd.DataFrame, by: str) -> pd.Series:
+    """The learning rate with which the first seed validates best, for every value of the column `by`.
+
+    ValueError where the runs of that seed and one value differ in more than lr, or not even in that.
+    """
+    tried = runs[runs["seed"] == runs["seed"].min()]
+    for _, rows in tried.groupby(by):
+        _check_difference(rows, "lr")
+    tried = tried.sort_values(["validation_accuracy", "validation_loss"], ascending=[True, False])
+    return tried.groupby(by)["lr"].last()
+
+
+def _check_difference(rows: pd.DataFrame, name: str) -> None:
+    """Runs of one mean, or of one choice, differ in one option, `name`: else they would say nothing of it."""
+    first, *others = rows[["run", "options"]].itertuples(index=False)
     for other in others:
         changed = [
-            f"{name} {first.options.get(name)!r} and {other.options.get(name)!r}"
-            for name in {**first.options, **other.options}
-            if name not in ("seed", "name", "from_checkpoint")
-            and not same_option(name, first.options.get(name), other.options.get(name))
+            f"{option} {first.options.get(option)!r} and {other.options.get(option)!r}"
+            for option in {**first.options, **other.options}
+            if option not in (name, "name", "from_checkpoint")
+            and not same_option(option, first.options.get(option), other.options.get(option))
         ]
         if changed:
             both = f"{first.run} and {other.run}"
-            raise ValueError(f"{both} must differ in the seed only, got {', '.join(changed)}: move one away")
-    if rows["seed"].duplicated().any():
-        raise ValueError(
-            f"runs of one setting need a seed each, got {', '.join(rows['run'])}: move some away"
-        )
+            told = f"{both} must differ in the {name} only, got {', '.join(changed)}"
+            raise ValueError(f"{told}: move one away")
+    if rows[name].duplicated().any():
+        told = f"runs of one setting need a {name} each, got {', '.join(rows['run'])}"
+        raise ValueError(f"{told}: move some away")
 
 
 def dense_or_tau(runs: pd.DataFrame) -> pd.Series:

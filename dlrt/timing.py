@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 
+import torch
 
-def medians(functions: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Median milliseconds of each, run in turn, so that a slow moment of the machine strikes all alike.
+AT_LEAST = 3  # calls, however long they take: fewer have no median
 
-    A function that starts work on a GPU must wait for it itself.
+
+def wait_for(device: str) -> None:
+    """Let a GPU finish what it was asked to do; a CPU has finished."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def in_turn(
+    functions: Sequence[Callable[[], object]], repeats: int, seconds: float = math.inf, device: str = "cpu"
+) -> list[list[float]]:
+    """Milliseconds of each call of each function, called in turn: a slow moment strikes all alike.
+
+    A function is called `repeats` times, or less often where that takes longer than `seconds`, but thrice at
+    least. The first one, with which the others are compared, takes part in every round.
     """
     times: list[list[float]] = [[] for _ in functions]
-    for repeat in range(-3, repeats):  # the first three warm up
+
+    def unfinished(its: list[float]) -> bool:
+        enough = repeats if sum(its) < 1e3 * seconds else min(repeats, AT_LEAST)
+        return len(its) < enough
+
+    while any(map(unfinished, times)):
         for function, its in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            function()
-            if repeat >= 0:
+            if its is times[0] or unfinished(its):
+                wait_for(device)
+                start = time.perf_counter()
+                function()
+                wait_for(device)
                 its.append(1e3 * (time.perf_counter() - start))
-    return [statistics.median(its) for its in times]
+    return times
+
+
+def medians(functions: Sequence[Callable[[], object]], repeats: int, device: str = "cpu") -> list[float]:
+    """Median milliseconds of each, called in turn, after three rounds that warm up."""
+    in_turn(functions, 3, device=device)
+    return [statistics.median(its) for its in in_turn(functions, repeats, device=device)]

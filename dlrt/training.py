@@ -22,8 +22,8 @@ from dlrt import distributed
 from dlrt.costs import compression
 from dlrt.data import Dataset, Split, augmented_batch
 from dlrt.optimizer import DLRT
-from dlrt.records import chosen_epoch
-from dlrt.runs import Run, RunError
+from dlrt.records import RunError, chosen_epoch
+from dlrt.runs import Run
 
 AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -32,7 +32,8 @@ from dlrt.cams import CLASSLESS, Maps, check_options, explain
 from dlrt.cams.guided import guided_gradients, visible
 from dlrt.cams.pictures import Picture, PictureError, files, overlay, read_labels
 from dlrt.cams.targets import of_classes
-from dlrt.runs import NOT_PART_OF_THE_EXPERIMENT, RunError, surroundings, write_whole
+from dlrt.records import RunError
+from dlrt.runs import NOT_PART_OF_THE_EXPERIMENT, surroundings, write_whole
 
 
 def make_parser() -> cli.Parser:

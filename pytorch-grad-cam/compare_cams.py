@@ -35,7 +35,8 @@ from dlrt import cli
 from dlrt.cams import Maps
 from dlrt.cams.pictures import Picture
 from dlrt.datasets import DATASETS, DataError
-from dlrt.runs import Run, RunError, write_whole
+from dlrt.records import RunError
+from dlrt.runs import Run, write_whole
 
 FULL_RANK_TOLERANCE = 2e-5
 COLUMNS = ("pearson", "deletion", "insertion", "road")

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from dlrt import cli
-from dlrt.runs import RunError
+from dlrt.records import RunError
 
 LEFT_OUT, STOPPED = 1, 3  # exit codes: a picture could not be read; the work could not go on
 KEPT = "what is finished is kept"

@@ -20,7 +20,7 @@ from networks import Network
 import dlrt
 from dlrt import cli
 from dlrt.cams import explain
-from dlrt.runs import RunError
+from dlrt.records import RunError
 from dlrt.timing import medians
 
 PIXELS = 16 * 32 * 32  # at a time

@@ -22,7 +22,8 @@ from dlrt.cams.pictures import Picture
 from dlrt.cams.targets import class_number
 from dlrt.datasets import CIFAR10_CLASSES, CLASS_NAMES
 from dlrt.loading import load_network
-from dlrt.runs import RunError, load_file
+from dlrt.records import RunError
+from dlrt.runs import load_file
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation
 SOURCES = ("download", "random")

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from test_cam_scripts import modules, pictures, runs, script
 
-from dlrt.runs import RunError
+from dlrt.records import RunError
 
 __all__ = ["modules", "pictures", "runs", "script"]  # fixtures
 

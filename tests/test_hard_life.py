@@ -22,7 +22,8 @@ from dlrt import DLRT, LowRankConv2d, LowRankLinear, cli, script, to_low_rank
 from dlrt.data import Split
 from dlrt.datasets import DataError, _split
 from dlrt.models import MLP
-from dlrt.runs import Run, RunError, load_checkpoint
+from dlrt.records import RunError
+from dlrt.runs import Run, load_checkpoint
 from dlrt.training import fit
 
 __all__ = ["dataset", "one_thread"]  # fixtures

@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    ["lowrank", "clutter", "timing", "watching"],
+    ["lowrank", "clutter", "timing", "watching", "records"],
     ["integrators", "gradient", "curvature"],
     ["compiled", "fields"],
     ["layers"],

@@ -14,7 +14,8 @@ from dlrt.__main__ import main
 from dlrt.datasets import load
 from dlrt.loading import load_network
 from dlrt.models import MLP
-from dlrt.runs import Run, RunError, load_checkpoint
+from dlrt.records import RunError
+from dlrt.runs import Run, load_checkpoint
 from dlrt.training import Recipe, evaluate, fit
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from argparse import Namespace
 
 import numpy as np
@@ -76,9 +77,12 @@ def test_runs_that_are_no_seeds_of_one_setting_are_not_averaged(other, told, tmp
 
 def test_a_pruned_net_is_shown_before_its_training_and_after_it(tmp_path):
     write_run(tmp_path, "dense", [98], [97.0], ranks="", width=20)
-    write_run(tmp_path, "cut", [50, 90], [55.0, 88.0], tau=0.0, from_checkpoint="dense", width=20)
-    write_run(tmp_path, "tau", [95], [94.0], width=20)
+    pruned = {"tau": 0.0, "from_checkpoint": "dense", "width": 20, "rank": 3}
+    write_run(tmp_path, "cut", [50, 90], [55.0, 88.0], lr=0.01, **pruned)
+    write_run(tmp_path, "cut, too large steps", [50, 80], [55.0, 89.0], lr=0.1, **pruned)
+    write_run(tmp_path, "tau", [95], [94.0], width=20, rank=0.25)
     found = load("accuracy_vs_cr/produce_results").with_methods(read_runs(tmp_path), tmp_path)
+    assert len(found) == 4  # of the pruned ones the one that validates better
     accuracies = found.set_index("method")["test_accuracy"].to_dict()
     assert accuracies == {"dense": 97.0, "truncated": 55.0, "retrained": 88.0, "DLRT": 94.0}
 
@@ -94,16 +98,21 @@ def test_the_step_size_of_plain_factors_is_the_one_best_in_validation(tmp_path):
         write_run(tmp_path, f"chance {lr}", [10], [10], decay=9.0, lr=lr, loss=loss, **vanilla)
     with pytest.warns(UserWarning, match=r"unfinished or diverged: diverged \(1 of 9 epochs\)"):
         found = read_runs(tmp_path)
-    best = load("UV_vanilla/factored").best_lrs(found).to_dict()
+    best = tables.best_lrs(found[found["network"] == "vanilla_lenet5"], "decay").to_dict()
     assert best == {2.0: 0.1, 9.0: 0.2}
+    shutil.rmtree(tmp_path / "diverged")
+    write_run(tmp_path, "batches", [99], [99], decay=2.0, lr=0.05, batch_size=32, **vanilla)
+    with pytest.raises(ValueError, match=r"batches must differ in the lr only, got .*batch_size None and 32"):
+        tables.best_lrs(read_runs(tmp_path), "decay")
 
 
-def test_plain_factors_have_a_curve_of_their_best_step_size_and_dlrt_of_every_one(tmp_path, monkeypatch):
+def test_plain_factors_have_one_step_size_and_dlrt_that_one_and_the_papers(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "UV_vanilla")  # as when it is run
     for lr, validation in ((0.01, 80), (0.1, 90)):
         for network, ranks in (("vanilla_lenet5", ""), ("decayed_lenet5", "3/4")):
             name = f"{network} {lr}"
             write_run(tmp_path, name, [validation], [70], network=network, decay=2.0, lr=lr, ranks=ranks)
+    write_run(tmp_path, "of another --lrs", [95], [70], network="decayed_lenet5", decay=2.0, lr=0.3)
     shown = load("UV_vanilla/produce_results").curves(read_runs(tmp_path), tmp_path)
     assert shown.keys() == {("DLRT", 2.0, 0.01), ("DLRT", 2.0, 0.1), ("U Vᵀ", 2.0, 0.1)}
 

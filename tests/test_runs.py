@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import dlrt
-from dlrt.records import chosen_epoch, read_metrics, read_runs
-from dlrt.runs import Run, RunError, load_checkpoint
+from dlrt.records import RunError, chosen_epoch, read_metrics, read_runs
+from dlrt.runs import Run, load_checkpoint
 
 OPTIONS = {"lr": 0.05, "tau": 0.1, "max_rank": None, "amp": False, "name": "a"}
 
@@ -221,8 +221,15 @@ def test_no_runs_are_an_error_that_names_the_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="no finished runs") as error:
         read_runs(tmp_path)
     assert str(tmp_path) in str(error.value)
-    started(tmp_path / "begun")  # no epoch was completed
-    with pytest.raises(FileNotFoundError, match="no finished runs"):
+    started(tmp_path / "begun", epochs=2)
+    with (
+        pytest.warns(UserWarning, match=r"unfinished or diverged: begun \(0 of 2 epochs\)"),
+        pytest.raises(FileNotFoundError, match="no finished runs"),
+    ):
+        read_runs(tmp_path)
+    (tmp_path / "begun" / "metrics.csv").touch()
+    (tmp_path / "begun" / "config.json").unlink()
+    with pytest.raises(RunError, match=r"config.json is lost or damaged"):
         read_runs(tmp_path)
 
 

@@ -64,8 +64,8 @@ def test_quiet_prints_the_result_only(tmp_path):
 SMALL = ["--dataset", "digits", "--epochs", 1, "--seeds", 1, "--jobs", 2]
 EXPERIMENTS = {
     "Lenet_experiment": ["--best-epochs", 1, "--taus", 0.1, "--best-taus"],
-    "UV_vanilla": ["--decays", 10, "--lrs", 0.1],
-    "accuracy_vs_cr": ["--taus", 0.1, "--widths", 12, "--pruned-ranks", 3],
+    "UV_vanilla": ["--decays", 1, "--lrs", 1e-4, 0.1],
+    "accuracy_vs_cr": ["--taus", 0.1, "--widths", 12, "--pruned-ranks", 3, "--retraining-lrs", 0.01, 0.1],
 }
 
 
@@ -74,6 +74,10 @@ def test_an_experiment_goes_from_runs_to_table_and_figures(experiment, tmp_path,
     flags = [*SMALL, *EXPERIMENTS[experiment], "--output-dir", tmp_path / "results"]
     result = run_script(f"{experiment}/run.py", *flags)
     assert result.returncode == 0, result.stderr
+    if experiment == "UV_vanilla":  # plain factors with both, DLRT with the paper's and the better one
+        made = {path.name for path in (tmp_path / "results").iterdir()}
+        lrs = {"vanilla": ("0.0001", "0.1"), "dlrt": ("0.01", "0.1")}
+        assert made == {f"{method}_decay1_lr{lr}_seed0" for method in lrs for lr in lrs[method]}
     for _ in range(2):  # it can be run twice
         result = run_script(f"{experiment}/produce_results.py", "--results", "results", "--output-dir", "out")
         assert result.returncode == 0, result.stderr

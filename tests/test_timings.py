@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from dlrt import DLRT, LowRankLinear, compression
+from dlrt.timing import in_turn
 
 FOLDER = Path(__file__).parents[1] / "timings"
 WIDTH, BATCH, RANKS = 64, 16, (2, 8)
@@ -143,7 +144,7 @@ def test_functions_are_called_in_turn_within_their_time(scripts):
         lambda: (order.append("slow"), time.sleep(0.2)),
         lambda: order.append("low"),
     ]
-    times = scripts.measure.in_turn(calls, repeats=6, seconds=0.3)
+    times = in_turn(calls, repeats=6, seconds=0.3)
     assert [len(its) for its in times] == [6, 3, 6]
     assert order[:9] == ["dense", "slow", "low"] * 3
     assert order[9:] == ["dense", "low"] * 3

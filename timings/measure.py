@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import re
 import time
@@ -18,8 +17,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 from dlrt import integrators, optimizer
+from dlrt.timing import wait_for
 
-AT_LEAST = 3  # calls, however long they take: fewer have no median
 # the functions in which a step spends its time; one that is called by another counts for itself only
 PARTS = {
     "qr": ((integrators, "complement"), (torch.linalg, "qr")),
@@ -58,37 +57,6 @@ def inference(model: nn.Module, x: Tensor) -> Callable:
         model.train()
 
     return forward
-
-
-def wait_for(device: str) -> None:
-    """Let a GPU finish what it was asked to do; a CPU has finished."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def in_turn(
-    functions: list[Callable], repeats: int, seconds: float = math.inf, device: str = "cpu"
-) -> list[list[float]]:
-    """Milliseconds of each call of each function, called in turn: a slow moment strikes all alike.
-
-    A function is called `repeats` times, or less often where that takes longer than `seconds`, but thrice at
-    least. The first one, with which the others are compared, takes part in every round.
-    """
-    times: list[list[float]] = [[] for _ in functions]
-
-    def unfinished(its: list[float]) -> bool:
-        enough = repeats if sum(its) < 1e3 * seconds else min(repeats, AT_LEAST)
-        return len(its) < enough
-
-    while any(map(unfinished, times)):
-        for function, its in zip(functions, times, strict=True):
-            if its is times[0] or unfinished(its):
-                wait_for(device)
-                start = time.perf_counter()
-                function()
-                wait_for(device)
-                its.append(1e3 * (time.perf_counter() - start))
-    return times
 
 
 def flops(function: Callable) -> int:

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
-from networks import LENET5_RANKS, low_rank, make_parser, mlp_ranks, parse
+from networks import LENET5_RANKS, RESTING, low_rank, make_parser, mlp_ranks, parse, resting_dlrt
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from dlrt import DLRT, LowRankLayer, cli, to_low_rank
+from dlrt import LowRankLayer, cli, to_low_rank
 from dlrt.models import MLP, VGG16, LeNet5
 
 WARM_UP = 2  # momentum exists after the first step
@@ -76,12 +76,10 @@ def measure(network: Callable[[], nn.Module], data: tuple, integrator: str | Non
 
     def prepare() -> Callable[[], None]:
         model = network().to(device)
-        options = {"lr": 1e-4, "momentum": 0.9}
         if integrator is None:
-            optimizer = torch.optim.SGD(model.parameters(), **options)
+            optimizer = torch.optim.SGD(model.parameters(), **RESTING)
         else:
-            # a small lr and tau: the rank stays what it is
-            optimizer = DLRT(model, torch.optim.SGD, tau=1e-3, integrator=integrator, **options)
+            optimizer = resting_dlrt(model, integrator)
         inputs, labels = x.to(device, copy=True), y.to(device, copy=True)
 
         def step() -> None:

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from dlrt import LowRank, LowRankConv2d, LowRankLinear
+from dlrt import DLRT, LowRank, LowRankConv2d, LowRankLinear
 from dlrt.cli import NATURAL, HelpFormatter, Parser
 
 LENET5_RANKS = {"conv1": 10, "conv2": 23, "fc1": 62}
+RESTING = {"lr": 1e-4, "momentum": 0.9}  # of SGD: a step takes its time and changes next to nothing
 
 
 def low_rank(model: nn.Module, ranks: dict[str, int]) -> nn.Module:
@@ -31,6 +32,12 @@ def low_rank(model: nn.Module, ranks: dict[str, int]) -> nn.Module:
         layer.factors = LowRank(layer.U, S.diag(), layer.V)
         setattr(model, name, layer)
     return model
+
+
+def resting_dlrt(model: nn.Module, integrator: str, s_steps: int = 1, **bounds: float) -> DLRT:
+    """DLRT of so small a step and tolerance that all ranks stay what they are, adaptive as they are."""
+    bounds = {"tau": 1e-3, "min_rank": 1, **bounds}
+    return DLRT(model, torch.optim.SGD, integrator=integrator, s_steps=s_steps, **bounds, **RESTING)
 
 
 def mlp_ranks(rank: int) -> dict[str, int]:

@@ -3,7 +3,6 @@
 python timings/produce_results.py
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -14,8 +13,9 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
-from dlrt import plots, records, results
+from dlrt import plots, results
 from dlrt.optimizer import INTEGRATORS
+from dlrt.records import read_config, read_metrics
 
 # Schotthöfer et al. 2022, the same net
 PUBLISHED = pd.DataFrame({
@@ -39,16 +39,14 @@ SETTING = ["device", "phase", "integrator", "s_steps", "adaptive"]
 def read(folder: Path) -> pd.DataFrame:
     """The rows of all devices and sizes of the net, with their options; FileNotFoundError without any."""
     found, names = [], set()
-    for path in sorted(folder.glob("*/config.json")):
-        metrics = records.read_metrics(path.parent)
-        if metrics is not None:
-            config = json.loads(path.read_text())
-            metrics = metrics.fillna({"integrator": ""}).assign(**config["options"])
-            device = "{device}, width {width}, batch {batch_size}".format_map(config["options"])
-            if device in names:
-                device += f" ({path.parent.name})"
-            names.add(device)
-            found.append(metrics.assign(device=device, torch=config["versions"]["torch"]))
+    for path in sorted(folder.glob("*/metrics.csv")):
+        config, metrics = read_config(path.parent), read_metrics(path.parent)
+        metrics = metrics.fillna({"integrator": ""}).assign(**config["options"])
+        device = "{device}, width {width}, batch {batch_size}".format_map(config["options"])
+        if device in names:
+            device += f" ({path.parent.name})"
+        names.add(device)
+        found.append(metrics.assign(device=device, torch=config["versions"]["torch"]))
     if not found:
         raise FileNotFoundError(f"no measurements in {folder}")
     order = {

@@ -21,17 +21,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from measure import device_name, evaluation, flops, in_turn, inference, shares, training_steps
+from measure import device_name, evaluation, flops, inference, shares, training_steps
 from memory import nbytes, peak
-from networks import low_rank, make_parser, mlp_ranks, parse
+from networks import RESTING, low_rank, make_parser, mlp_ranks, parse, resting_dlrt
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dlrt import DLRT, cli, compression
+from dlrt import cli, compression
 from dlrt.models import MLP
 from dlrt.optimizer import INTEGRATORS
-from dlrt.records import read_metrics
-from dlrt.runs import Run, RunError
+from dlrt.records import RunError, read_metrics
+from dlrt.runs import Run
+from dlrt.timing import in_turn
 
 RANKS = (5, 10, 20, 40, 80, 160, 320, 640, 1280, 2560)
 Row = dict[str, Any]
@@ -80,14 +81,10 @@ def contender(model: nn.Module, data: tuple[Tensor, Tensor], setting: Setting, r
 
 
 def optimizer_of(model: nn.Module, setting: Setting, rank: int | None) -> torch.optim.Optimizer:
-    inner = {"lr": 1e-4, "momentum": 0.9}
     if rank is None:
-        return torch.optim.SGD(model.parameters(), **inner)
-    bounds = {"tau": 0.0, "min_rank": rank, "max_rank": rank}
-    if setting.adaptive:  # lr and tau are so small that this rank stays what it is, too
-        bounds = {"tau": 1e-3, "min_rank": 1}
-    how = {"integrator": setting.integrator, "s_steps": setting.s_steps}
-    return DLRT(model, torch.optim.SGD, **how, **bounds, **inner)
+        return torch.optim.SGD(model.parameters(), **RESTING)
+    fixed = {} if setting.adaptive else {"tau": 0.0, "min_rank": rank, "max_rank": rank}
+    return resting_dlrt(model, setting.integrator, setting.s_steps, **fixed)
 
 
 def counted(

@@ -10,14 +10,14 @@ Python keep it from.
 import argparse
 
 import torch
-from measure import AT_LEAST, evaluation, flops, inference, training_steps
-from networks import LENET5_RANKS, low_rank, make_parser, mlp_ranks, parse
+from measure import evaluation, flops, inference, training_steps
+from networks import LENET5_RANKS, RESTING, low_rank, make_parser, mlp_ranks, parse, resting_dlrt
 from torch import nn
 
-from dlrt import DLRT, compression, to_low_rank
+from dlrt import compression, to_low_rank
 from dlrt.cli import NATURAL
 from dlrt.models import MLP, LeNet5, ResNet20
-from dlrt.timing import medians
+from dlrt.timing import AT_LEAST, medians
 
 RESNET20_SHARES = {False: 0.34, True: 0.197}  # of the full ranks, by spatial: 60 % compression
 
@@ -35,20 +35,8 @@ def compare(
     A low-rank training step is the mean of those from one move of the bases to the next.
     """
     y = torch.randint(0, 10, (len(x),))
-    optimizers = [torch.optim.SGD(dense.parameters(), lr=1e-4, momentum=0.9)]
-    for model in others:
-        # a small lr and tau: the rank stays what it is
-        optimizers.append(
-            DLRT(
-                model,
-                torch.optim.SGD,
-                lr=1e-4,
-                momentum=0.9,
-                tau=1e-3,
-                integrator=args.integrator,
-                s_steps=s_steps,
-            )
-        )
+    optimizers = [torch.optim.SGD(dense.parameters(), **RESTING)]
+    optimizers += [resting_dlrt(model, args.integrator, s_steps) for model in others]
     models = [dense, *others]
     closures = [evaluation(m, o, x, y) for m, o in zip(models, optimizers, strict=True)]
     steps = [1, *(s_steps for _ in others)]
