@@ -1,6 +1,6 @@
 """The five-layer nets of width 500 and 784 on MNIST over many tolerances, and a dense one pruned by the SVD.
 
-    python accuracy_vs_cr/run.py --jobs 2        about two and a half hours on two CPU cores
+    python accuracy_vs_cr/run.py --jobs 2        about 2 hours on two CPU cores
 
 All nets, dense or not, are trained on shifted digits at a learning rate of 0.1. DLRT begins with a quarter
 of the full rank and moves its bases in every 40th step: at the same compression that is more accurate than in
