@@ -1,6 +1,6 @@
 """DLRT at rank 20 against plain factors U Vᵀ with SGD, from the same decaying weights, over seeds.
 
-    python UV_vanilla/run.py --jobs 2        about 4 hours on two CPU cores
+    python UV_vanilla/run.py --jobs 2        about 3 hours on two CPU cores
 
 DLRT has the step size of the paper, 0.01. The plain factors have the one that is best for them: every decay
 is run with each of `--lrs` and the first seed, and with the winner of the validation split for the others.
