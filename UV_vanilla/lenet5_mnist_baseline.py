@@ -1,6 +1,6 @@
 """LeNet5 with plain factors U Vᵀ and SGD, from the same weights: the twin of lenet5_mnist.py.
 
-python UV_vanilla/lenet5_mnist_baseline.py --decay 10 --lr 0.1        5 minutes on a CPU core, to 98.3 %
+python UV_vanilla/lenet5_mnist_baseline.py --decay 10 --lr 0.1        5 minutes on a CPU core, to 98.6 %
 """
 
 from pathlib import Path

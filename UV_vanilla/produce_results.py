@@ -84,9 +84,7 @@ def draw(of_setting: dict[tuple[str, float, float], list[pd.DataFrame]]) -> Figu
             lower.legend(loc="lower right", fontsize="small")
         axes[0, 0].set(ylabel="training loss")
         axes[1, 0].set(ylabel="test accuracy [%]")
-        plots.widen_near_100(
-            axes[1, 0]
-        )  # the first epochs begin far below, what is to be compared lies above
+        plots.widen_near_100(axes[1, 0])  # curves begin far below where they are to be compared
     return figure
 
 

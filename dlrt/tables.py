@@ -163,6 +163,7 @@ LATEX = str.maketrans(
         "±": r"$\pm$",
         "τ": r"$\tau$",
         "^": r"\textasciicircum{}",
+        "²": r"$^2$",
         "ᵀ": r"$^\top$",
     }
 )

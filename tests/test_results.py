@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dlrt import plots, results, tables
+from dlrt import grid, plots, results, tables
 from dlrt.cli import ROOT
 from dlrt.records import read_runs
 
@@ -104,6 +104,18 @@ def test_the_step_size_of_plain_factors_is_the_one_best_in_validation(tmp_path):
     write_run(tmp_path, "batches", [99], [99], decay=2.0, lr=0.05, batch_size=32, **vanilla)
     with pytest.raises(ValueError, match=r"batches must differ in the lr only, got .*batch_size None and 32"):
         tables.best_lrs(read_runs(tmp_path), "decay")
+
+
+def test_a_grid_chooses_among_its_own_runs_and_ends_where_all_diverged(tmp_path):
+    def plan(name, decay, lr):
+        return grid.Plan(name, ROOT / "script.py", {"epochs": 1, "decay": decay, "lr": lr})
+
+    for name, lr, validation in (("one", 0.1, 80), ("two", 0.2, 90), ("by hand", 0.3, 99)):
+        write_run(tmp_path, name, [validation], [50], decay=2.0, lr=lr)
+    plans = [plan("one", 2.0, 0.1), plan("two", 2.0, 0.2)]
+    assert grid.best_lrs(plans, tmp_path, "decay") == {2.0: 0.2}
+    with pytest.raises(SystemExit, match="every learning rate diverges at decay 9: add smaller ones"):
+        grid.best_lrs([*plans, plan("three", 9.0, 0.1)], tmp_path, "decay")
 
 
 def test_plain_factors_have_one_step_size_and_dlrt_that_one_and_the_papers(tmp_path, monkeypatch):
