@@ -1,4 +1,4 @@
-"""Convolutions whose kernel lives as W = U S Vᵀ, as a matrix or across space.
+"""Convolutions whose kernel lives as W = U S Vᵀ, as a matrix or spatially separable.
 
 The rows of x in y = x V Sᵀ Uᵀ + bias are patches of pictures, which are never unfolded: x V is a convolution
 with r filters, and what follows is another one.
@@ -6,19 +6,16 @@ with r filters, and what follows is another one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from dlrt.layers import LowRankLayer, give_back, take_over
+from dlrt.layers import LowRankLayer, give_back, in_type_of, take_over
 
 CHANNELS_LAST = torch.channels_last
-# a CPU makes as many channels of a convolution at a time: it gains nothing by fewer, and a second map costs
-FEWEST_FILTERS = 16
-Geometry = dict[str, tuple[int, int]]  # stride, padding, dilation
-NEUTRAL = {"stride": 1, "padding": 0, "dilation": 1}
 SAME_IN_DENSE = (
     "in_channels",
     "out_channels",
@@ -30,12 +27,81 @@ SAME_IN_DENSE = (
 )
 
 
+class Thin(NamedTuple):
+    """The geometry of one of the two thin convolutions; sizes are (vertical, horizontal)."""
+
+    channels: int
+    """Channels that come in where it is the first, that go out where it is the second: r are on its other side."""
+    size: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+
+    def inward(self, V: Tensor) -> Tensor:
+        """V (n, r) as r filters (r, channels, *size)."""
+        return V.mT.unflatten(1, (self.channels, *self.size))
+
+    def outward(self, U: Tensor) -> Tensor:
+        """U (m, r) as filters (channels, r, *size) for each output."""
+        return U.unflatten(0, (self.channels, *self.size)).permute(0, 3, 1, 2)
+
+    def convolve(self, x: Tensor, filters: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.conv2d(x, laid_out_as(x, filters), bias, self.stride, self.padding, self.dilation)
+
+    def backward(self, g: Tensor, x: Tensor, filters: Tensor, wanted: tuple[bool, bool, bool]) -> list[Tensor]:
+        """The gradients for x, filters and bias of `convolve`, where wanted, from the gradient g for its output."""
+        geometry = (self.stride, self.padding, self.dilation, False, [0, 0], 1)
+        g, filters = laid_out_as(x, g), laid_out_as(x, filters)
+        return torch.ops.aten.convolution_backward(g, x, filters, [len(filters)], *geometry, wanted)
+
+
+def laid_out_as(x: Tensor, other: Tensor) -> Tensor:
+    """A tensor in the memory format of the pictures x."""
+    return other.contiguous(memory_format=CHANNELS_LAST if is_channels_last(x) else torch.contiguous_format)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=CHANNELS_LAST) and not x.is_contiguous()
+
+
+class ConvolutionMap(torch.autograd.Function):
+    """y = x V Sᵀ Uᵀ + bias for pictures x, by a first and a second thin convolution, and a = x V."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None, first: Thin, second: Thin
+    ) -> tuple[Tensor, Tensor]:
+        a = first.convolve(x, first.inward(V))
+        return second.convolve(a, second.outward(U @ S), bias), a
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        ctx.first, ctx.second = inputs[5:]
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs[:4], output[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor, _) -> tuple[Tensor | None, ...]:
+        of_x, of_U, of_S, of_V, of_bias, *_ = ctx.needs_input_grad
+        x, U, S, V, a = in_type_of(g, ctx.saved_tensors)
+        first, second = ctx.first, ctx.second
+        # the filters of U make b = g U of g; their own gradient is gᵀ x V = G V
+        b, GV, g_sum = second.backward(g, a, second.outward(U), (True, of_U or of_S, of_bias))
+        GV = GV.permute(0, 2, 3, 1).flatten(0, 2) if of_U or of_S else None
+        x_grad = first.backward(b, x, first.inward(V @ S.mT), (True, False, False))[0] if of_x else None
+        GtU = first.backward(b, x, first.inward(V), (False, True, False))[1].flatten(1).mT if of_V else None
+        return x_grad, GV if of_U else None, U.mT @ GV if of_S else None, GtU, g_sum, None, None
+
+
 class LowRankConv2d(LowRankLayer):
     """nn.Conv2d with the kernel U S Vᵀ, as a matrix (out_channels, in_channels * height * width).
 
     A convolution with `rank` filters followed by a 1 x 1 convolution; the arguments are those of nn.Conv2d,
-    without groups. Input (batch, in_channels, h, w) or (in_channels, h, w). ValueError where the rank is
-    impossible.
+    without groups. Input (batch, in_channels, h, w) or (in_channels, h, w), output in its memory format.
+    ValueError where the rank is impossible.
     """
 
     def __init__(
@@ -57,10 +123,13 @@ class LowRankConv2d(LowRankLayer):
         super().__init__(*self.as_matrix(dense.weight).shape, rank, out_channels, bias, device, dtype)
         for name in SAME_IN_DENSE:
             setattr(self, name, getattr(dense, name))
-        pads_itself = padding_mode == "zeros" and not isinstance(padding, str)
+        # a kernel of one pixel with a stride only leaves pixels out, which are left out before
+        self._every = tuple(s if k == 1 else 1 for k, s in zip(self.kernel_size, self.stride, strict=True))
+        pads_itself = padding_mode == "zeros" and not isinstance(padding, str) and self._every == (1, 1)
         self._pad_before = None if pads_itself else list(dense._reversed_padding_repeated_twice)
+        stride = tuple(s // every for s, every in zip(self.stride, self._every, strict=True))
         inner_padding = self.padding if pads_itself else (0, 0)
-        self._geometry = {"stride": self.stride, "padding": inner_padding, "dilation": self.dilation}
+        self._geometry = {"stride": stride, "padding": inner_padding, "dilation": self.dilation}
 
     @classmethod
     def in_place_of(cls, conv: nn.Conv2d) -> LowRankConv2d:
@@ -80,57 +149,35 @@ class LowRankConv2d(LowRankLayer):
     @property
     def weight(self) -> Tensor:
         """The dense kernel, (out_channels, in_channels, height, width); a new tensor at every call."""
-        return self.factors.dense().unflatten(1, (self.in_channels, *self.kernel_size))
+        return self._matrix().unflatten(1, (self.in_channels, *self.kernel_size))
+
+    @property
+    def thin(self) -> tuple[Thin, Thin]:
+        """The two convolutions that y = x V Sᵀ Uᵀ consists of."""
+        return Thin(self.in_channels, self.kernel_size, **self._geometry), Thin(self.out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 3:
             return self.forward(x[None])[0]
+        channels_last = is_channels_last(x)
         if self._pad_before is not None:
             x = F.pad(x, self._pad_before, "constant" if self.padding_mode == "zeros" else self.padding_mode)
-        x = _channels_last(x)
-        if self.out_channels <= FEWEST_FILTERS and not self.training:
-            return F.conv2d(
-                x, self.weight.contiguous(memory_format=CHANNELS_LAST), self.bias, **self._geometry
-            )
-        return super().forward(x)
+        if self._every != (1, 1):
+            x = x[:, :, :: self._every[0], :: self._every[1]]
+        if channels_last or x.device.type == "cpu":  # where any other layout takes up to 20 times as long
+            x = x.contiguous(memory_format=CHANNELS_LAST)
+        y = super().forward(x)
+        return y if channels_last else y.contiguous()
 
-    # Pictures are channels-last throughout, so that all but the convolution itself is a product of two
-    # matrices with a row for every position. With many of those S costs least inside the small matrices.
+    def dense_map(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x, laid_out_as(x, weight), self.bias, **self._geometry)
 
-    def _filters(self, V: Tensor) -> Tensor:
-        filters = V.mT.unflatten(1, (self.in_channels, *self.kernel_size))
-        return filters.contiguous(memory_format=CHANNELS_LAST)
+    def plain_map(self, x: Tensor, U: Tensor, S: Tensor, V: Tensor) -> Tensor:
+        first, second = self.thin
+        return second.convolve(first.convolve(x, first.inward(V)), second.outward(U @ S), self.bias)
 
-    def project(self, x: Tensor, V: Tensor) -> Tensor:
-        a = F.conv2d(x, self._filters(V), **self._geometry)
-        return a.contiguous(memory_format=CHANNELS_LAST)
-
-    def lift(self, a: Tensor, U: Tensor, S: Tensor, bias: Tensor | None) -> Tensor:
-        return _pictures(F.linear(_rows(a), U @ S, bias), like=a)
-
-    def lift_adjoint(self, g: Tensor, U: Tensor, x: Tensor) -> Tensor:
-        return _pictures(_rows(g) @ U, like=g)
-
-    def project_adjoint(self, b: Tensor, S: Tensor, V: Tensor, x: Tensor) -> Tensor:
-        return _gradient_for_input(b, x, self._filters(V @ S.mT), self._geometry)
-
-    def left_product(self, g: Tensor, a: Tensor) -> Tensor:
-        return (_rows(a).mT @ _rows(g)).mT
-
-    def right_product(self, x: Tensor, b: Tensor) -> Tensor:
-        filters = (b.shape[1], self.in_channels, *self.kernel_size)
-        return _gradient_for_filters(b, x, filters, self._geometry).flatten(1).mT
-
-    def whole_product(self, g: Tensor, x: Tensor) -> Tensor:
-        kernel = (self.out_channels, self.in_channels, *self.kernel_size)
-        return self.as_matrix(_gradient_for_filters(g, x, kernel, self._geometry))
-
-    def core_product(self, b: Tensor, a: Tensor) -> Tensor:
-        return _rows(b).mT @ _rows(a)
-
-    def total(self, g: Tensor) -> Tensor:
-        rows = _rows(g)
-        return rows.mT @ rows.new_ones(rows.shape[0])  # on a CPU ten times faster than a sum over rows
+    def map(self, x: Tensor, U: Tensor, S: Tensor, V: Tensor) -> Tensor:
+        return ConvolutionMap.apply(x, U, S, V, self.bias, *self.thin)[0]
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, rank={self.rank}"
@@ -156,79 +203,15 @@ class SpatialLowRankConv2d(LowRankConv2d):
     def weight(self) -> Tensor:
         """The dense kernel, (out_channels, in_channels, height, width); a new tensor at every call."""
         height, width = self.kernel_size
-        kernel = self.factors.dense().view(self.out_channels, height, self.in_channels, width)
-        return kernel.transpose(1, 2).contiguous()
+        kernel = self._matrix().view(self.out_channels, height, self.in_channels, width)
+        return kernel.transpose(1, 2)
 
     @property
-    def _horizontal(self) -> Geometry:
-        return {name: (NEUTRAL[name], across) for name, (_, across) in self._geometry.items()}
-
-    @property
-    def _vertical(self) -> Geometry:
-        return {name: (down, NEUTRAL[name]) for name, (down, _) in self._geometry.items()}
-
-    def _filters(self, V: Tensor) -> Tensor:
-        filters = V.mT.unflatten(1, (self.in_channels, 1, self.kernel_size[1]))
-        return filters.contiguous(memory_format=CHANNELS_LAST)
-
-    def _columns(self, K: Tensor) -> Tensor:
-        """K (m, r) as the filters of the vertical convolution."""
-        columns = K.unflatten(0, (self.out_channels, self.kernel_size[0], 1)).permute(0, 3, 1, 2)
-        return columns.contiguous(memory_format=CHANNELS_LAST)
-
-    def project(self, x: Tensor, V: Tensor) -> Tensor:
-        return F.conv2d(x, self._filters(V), **self._horizontal).contiguous(memory_format=CHANNELS_LAST)
-
-    def lift(self, a: Tensor, U: Tensor, S: Tensor, bias: Tensor | None) -> Tensor:
-        y = F.conv2d(a, self._columns(U @ S), bias, **self._vertical)
-        return y.contiguous(memory_format=CHANNELS_LAST)
-
-    def lift_adjoint(self, g: Tensor, U: Tensor, x: Tensor) -> Tensor:
-        shape, options = (len(x), U.shape[1], x.shape[2], g.shape[3]), {"dtype": g.dtype, "device": g.device}
-        a = _channels_last(torch.empty(shape, **options, memory_format=CHANNELS_LAST))
-        return _gradient_for_input(g, a, self._columns(U), self._vertical)
-
-    def project_adjoint(self, b: Tensor, S: Tensor, V: Tensor, x: Tensor) -> Tensor:
-        return _gradient_for_input(b, x, self._filters(V @ S.mT), self._horizontal)
-
-    def left_product(self, g: Tensor, a: Tensor) -> Tensor:
-        columns = (self.out_channels, a.shape[1], self.kernel_size[0], 1)
-        return _gradient_for_filters(g, a, columns, self._vertical).transpose(0, 1).flatten(1).mT
-
-    def right_product(self, x: Tensor, b: Tensor) -> Tensor:
-        filters = (b.shape[1], self.in_channels, 1, self.kernel_size[1])
-        return _gradient_for_filters(b, x, filters, self._horizontal).flatten(1).mT
-
-
-def _gradient_for_input(g: Tensor, x: Tensor, filters: Tensor, geometry: Geometry) -> Tensor:
-    """What the gradient g for a convolution's output is for its input x, of which only the shape is used."""
-    return _backward(g, x, filters, geometry, wanted=0)
-
-
-def _gradient_for_filters(g: Tensor, x: Tensor, shape: Sequence[int], geometry: Geometry) -> Tensor:
-    """What the gradient g for a convolution's output is for its filters, of the given shape (o, i, p, q)."""
-    filters = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=CHANNELS_LAST)
-    return _backward(g, x, filters, geometry, wanted=1)
-
-
-def _backward(g: Tensor, x: Tensor, filters: Tensor, geometry: Geometry, wanted: int) -> Tensor:
-    where = (geometry[name] for name in ("stride", "padding", "dilation"))
-    mask = [wanted == 0, wanted == 1, False]
-    return torch.ops.aten.convolution_backward(g, x, filters, None, *where, False, [0, 0], 1, mask)[wanted]
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    """Pictures (N, C, H, W) in memory as (N, H, W, C), with strides that say so even where C = 1."""
-    x = x.contiguous(memory_format=CHANNELS_LAST)
-    height, width = x.shape[2:]
-    return x if x.shape[1] > 1 else x.as_strided(x.shape, (height * width, 1, width, 1))
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Channels-last pictures (N, C, H, W) as a matrix (N H W, C)."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-
-
-def _pictures(rows: Tensor, like: Tensor) -> Tensor:
-    """The reverse of `_rows`, for pictures as many and as large as others."""
-    return rows.view(like.shape[0], *like.shape[2:], rows.shape[1]).permute(0, 3, 1, 2)
+    def thin(self) -> tuple[Thin, Thin]:
+        """A horizontal convolution, and then a vertical one."""
+        (height, width), geometry = self.kernel_size, self._geometry.items()
+        neutral = {"stride": 1, "padding": 0, "dilation": 1}
+        horizontal = {name: (neutral[name], across) for name, (_, across) in geometry}
+        vertical = {name: (down, neutral[name]) for name, (down, _) in geometry}
+        first = Thin(self.in_channels, (1, width), **horizontal)
+        return first, Thin(self.out_channels, (height, 1), **vertical)

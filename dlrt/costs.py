@@ -8,13 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from dlrt.layers import LowRankLayer
+from dlrt.ranks import parameters
 
 
 @dataclass(frozen=True)
 class Compression:
     """Parameters of a network, weights only: biases and norms are left out on both sides.
 
-    A layer of rank r with an m x n weight counts r (m + n) for evaluation; for training, what the rank-
+    A layer of rank r with an m x n weight counts r (m + n) for evaluation, or m n where that is less (then it
+    is kept as a dense weight, see `dlrt.export`); for training, what the rank-
     adaptive step holds at its peak, k m + k l + l n with k = min(2 r, m), l = min(2 r, n). A dense layer
     counts m n everywhere. The compressions are 1 - parameters / dense parameters, in %. Schotthöfer et al.
     2022.
@@ -43,7 +45,7 @@ def compression(model: nn.Module) -> Compression:
     for layer in layers.values():
         (m, n), r = layer.shape, layer.rank
         k, l = min(2 * r, m), min(2 * r, n)  # noqa: E741
-        evaluation += r * (m + n)
+        evaluation += parameters(r, (m, n))
         training += k * m + k * l + l * n
         dense += m * n
     if dense == 0:

@@ -1,7 +1,7 @@
 """Several processes that train one network: each takes its share of every batch, and products are summed.
 
-Under `torchrun` a step sums, for an m x n layer of rank r, the (m + n) r + 2 r² numbers of G V, Gᵀ U and the
-gradient of S, and never the m n numbers of G. All that follows is computed by every process alike, so that
+Under `torchrun` a step sums, for an m x n layer of rank r, the (m + n) r + r² numbers of G V, Gᵀ U and Uᵀ G V,
+and never the m n numbers of G. All that follows is computed by every process alike, so that
 all keep the same bases; `check_identical` makes sure of it. Without torchrun there is one process, and
 nothing here does anything.
 """
@@ -20,10 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dlrt.layers import LowRankLayer
-
 TIMEOUT = timedelta(minutes=10)  # for a process that hangs; one that dies is noticed at once
-bytes_reduced = 0  # what this process has given to be summed, for measurements
 
 T = TypeVar("T")
 
@@ -82,26 +79,29 @@ def share(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float]:
 
 @torch.no_grad()
 def reduce_gradients(model: nn.Module) -> None:
-    """Between backward pass and step: sum all gradients, and what layers recorded, over the processes.
+    """Between backward pass and step: sum all gradients over the processes.
 
-    Weigh every process's loss first, as `share` says, and the sum is the gradient of the joined batch. The
-    same parameters must have taken part everywhere. RuntimeError where it was done already, and, as long as
-    the bases are not frozen, from a backward pass after it or from a step without it.
+    Weigh every process's loss first, as `share` says, and the sum is the gradient of the joined batch. K-, L-
+    and S-gradients are gradients like all others. The same parameters must have taken part everywhere.
+    RuntimeError where it was done already.
     """
     if world_size() == 1:
         return
-    operators = [
-        module.gradient
-        for module in model.modules()
-        if isinstance(module, LowRankLayer) and module.gradient is not None and module.S.grad is not None
-    ]
-    if any(G.summed for G in operators):
-        raise RuntimeError("these gradients are summed already: once between the last backward and step")
-    products = {G: (G @ G.layer.V, G.T @ G.layer.U) for G in operators if not G.empty}
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    sum_over_processes([*gradients, *(product for pair in products.values() for product in pair)])
-    for G in operators:
-        G.join(products.get(G))
+    if any(getattr(gradient, "is_sum", False) for gradient in gradients):
+        raise RuntimeError("these gradients are summed already: once between the last backward and step")
+    sum_over_processes(gradients)
+    for gradient in gradients:
+        gradient.is_sum = True
+
+
+def check_ranks_may_move(gradient: Tensor | None, name: str) -> None:
+    """RuntimeError where several processes train and it is not `reduce_gradients` that keeps them alike."""
+    if world_size() > 1 and gradient is not None and not getattr(gradient, "is_sum", False):
+        raise RuntimeError(
+            f"the rank of {name} would change, and DistributedDataParallel cannot follow: keep ranks "
+            '(tau=0, max_rank="initial"), or call dlrt.distributed.reduce_gradients(model) before each step instead'
+        )
 
 
 @torch.no_grad()
@@ -115,14 +115,12 @@ def average_buffers(model: nn.Module) -> None:
 
 def sum_over_processes(tensors: Iterable[Tensor]) -> None:
     """Add up each tensor over the processes, in place, in one message for each type of number."""
-    global bytes_reduced
     tensors = list(tensors)
     if world_size() == 1:
         return
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         same = [tensor for tensor in tensors if tensor.dtype == dtype]
         flat = torch.cat([tensor.reshape(-1) for tensor in same])
-        bytes_reduced += flat.nbytes
         with _loss_of_a_process_told():
             dist.all_reduce(flat)
         for tensor, total in zip(same, flat.split([tensor.numel() for tensor in same]), strict=True):

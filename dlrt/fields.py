@@ -17,8 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dlrt.integrators import Operator, galerkin, recompress
-from dlrt.lowrank import LowRank, complement
+from dlrt.integrators import Operator, augment, galerkin
+from dlrt.lowrank import LowRank, truncate
 
 Field = Callable[[float, LowRank], Operator]
 
@@ -35,11 +35,8 @@ def augmented_bug(
     Y: LowRank, F: Field, t: float, h: float, tau: float | None = None, max_rank: int | None = None
 ) -> LowRank:
     """The rank-adaptive BUG integrator, from t to t + h. Ceruti, Kusch & Lubich 2022."""
-    U1 = complement(Y.U, k_step(Y, F, t, h))
-    V1 = complement(Y.V, k_step(Y.T, transposed(F), t, h))
-    S = torch.nn.functional.pad(Y.S, (0, V1.shape[1], 0, U1.shape[1]))
-    augmented = LowRank(torch.cat([Y.U, U1], dim=1), S, torch.cat([Y.V, V1], dim=1))
-    return recompress((Y.U, U1), s_step(augmented, F, t, h), (Y.V, V1), tau, 1, max_rank)[0]
+    Y_hat = augment(Y, k_step(Y, F, t, h), k_step(Y.T, transposed(F), t, h))
+    return truncate(LowRank(Y_hat.U, s_step(Y_hat, F, t, h), Y_hat.V), tau, 1, max_rank)
 
 
 def projector_splitting(Y: LowRank, F: Field, t: float, h: float, adjoint: bool = False) -> LowRank:

@@ -1,19 +1,20 @@
 """One step of a low-rank integrator for Y' = F on the manifold of rank-r matrices, Y = U S Vᵀ.
 
 F (m, n) is used only through the products F @ V and F.T @ U, so it may be a matrix (for data, h = 1 and the
-increment A(t + h) - A(t)) or an operator (for a layer, the negative gradient, see `gradient.Gradient`). Every
+increment A(t + h) - A(t)) or an operator (for a layer, the negative velocity, see `velocity.Tangent`). Every
 function takes Y at t and gives Y1 at t + h; Koch & Lubich 2007 is the flow that all of them approximate.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dlrt.lowrank import LowRank, complement, rotate, truncated_svd
+from dlrt.lowrank import LowRank, complement, truncate
 
 
 class Operator(Protocol):
@@ -25,31 +26,7 @@ class Operator(Protocol):
     def __matmul__(self, X: Tensor) -> Tensor: ...
 
 
-def bug(Y: LowRank, F: Operator, h: float = 1.0) -> LowRank:
-    """The basis-update & Galerkin (unconventional) integrator at fixed rank. Ceruti & Lubich 2022.
-
-    Unlike in projector splitting no step goes back in time, and K- and L-step are independent of each other.
-    """
-    Y1 = move_bases(Y, F @ Y.V, F.T @ Y.U, h)
-    return LowRank(Y1.U, Y1.S + h * galerkin(F, Y1), Y1.V)
-
-
-def augmented_bug(
-    Y: LowRank,
-    F: Operator,
-    h: float = 1.0,
-    tau: float | None = None,
-    min_rank: int = 1,
-    max_rank: int | None = None,
-) -> LowRank:
-    """The rank-adaptive BUG integrator. Ceruti, Kusch & Lubich 2022.
-
-    The rank may double before truncation to the relative tolerance tau; tau = None truncates to max_rank
-    only.
-    """
-    U1, V1, D = augment(Y, F)
-    S_hat = pad_like(Y.S, D) + h * D
-    return recompress((Y.U, U1), S_hat, (Y.V, V1), tau, min_rank, max_rank)[0]
+Rule = Callable[[Tensor, LowRank], Tensor]
 
 
 def parallel_bug(
@@ -62,11 +39,36 @@ def parallel_bug(
 ) -> LowRank:
     """The parallel integrator: K-, L- and S-step at once, all at Y. Ceruti, Kusch & Lubich 2024.
 
-    It is the truncated projected Euler step T(Y + h P_Y F), P_Y F = U Uᵀ F + F V Vᵀ - U Uᵀ F V Vᵀ.
+    It is the truncated projected Euler step T(Y + h P_Y F), P_Y F = U Uᵀ F + F V Vᵀ - U Uᵀ F V Vᵀ. The rank
+    may double before truncation to the relative tolerance tau; tau = None truncates to max_rank only.
     """
-    U1, V1, D = augment(Y, F, new_block=False)
-    S_hat = pad_like(Y.S, D) + h * D
-    return recompress((Y.U, U1), S_hat, (Y.V, V1), tau, min_rank, max_rank)[0]
+    return truncate(parallel_step(Y, F, h), tau, min_rank, max_rank)
+
+
+def augmented_bug(
+    Y: LowRank,
+    F: Operator,
+    h: float = 1.0,
+    tau: float | None = None,
+    min_rank: int = 1,
+    max_rank: int | None = None,
+) -> LowRank:
+    """The rank-adaptive BUG integrator. Ceruti, Kusch & Lubich 2022.
+
+    As `parallel_bug`, but the S-step sees all of F in the augmented bases.
+    """
+    Y_hat = augment(Y, F @ Y.V, F.T @ Y.U)
+    Y_hat = LowRank(Y_hat.U, Y_hat.S + h * galerkin(F, Y_hat), Y_hat.V)
+    return truncate(Y_hat, tau, min_rank, max_rank)
+
+
+def bug(Y: LowRank, F: Operator, h: float = 1.0) -> LowRank:
+    """The basis-update & Galerkin (unconventional) integrator at fixed rank. Ceruti & Lubich 2022.
+
+    Unlike in projector splitting no step goes back in time, and K- and L-step are independent of each other.
+    """
+    Y1 = update_bases(Y, F @ Y.V, F.T @ Y.U, h)
+    return LowRank(Y1.U, Y1.S + h * galerkin(F, Y1), Y1.V)
 
 
 def projector_splitting(Y: LowRank, F: Operator, h: float = 1.0, adjoint: bool = False) -> LowRank:
@@ -117,51 +119,40 @@ def galerkin(F: Operator, Y: LowRank) -> Tensor:
     return Y.U.mT @ (F @ Y.V)
 
 
-def move_bases(Y: LowRank, FV: Tensor, FtU: Tensor, h: float) -> LowRank:
-    """The K- and the L-step: Y projected onto bases of K1 = U S + h F V and L1 = V Sᵀ + h Fᵀ U."""
+def parallel_step(Y: LowRank, F: Operator, h: float, rule: Rule | None = None) -> LowRank:
+    """Y + h P_Y F in the augmented bases, before truncation; Û, V̂ have up to twice the rank.
+
+    rule(D, Ŷ) turns the small matrix D = Ûᵀ P_Y F V̂ into the direction in which S moves, for Ŷ = Y in those
+    bases (see `velocity`); without one it is D itself. D[:r, :r] is Uᵀ F V, or F.core where F has one.
+    """
+    FV, FtU = F @ Y.V, F.T @ Y.U
+    Y_hat = augment(Y, FV, FtU)  # K-step and L-step
+    r, s = Y.S.shape
+    U1, V1 = Y_hat.U[:, r:], Y_hat.V[:, s:]
+    core = getattr(F, "core", None)
+    top = torch.cat([Y.U.mT @ FV if core is None else core, FtU.mT @ V1], dim=1)
+    D = pad(top, Y_hat.S.shape)
+    D[r:, :s] = U1.mT @ FV
+    return LowRank(Y_hat.U, Y_hat.S + h * (D if rule is None else rule(D, Y_hat)), Y_hat.V)  # S-step
+
+
+def augment(Y: LowRank, FV: Tensor, FtU: Tensor) -> LowRank:
+    """The K- and the L-step: Y in bases Û = [U U1], V̂ = [V V1] that span K1 and L1 as well, unchanged.
+
+    span Û = span[U, K1], since K1 = U S + h F V; likewise V̂. So Û diag(S, 0) V̂ᵀ = U S Vᵀ exactly.
+    """
+    U_hat = torch.cat([Y.U, complement(Y.U, FV)], dim=1)
+    V_hat = torch.cat([Y.V, complement(Y.V, FtU)], dim=1)
+    return LowRank(U_hat, pad(Y.S, (U_hat.shape[1], V_hat.shape[1])), V_hat)
+
+
+def update_bases(Y: LowRank, FV: Tensor, FtU: Tensor, h: float) -> LowRank:
+    """The K- and the L-step at fixed rank: Y projected onto bases of K1 = U S + h F V, L1 = V Sᵀ + h Fᵀ U."""
     U1 = torch.linalg.qr(Y.U @ Y.S + h * FV).Q
     V1 = torch.linalg.qr(Y.V @ Y.S.mT + h * FtU).Q
     return LowRank(U1, (U1.mT @ Y.U) @ Y.S @ (Y.V.mT @ V1), V1)
 
 
-def augment(
-    Y: LowRank, F: Operator, new_block: bool = True, old_block: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The K- and the L-step: U1, V1 such that Û = [U U1], V̂ = [V V1] span K1 and L1; and D = Ûᵀ F V̂.
-
-    span Û = span[U, K1], since K1 = U S + h F V; likewise V̂. Û diag(S, 0) V̂ᵀ = U S Vᵀ exactly, so F at Y
-    serves the S-step too. The blocks of D that meet U or V come from the products already made, where Uᵀ F V
-    is not known already (old_block); only the new one, U1ᵀ F V1, asks for a third, and the parallel
-    integrator sets it to zero (new_block=False).
-    """
-    FV, FtU = F @ Y.V, F.T @ Y.U
-    U1, V1 = complement(Y.U, _spanning(F, FV)), complement(Y.V, _spanning(F.T, FtU))
-    old = Y.U.mT @ FV if old_block is None else old_block
-    grows = U1.shape[1] > 0 and V1.shape[1] > 0  # a basis that is complete already has nothing to add
-    new = U1.mT @ (F @ V1) if new_block and grows else Y.S.new_zeros(U1.shape[1], V1.shape[1])
-    D = torch.cat([torch.cat([old, FtU.mT @ V1], dim=1), torch.cat([U1.mT @ FV, new], dim=1)])
-    return U1, V1, D
-
-
-def recompress(
-    U_hat: tuple[Tensor, ...],
-    S_hat: Tensor,
-    V_hat: tuple[Tensor, ...],
-    tau: float | None,
-    min_rank: int,
-    max_rank: int | None,
-) -> tuple[LowRank, Tensor, Tensor]:
-    """Û Ŝ V̂ᵀ truncated, for bases given in blocks of columns, and the P, Q of its new bases Û P, V̂ Q."""
-    P, sigma, Q = truncated_svd(S_hat, tau, min_rank, max_rank)
-    return LowRank(rotate(P, *U_hat), sigma.diag(), rotate(Q, *V_hat)), P, Q
-
-
-def pad_like(S: Tensor, D: Tensor) -> Tensor:
-    """diag(S, 0), as large as D."""
-    return torch.nn.functional.pad(S, (0, D.shape[1] - S.shape[1], 0, D.shape[0] - S.shape[0]))
-
-
-def _spanning(F: Operator, FV: Tensor) -> Tensor:
-    """Columns that span F V, and more, if F is made of fewer samples than V has columns."""
-    columns = getattr(F, "columns", None)
-    return FV if columns is None or columns.shape[1] >= FV.shape[1] else columns
+def pad(S: Tensor, shape: tuple[int, int]) -> Tensor:
+    """diag(S, 0), of that shape."""
+    return torch.nn.functional.pad(S, (0, shape[1] - S.shape[1], 0, shape[0] - S.shape[0]))

@@ -1,6 +1,8 @@
 """Layers whose weight lives as W = U S Vᵀ: what they share, and the linear one.
 
-A layer maps x to y = x V Sᵀ Uᵀ + bias: two thin maps with a small one in between.
+A layer maps x to y = x V Sᵀ Uᵀ + bias: two thin maps with a small one in between. With G = ∇_W L, K = U S and
+L = V Sᵀ, the backward pass gives U the K-gradient G V, V the L-gradient Gᵀ U and S the S-gradient Uᵀ G V, as
+their ordinary `.grad`: all that a step along the manifold needs (Schotthöfer et al. 2022, section 4).
 """
 
 from __future__ import annotations
@@ -10,19 +12,69 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from dlrt.compiled import compiled_map
-from dlrt.gradient import Gradient, RecordedMap
-from dlrt.lowrank import LowRank, check_rank
+from dlrt.lowrank import LowRank, check_orthonormal, check_rank, check_real
+
+
+class DenseWeight(torch.autograd.Function):
+    """W = U S Vᵀ (m, n), for whatever wants the dense weight; G comes back as K-, L- and S-gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(U: Tensor, S: Tensor, V: Tensor) -> Tensor:
+        return U @ S @ V.mT
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0], inputs[2])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, G: Tensor) -> tuple[Tensor, ...]:
+        U, V = ctx.saved_tensors
+        G = G.to(U.dtype)
+        GV = G @ V
+        return GV, U.mT @ GV, G.mT @ U
+
+
+class LinearMap(torch.autograd.Function):
+    """y = x V Sᵀ Uᵀ + bias for rows x (b, n), and a = x V, which the backward pass needs again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        a = x @ V
+        return F.linear(a @ S.mT, U, bias), a
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs[:4], output[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor, _) -> tuple[Tensor | None, ...]:
+        of_x, of_U, of_S, of_V, of_bias = ctx.needs_input_grad
+        x, U, S, V, a = in_type_of(g, ctx.saved_tensors)
+        b = g @ U
+        return (
+            (b @ S) @ V.mT if of_x else None,
+            g.mT @ a if of_U else None,  # gᵀ x V = G V
+            b.mT @ a if of_S else None,
+            x.mT @ b if of_V else None,
+            g.sum(0) if of_bias else None,
+        )
 
 
 class LowRankLayer(nn.Module):
     """What the low-rank layers share: the factors of W (m, n), the bias, the forward pass.
 
-    U (m, r) and V (n, r) are parameters without gradient, which `dlrt.DLRT` moves; S (r, r) and bias
-    (outputs,) are trained by any optimizer. DLRT sets `gradient`, and then every forward pass in training
-    mode records; otherwise the layer is an ordinary differentiable module. The subclasses supply
-    `gradient.Maps`.
+    S (r, r) and bias (outputs,) are trained by any optimizer. U (m, r) and V (n, r) have no gradient until a
+    `dlrt.DLRT` owns the layer and sets `trains_bases`. A copy, or a layer read from a file, is nobody's. The
+    subclasses supply `dense_map`, `plain_map` and `map`.
     """
 
     outputs: int
@@ -34,13 +86,13 @@ class LowRankLayer(nn.Module):
         check_rank(rank, rows, columns)
         super().__init__()
         options = {"device": device, "dtype": dtype}
-        # every basis has contiguous columns, see `lowrank.complement`
-        self.U = nn.Parameter(torch.empty(rank, rows, **options).mT, requires_grad=False)
+        self.U = nn.Parameter(torch.empty(rows, rank, **options), requires_grad=False)
         self.S = nn.Parameter(torch.empty(rank, rank, **options))
-        self.V = nn.Parameter(torch.empty(rank, columns, **options).mT, requires_grad=False)
+        self.V = nn.Parameter(torch.empty(columns, rank, **options), requires_grad=False)
+        check_real(self.S)
         self.register_parameter("bias", nn.Parameter(torch.empty(outputs, **options)) if bias else None)
         self.outputs = outputs
-        self.gradient: Gradient | None = None
+        self._trains_bases = False
         self.reset_parameters()
 
     @torch.no_grad()
@@ -82,34 +134,58 @@ class LowRankLayer(nn.Module):
 
     @factors.setter
     def factors(self, Y: LowRank) -> None:
-        U, V = (basis.mT.contiguous().mT for basis in (Y.U, Y.V))  # no copy of what an integrator made
-        for parameter, data in ((self.U, U), (self.S, Y.S), (self.V, V)):
+        for parameter, data in ((self.U, Y.U), (self.S, Y.S), (self.V, Y.V)):
             replace_data(parameter, data)
 
-    def forward(self, x: Tensor) -> Tensor:
-        records = self.gradient is not None and not self.gradient.paused
-        records = records and self.training and torch.is_grad_enabled()
-        if not records or torch.compiler.is_exporting():
-            U, V = self.U.detach(), self.V.detach()  # model.requires_grad_() reaches them, gradients must not
-            return self.lift(self.project(x, V), U, self.S, self.bias)
-        if torch.compiler.is_compiling():
-            return compiled_map(x, self.S, self.bias, self.gradient.number)
-        self.gradient.expect()
-        return RecordedMap.apply(x, self.S, self.bias, self)
+    @property
+    def trains_bases(self) -> bool:
+        """Whether U and V take part in autograd; only the integrator of a `dlrt.DLRT` can use what they get."""
+        return self._trains_bases
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        """A checkpoint of any rank loads: the factors take its rank first."""
+    @trains_bases.setter
+    def trains_bases(self, value: bool) -> None:
+        self._trains_bases = value
+        for basis in (self.U, self.V):
+            basis.requires_grad_(value)
+            basis.grad = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        (m, n), r = self.shape, self.rank
+        if r * (m + n) >= m * n:  # then one dense map costs less than two thin ones
+            return self.dense_map(x, self.weight)
+        if not self._trains_bases or not torch.is_grad_enabled() or torch.compiler.is_exporting():
+            return self.plain_map(x, self.U.detach(), self.S, self.V.detach())
+        device = x.device.type
+        if x.dtype == torch.float32 and torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))  # so that it waits for the backward pass as such
+        return self.map(x, self.U, self.S, self.V)
+
+    def _matrix(self) -> Tensor:
+        """U S Vᵀ (m, n), through which the factors get their gradients."""
+        if self._trains_bases and torch.is_grad_enabled():
+            return DenseWeight.apply(self.U, self.S, self.V)
+        return self.U.detach() @ self.S @ self.V.detach().mT
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        """A checkpoint of any rank loads: the factors take its rank first. Its bases must be orthonormal."""
         U, S, V = (state_dict.get(prefix + name) for name in "USV")
         known = U is not None and S is not None and V is not None
-        if known and (len(U), len(V)) == self.shape and S.shape != self.S.shape:
-            self.factors = LowRank(
-                *(torch.empty_like(T, device=self.S.device, dtype=self.S.dtype) for T in (U, S, V))
-            )
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        if known and (len(U), len(V)) == self.shape:
+            if S.shape != self.S.shape:
+                self.factors = LowRank(
+                    *(torch.empty_like(T, device=self.S.device, dtype=self.S.dtype) for T in (U, S, V))
+                )
+            try:
+                check_orthonormal(prefix[:-1] or type(self).__name__, U, V)
+            except ValueError as error:
+                errors.append(str(error))
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+        )
 
     def __getstate__(self) -> dict:
-        """A copy records nothing until an optimizer of its own asks it to."""
-        return {**self.__dict__, "gradient": None}
+        """A copy belongs to no optimizer."""
+        return {**self.__dict__, "_trains_bases": False}
 
 
 class LowRankLinear(LowRankLayer):
@@ -138,42 +214,25 @@ class LowRankLinear(LowRankLayer):
     @property
     def weight(self) -> Tensor:
         """The dense weight U S Vᵀ, (out_features, in_features); a new tensor at every call."""
-        return self.factors.dense()
+        return self._matrix()
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 2:
-            return super().forward(x)
-        return super().forward(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+    def dense_map(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight, self.bias)
 
-    def project(self, x: Tensor, V: Tensor) -> Tensor:
-        return x @ V
+    def plain_map(self, x: Tensor, U: Tensor, S: Tensor, V: Tensor) -> Tensor:
+        return F.linear(x @ V @ S.mT, U, self.bias)
 
-    def lift(self, a: Tensor, U: Tensor, S: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(a @ S.mT, U, bias)
-
-    def lift_adjoint(self, g: Tensor, U: Tensor, x: Tensor) -> Tensor:
-        return g @ U
-
-    def project_adjoint(self, b: Tensor, S: Tensor, V: Tensor, x: Tensor) -> Tensor:
-        return (b @ S) @ V.mT
-
-    def left_product(self, g: Tensor, a: Tensor) -> Tensor:
-        return (a.mT @ g).mT  # gᵀ a, in the layout of a basis and on a CPU several times faster
-
-    def right_product(self, x: Tensor, b: Tensor) -> Tensor:
-        return (b.mT @ x).mT
-
-    def whole_product(self, g: Tensor, x: Tensor) -> Tensor:
-        return g.mT @ x
-
-    def core_product(self, b: Tensor, a: Tensor) -> Tensor:
-        return b.mT @ a
-
-    def total(self, g: Tensor) -> Tensor:
-        return g.sum(0)
+    def map(self, x: Tensor, U: Tensor, S: Tensor, V: Tensor) -> Tensor:
+        y, _ = LinearMap.apply(x.reshape(-1, self.in_features), U, S, V, self.bias)
+        return y.view(*x.shape[:-1], self.out_features) if x.dim() != 2 else y
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
+
+
+def in_type_of(g: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """For backward passes: under autocast g may be bfloat16 or float16, and the factors never are."""
+    return tuple(tensor.to(g.dtype) for tensor in tensors)
 
 
 def take_over(layer: LowRankLayer, dense: nn.Module) -> LowRankLayer:
@@ -191,9 +250,16 @@ def give_back(layer: LowRankLayer, dense: nn.Module) -> nn.Module:
     return dense.train(layer.training)
 
 
+@torch.no_grad()
 def replace_data(parameter: nn.Parameter, data: Tensor) -> None:
-    """Give a parameter data of another shape; it stays the same object for whoever holds it."""
-    data, parameter.grad = data.detach(), None
-    # torch expects a gradient of the old shape while an old loss is alive, unless the type changed in between
-    parameter.data = data.new_empty(0, dtype=torch.half if data.dtype != torch.half else torch.float)
-    parameter.data = data
+    """Give a parameter data of any shape; it stays the same object for whoever holds it.
+
+    Written in place, so that autograd notices where a backward pass still needs the old values.
+    """
+    if parameter.shape != data.shape:
+        parameter.grad = None
+        # torch expects a gradient of the old shape while an old loss is alive, unless the type changed between
+        other = torch.half if data.dtype != torch.half else torch.float
+        parameter.data = data.new_empty(0, dtype=other)
+        parameter.data = torch.empty_like(data, memory_format=torch.contiguous_format)
+    parameter.copy_(data)

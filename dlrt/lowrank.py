@@ -13,7 +13,7 @@ class LowRank:
     """The m x n matrix U S Vᵀ: bases U (m, k) and V (n, l) with orthonormal columns, coefficients S (k, l).
 
     Between steps k = l = rank. Within an augmented step k and l may differ, since a basis of an m-dimensional
-    space cannot grow beyond m columns.
+    space cannot grow beyond m columns. ValueError for shapes that do not fit, TypeError for complex numbers.
     """
 
     U: Tensor
@@ -24,6 +24,7 @@ class LowRank:
         shapes = [tuple(factor.shape) for factor in (self.U, self.S, self.V)]
         if any(len(shape) != 2 for shape in shapes) or (shapes[0][1], shapes[2][1]) != shapes[1]:
             raise ValueError(f"U S Vᵀ needs shapes (m, k), (k, l), (n, l), got {', '.join(map(str, shapes))}")
+        check_real(self.S)
 
     @property
     def rank(self) -> int:
@@ -46,8 +47,15 @@ class LowRank:
         Eckart-Young: the truncated singular value decomposition is the best in the Frobenius norm.
         """
         check_rank(rank, *A.shape)
+        check_real(A)
         P, sigma, Q = truncated_svd(A, tau, max_rank=rank)
         return cls(P, sigma.diag(), Q)
+
+
+def check_real(A: Tensor) -> None:
+    """Raise TypeError for complex numbers: transposes here are not conjugated."""
+    if A.is_complex():
+        raise TypeError(f"weights must be real, got {A.dtype}: take real and imaginary parts apart")
 
 
 def check_rank(rank: int | None, rows: int, columns: int) -> None:
@@ -65,6 +73,26 @@ def check_tolerance(tau: float | None) -> None:
         )
 
 
+def check_rank_bounds(min_rank: int, max_rank: int | None) -> None:
+    """Raise ValueError unless some rank satisfies both bounds (max_rank = None is no bound)."""
+    if min_rank < 1 or (max_rank is not None and max_rank < min_rank):
+        raise ValueError(f"ranks must satisfy 1 ≤ min_rank ≤ max_rank, got {min_rank} and {max_rank}")
+
+
+def check_orthonormal(name: str, *bases: Tensor) -> None:
+    """Raise ValueError where a layer's bases are not orthonormal: a mean or a new draw of factors is no model."""
+    for U in bases:
+        if U.is_meta:
+            continue
+        off = torch.linalg.matrix_norm(U.mT.double() @ U.double() - torch.eye(U.shape[1]).to(U.double()))
+        most = 5e-2 if U.dtype.itemsize < 4 else 1e-3
+        if not off <= most * U.shape[1] ** 0.5:
+            raise ValueError(
+                f"the bases of {name} must be orthonormal, got ‖Uᵀ U - I‖ = {float(off):.2g}: change dense "
+                "weights (dlrt.to_dense, dlrt.average) and call dlrt.to_low_rank on them again"
+            )
+
+
 def svd(S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The reduced singular value decomposition S = P diag(sigma) Qh (Qh is transposed already).
 
@@ -76,15 +104,10 @@ def svd(S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return tuple(factor.to(S.dtype) for factor in torch.linalg.svd(S.double(), full_matrices=False))
 
 
-def check_rank_bounds(min_rank: int, max_rank: int | None) -> None:
-    """Raise ValueError unless some rank satisfies both bounds (max_rank = None is no bound)."""
-    if min_rank < 1 or (max_rank is not None and max_rank < min_rank):
-        raise ValueError(f"ranks must satisfy 1 ≤ min_rank ≤ max_rank, got {min_rank} and {max_rank}")
-
-
 def rank_within(sigma: Tensor, tau: float) -> int:
     """The smallest r with ‖sigma[r:]‖ ≤ tau ‖sigma‖, for singular values that descend."""
-    tail = sigma.square().flip(0).cumsum(0).flip(0).sqrt()  # tail[j] = ‖sigma[j:]‖
+    shares = sigma / sigma[0]  # their squares neither overflow nor vanish
+    tail = shares.square().flip(0).cumsum(0).flip(0).sqrt()  # tail[j] = ‖sigma[j:]‖ / sigma[0]
     return int((tail > tau * tail[0]).sum())
 
 
@@ -111,7 +134,7 @@ def truncate(Y: LowRank, tau: float | None = None, min_rank: int = 1, max_rank: 
     `truncated_svd`.
     """
     P, sigma, Q = truncated_svd(Y.S, tau, min_rank, max_rank)
-    return LowRank(rotate(P, Y.U), sigma.diag(), rotate(Q, Y.V))
+    return LowRank(rotate(Y.U, P), sigma.diag(), rotate(Y.V, Q))
 
 
 def complement(U: Tensor, A: Tensor) -> Tensor:
@@ -123,32 +146,28 @@ def complement(U: Tensor, A: Tensor) -> Tensor:
     Householder's QR of [U A] does it, which adds arbitrary ones.
     """
     A = A[:, : len(U) - U.shape[1]]  # as many directions as there are outside U complete it, whatever A is
+    A = A / torch.linalg.vector_norm(A, dim=0).clamp(min=torch.finfo(A.dtype).tiny)
     if 4 * A.shape[1] < len(A):
-        B = A.mT  # vectors as rows: all bases here have contiguous columns, which products like best
-        identity = torch.eye(len(B), dtype=B.dtype, device=B.device)
+        B = A
         for _ in range(2):
-            B = torch.addmm(B, B @ U, U.mT, alpha=-1)
-            gram = B @ B.mT
-            L, failed = torch.linalg.cholesky_ex(gram)
+            B = torch.addmm(B, U, U.mT @ B, alpha=-1)
+            gram = B.mT @ B
+            R, failed = torch.linalg.cholesky_ex(gram, upper=True)
             if failed:
                 break
-            B = torch.linalg.solve_triangular(L, identity, upper=False) @ B
+            B = torch.linalg.solve_triangular(R, B, upper=True, left=False)
         else:
             if torch.linalg.vector_norm(gram.diagonal() - 1) < 0.5:  # then the second pass has finished it
-                return B.mT
+                return B
     return torch.linalg.qr(torch.cat([U, A], dim=1)).Q[:, U.shape[1] :]
 
 
-def rotate(P: Tensor, *blocks: Tensor) -> Tensor:
-    """[U U1 ...] P, orthonormal, for orthonormal blocks with k columns in all and P (k, r).
+def rotate(U: Tensor, P: Tensor) -> Tensor:
+    """U P, orthonormal, for orthonormal U (m, k) and P (k, r).
 
     Rounding would add up over thousands of steps; one Newton-Schulz step, U (3 I - Uᵀ U) / 2, squares the
     error away.
     """
-    parts = P.split([block.shape[1] for block in blocks])
-    B = parts[0].mT @ blocks[0].mT
-    for part, block in zip(parts[1:], blocks[1:], strict=True):
-        B = torch.addmm(B, part.mT, block.mT)
-    gram = B @ B.mT
-    polish = torch.eye(len(gram), dtype=gram.dtype, device=gram.device).mul_(1.5).sub_(gram, alpha=0.5)
-    return (polish @ B).mT
+    B = U @ P
+    gram = B.mT @ B
+    return B @ torch.eye(len(gram), dtype=gram.dtype, device=gram.device).mul_(1.5).sub_(gram, alpha=0.5)

@@ -1,34 +1,24 @@
-"""DLRT: an optimizer that moves bases by a low-rank integrator and all else by a torch optimizer."""
+"""DLRT: an optimizer that moves low-rank weights by an integrator, and all else by a torch optimizer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from dlrt.distributed import sum_over_processes, world_size
-from dlrt.gradient import Gradient
-from dlrt.integrators import augment, move_bases, pad_like, recompress
-from dlrt.layers import LowRankLayer, replace_data
-from dlrt.lowrank import LowRank, check_rank_bounds, check_tolerance
+from dlrt.costs import compression as cost_of
+from dlrt.distributed import check_ranks_may_move
+from dlrt.integrators import Operator, augment, galerkin, parallel_step, update_bases
+from dlrt.layers import LowRankLayer
+from dlrt.lowrank import LowRank, check_orthonormal, check_rank_bounds, check_tolerance, truncate
+from dlrt.ranks import allot, budget_for, check_compression, falling_budget, parameters
+from dlrt.velocity import RULES, Tangent, add_squares, tangent_at, turn_squares
 
-INTEGRATORS = ("augmented", "parallel", "bug")
-LINEAR_STATE = {"momentum_buffer", "exp_avg", "grad_avg", "ax"}  # averages of gradients or of S
-SQUARED_STATE = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta"}  # averages of squares
-
-
-def in_full_precision(method: Callable) -> Callable:
-    """For methods that move factors: autocast around a step would round what QR and SVD are made of."""
-
-    @wraps(method)
-    def wrapped(self: DLRT, *args):
-        with torch.autocast(next(iter(self.names)).S.device.type, enabled=False):
-            return method(self, *args)
-
-    return wrapped
+INTEGRATORS = ("parallel", "augmented", "bug")
+UPDATES = {torch.optim.SGD: "sgd", torch.optim.Adam: "adam", torch.optim.AdamW: "adam"}
+MUON_LR = 0.3  # its step size as a share of lr
 
 
 class DLRT(torch.optim.Optimizer):
@@ -36,23 +26,24 @@ class DLRT(torch.optim.Optimizer):
 
         optimizer = DLRT(model, torch.optim.SGD, lr=0.05, momentum=0.9, tau=0.1)
 
-    The inner optimizer (a torch.optim class; **inner are its arguments) steps every S, the biases, norms and
-    dense layers in one call; its state for S follows the bases. tau is the share of ‖S‖ that each step may
-    truncate; it is an attribute and may change between steps. With s_steps = n the bases move in every n-th
-    step only: the S-step is then solved by n steps in the augmented bases, an ordinary forward and backward
-    pass each, before truncation. QR and SVD cost an n-th, and new directions have n steps to show their
-    worth; in between the ranks are up to twice as large. Integrators, with h = lr:
+    The torch class (**options are its arguments) steps biases, norms and dense layers. A low-rank weight moves
+    by an integrator along its velocity, a tangent vector, with h = lr. `update` is the rule that acts on
+    the small matrix, "sgd", "adam" or "muon" (default: as the class); "muon" moves by update_lr √max(1, m/n)
+    msign(D), with update_lr = 0.3 lr by default and decoupled weight decay. At full rank without truncation a
+    step is that of torch's SGD, or of Muon. Schedulers change lr and update_lr alike.
 
-    - "augmented": rank-adaptive BUG; Ceruti, Kusch & Lubich 2022, Schotthöfer et al. 2022.
-    - "parallel": the same without the new block of the S-step; keeps no samples. Ceruti, Kusch & Lubich 2024.
-    - "bug": the unconventional integrator at fixed rank; Ceruti & Lubich 2022. Its S-step needs the gradient
-      at other weights, hence `step(closure)`, which evaluates the closure twice.
+    Integrators: "parallel" takes one pass (Ceruti, Kusch & Lubich 2024). "augmented" updates the bases by
+    one pass and S by another (Ceruti, Kusch & Lubich 2022; Schotthöfer et al. 2022), and so does "bug", which
+    keeps the rank (Ceruti & Lubich 2022): both call `step(closure)`, which evaluates the closure twice.
 
-    max_rank bounds the rank of every layer; "initial" bounds each layer's by what it is now, so that ranks
-    which were chosen for a budget keep to it.
+    Ranks: tau (default 0.1, or 0 with a budget) is the share of ‖S‖ that a step may truncate, an attribute
+    that may change. compression, a fraction, is a budget for the parameters of the whole model: it falls along
+    a cubic from the present ranks over `ramp` steps, and every `allot_every` steps the singular values of all
+    layers compete for it. The smaller rank wins. min_rank and max_rank bound each layer's; "initial" stands
+    for what it is now. With s_steps = n the bases are updated in every n-th step only, and S is trained in
+    the augmented bases in between.
 
-    ValueError for an impossible option, or for an inner optimizer whose state has no law under a change of
-    basis.
+    ValueError for an impossible option and for bases that are not orthonormal.
     """
 
     def __init__(
@@ -60,284 +51,403 @@ class DLRT(torch.optim.Optimizer):
         model: nn.Module,
         optimizer_class: type[torch.optim.Optimizer],
         *,
-        tau: float = 0.1,
-        integrator: str = "augmented",
+        update: str | None = None,
+        update_lr: float | None = None,
+        tau: float | None = None,
+        compression: float | None = None,
+        ramp: int | None = None,
+        allot_every: int = 10,
+        integrator: str = "parallel",
         min_rank: int = 2,
         max_rank: int | Literal["initial"] | None = None,
         s_steps: int = 1,
-        **inner,
+        **options: Any,
     ) -> None:
-        if integrator not in INTEGRATORS:
-            raise ValueError(f"integrator must be one of {', '.join(INTEGRATORS)}, got {integrator!r}")
-        if not isinstance(s_steps, int) or s_steps < 1 or (s_steps > 1 and integrator == "bug"):
-            raise ValueError(f's_steps must be a whole number from 1 on, and 1 with "bug", got {s_steps!r}')
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"the first argument must be the model itself, not {type(model).__name__}")
-        check_tolerance(tau)
-        if isinstance(max_rank, str) and max_rank != "initial":
-            raise ValueError(f'max_rank must be a whole number, "initial" or None, got {max_rank!r}')
-        check_rank_bounds(min_rank, None if max_rank == "initial" else max_rank)
-        _check_state_names(optimizer_class, inner)
-        self.tau, self.integrator, self.min_rank, self.max_rank = tau, integrator, min_rank, max_rank
-        self.s_steps, self._taken = s_steps, 0  # S-steps from one move of the bases to the next, and so far
-        self.names = {
-            module: name or type(module).__name__
-            for name, module in model.named_modules()
-            if isinstance(module, LowRankLayer)
-        }
-        if not self.names:
-            raise ValueError(
-                "the model has no low-rank layer: call dlrt.to_low_rank(model) first, and skip fewer layers"
-            )
-        self._initial_ranks = {layer: layer.rank for layer in self.names}
-        for layer in self.names:  # model.requires_grad_() may have reached them
-            layer.U.requires_grad_(False)
-            layer.V.requires_grad_(False)
-        self.inner = optimizer_class([p for p in model.parameters() if p.requires_grad], **inner)
-        super().__init__(self.inner.param_groups, self.inner.defaults)
-        self._share_state()
-        for layer in self.names:
-            if layer.S.requires_grad:
-                Gradient(layer, keep_samples=integrator == "augmented")
+        names = _low_rank_layers(model)
+        update = update or next((name for kind, name in UPDATES.items() if issubclass(optimizer_class, kind)), "")
+        tau = (0.1 if compression is None else 0.0) if tau is None else tau
+        _check(update, integrator, s_steps, tau, min_rank, max_rank, compression, ramp, allot_every)
+        self.integrator, self.min_rank, self.max_rank, self.s_steps = integrator, min_rank, max_rank, s_steps
+        self.allot_every = allot_every
+        self.names = {layer: name for layer, name in names.items() if layer.S.requires_grad}
+        factors = {id(factor) for layer in names for factor in (layer.U, layer.S, layer.V)}
+        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in factors]
+        self.inner = optimizer_class([{"params": rest}], **options)
+        group = _low_rank_group(self.inner.defaults, update, update_lr)
+        group |= {"tau": tau, "steps": 0, "taken": 0, "frozen": False, "allot_at": 0}
+        group["initial_ranks"] = [layer.rank for layer in self.names]
+        if compression is not None:
+            group |= _budget(model, list(self.names), compression, ramp, self.min_rank)
+        group["params"] = [factor for layer in self.names for factor in (layer.U, layer.S, layer.V)]
+        super().__init__([*self.inner.param_groups, group], self.inner.defaults)
+        self.inner.state = self.state
+        for layer in names:
+            layer.trains_bases = layer in self.names
 
-    def _share_state(self) -> None:
-        self.param_groups, self.state = self.inner.param_groups, self.inner.state
+    @property
+    def group(self) -> dict[str, Any]:
+        """The parameter group of all factors, with the settings and the progress of their integrator."""
+        return next(group for group in self.param_groups if "update" in group)
+
+    @property
+    def tau(self) -> float:
+        return self.group["tau"]
+
+    @tau.setter
+    def tau(self, value: float) -> None:
+        check_tolerance(value)
+        self.group["tau"] = value
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """One step of the integrator; gives the closure's loss, if there is a closure.
 
-        RuntimeError where a layer has a gradient but recorded nothing, FloatingPointError where one is not
-        finite. Nothing has moved then, unless it is the second evaluation of "bug", for which the bases have.
+        FloatingPointError where a gradient is not finite; nothing has moved then, but the bases where it is
+        the second pass.
         """
-        if self.integrator == "bug" and closure is None and self._recording:
+        two_passes = self.integrator != "parallel" and not self.group["frozen"]
+        if two_passes and closure is None:
             raise RuntimeError(
-                'integrator="bug" evaluates the loss twice a step: call step(closure), as with LBFGS'
+                f'integrator="{self.integrator}" evaluates the loss twice a step: call step(closure), as with '
+                "LBFGS"
             )
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        layers = self._layers_to_move()
-        if self.integrator == "bug" and layers:
-            for layer in layers:
-                self._move_bases(layer)
+        layers = self._layers_with_gradient()
+        if two_passes and layers:
+            self._update_bases(layers)
             self.zero_grad()  # those gradients belong to other weights
             with torch.enable_grad():
                 closure()
-            self._check_finite(layers)
-            self.inner.step()
-        else:
-            self._integrate(layers)
-        for layer in layers:
-            layer.S.grad = None  # it was the gradient in the old bases
-            layer.gradient.clear()
+            layers = self._layers_with_gradient()
+        self.inner.param_groups = [group for group in self.param_groups if "update" not in group]
+        self.inner.step()
+        self._move(layers, two_passes)
+        for factor in self.group["params"]:
+            factor.grad = None  # it was the gradient in the old bases
         return loss
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients and what the layers recorded for them."""
-        super().zero_grad(set_to_none)
-        for layer in self._recording:
-            layer.S.grad = None
-            layer.gradient.clear()
+    def _layers_with_gradient(self) -> list[LowRankLayer]:
+        """The layers that took part; FloatingPointError where their gradients are not finite."""
+        layers = [layer for layer in self.names if layer.S.grad is not None]
+        gradients = [[p.grad for p in (L.U, L.S, L.V) if p.grad is not None] for L in layers]
+        largest = torch._foreach_norm([g for of in gradients for g in of], float("inf")) if layers else []
+        if largest and not torch.stack(largest).isfinite().all():
+            norms = iter(largest)
+            for layer, of in zip(layers, gradients, strict=True):
+                if not all([next(norms).isfinite() for _ in of]):
+                    raise FloatingPointError(f"the gradient of {self.names[layer]} is not finite")
+        return layers
+
+    def _move(self, layers: list[LowRankLayer], two_passes: bool) -> None:
+        """K-, L- and S-step of every layer, or the S-step alone where bases rest; truncation where it is due."""
+        group = self.group
+        group["steps"] += 1
+        group["taken"] += 1
+        rests = group["frozen"] or group["taken"] < self.s_steps
+        allots = not rests and "ramp" in group and group["steps"] >= group["allot_at"]
+        moved = {}
+        with _full_precision(self.names):
+            for layer in layers:
+                s_step_alone = two_passes or not layer.trains_bases
+                Y_hat, M = self._s_step(layer) if s_step_alone else self._parallel_step(layer)
+                if rests:
+                    self._rest(layer, Y_hat, M)
+                elif allots:
+                    moved[layer] = Y_hat, M
+                else:
+                    self._truncate(layer, Y_hat, M)
+            if allots:
+                self._allot(moved, group["steps"] + self.allot_every)
+            if not rests:
+                self._end_rest()
+
+    def _parallel_step(self, layer: LowRankLayer) -> tuple[LowRank, Operator]:
+        """The factors in augmented bases after K-, L- and S-step along the velocity; and the velocity."""
+        G = self._gradient(layer)
+        M, N = self._accelerate(layer, G)
+
+        def rule(D: Tensor, Y_hat: LowRank) -> Tensor:
+            return self._direction(layer, D, G, Y_hat)
+
+        return parallel_step(self._decayed(layer), -N, self._step_size(layer), rule), M
+
+    def _s_step(self, layer: LowRankLayer) -> tuple[LowRank, Operator]:
+        """The factors after the S-step alone, in the bases as they are; and the velocity."""
+        G = self._gradient(layer)
+        M, N = self._accelerate(layer, G)
+        Y = self._decayed(layer)
+        S1 = Y.S - self._step_size(layer) * self._direction(layer, N.core, G, Y)
+        return LowRank(Y.U, S1, Y.V), M if layer.trains_bases else LowRank(Y.U, M.core, Y.V)
+
+    def _update_bases(self, layers: list[LowRankLayer]) -> None:
+        """K- and L-step of an integrator that takes its S-step by another pass; the velocity goes along."""
+        with _full_precision(self.names):
+            for layer in layers:
+                Y, past = layer.factors, self._past(layer)
+                _, N = self._accelerate(layer, self._gradient(layer), keep=False)
+                fixed = self.integrator == "bug"
+                Y1 = update_bases(Y, N.MV, N.MU, -self._step_size(layer)) if fixed else augment(Y, N.MV, N.MU)
+                turn_squares(self.state[layer.S], Y.U.mT @ Y1.U, Y.V.mT @ Y1.V)
+                self._set(layer, Y1, past)
+
+    def _gradient(self, layer: LowRankLayer) -> Tangent:
+        """∇_W L with weight decay, by what the backward pass has left in .grad; no products where bases rest."""
+        group, (U, S, V) = self.group, (layer.U, layer.S, layer.V)
+        sign, decay = -1 if group["maximize"] else 1, 0.0 if group["decoupled"] else group["weight_decay"]
+        GV, core, GtU = (
+            torch.zeros_like(factor) if factor.grad is None else sign * factor.grad for factor in (U, S, V)
+        )
+        if decay:
+            GV, core, GtU = GV + decay * (U @ S), core + decay * S, GtU + decay * (V @ S.mT)
+        return Tangent(U, V, GV, GtU, core)
+
+    def _accelerate(self, layer: LowRankLayer, G: Tangent, keep: bool = True) -> tuple[Tangent, Tangent]:
+        """The velocity M = β M + G, as torch's SGD has it, and what the step goes along: M, or G + β M."""
+        group, beta = self.group, self._beta
+        gain = 1 - beta if group["update"] == "adam" else 1
+        M, N = [], []
+        for factor, g in ((layer.U, G.MV), (layer.S, G.core), (layer.V, G.MU)):
+            past = self.state[factor].get("velocity")
+            M.append(gain * g if past is None else beta * past + gain * g)
+            N.append(g + beta * M[-1] if group["nesterov"] else M[-1])
+            if keep and beta:
+                self.state[factor]["velocity"] = M[-1]
+        return tuple(Tangent(layer.U, layer.V, MV, MU, core) for MV, core, MU in (M, N))
+
+    @property
+    def _beta(self) -> float:
+        return self.group["momentum"] if "momentum" in self.group else self.group["betas"][0]
+
+    def _past(self, layer: LowRankLayer) -> Operator | None:
+        """The velocity of the last step; of a layer whose bases rest, in these alone."""
+        MV, core, MU = (self.state[factor].get("velocity") for factor in (layer.U, layer.S, layer.V))
+        if MV is None:
+            return None if core is None else LowRank(layer.U, core, layer.V)
+        return Tangent(layer.U, layer.V, MV, MU, core)
+
+    def _direction(self, layer: LowRankLayer, D: Tensor, G: Tangent, Y_hat: LowRank) -> Tensor:
+        group, state = self.group, self.state[layer.S]
+        if group["update"] == "adam":
+            add_squares(state, G.core if Y_hat.U is layer.U else galerkin(G, Y_hat), group["betas"][1])
+        return RULES[group["update"]](D, state, group)
+
+    def _step_size(self, layer: LowRankLayer) -> float:
+        group, (m, n) = self.group, layer.shape
+        h = group["lr"] * group["update_share"]
+        return h * max(1, m / n) ** 0.5 if group["update"] == "muon" else h
+
+    def _decayed(self, layer: LowRankLayer) -> LowRank:
+        group, Y = self.group, layer.factors
+        shrink = 1 - group["lr"] * group["weight_decay"] if group["decoupled"] else 1
+        return LowRank(Y.U, shrink * Y.S, Y.V)
+
+    def _truncate(self, layer: LowRankLayer, Y_hat: LowRank, M: Operator, rank: int | None = None) -> None:
+        """Truncation, by tau and to that rank, and the layer as it is then; its bases train again."""
+        group, most = self.group, self.max_rank
+        if most == "initial":
+            most = group["initial_ranks"][list(self.names).index(layer)]
+        if rank is None and "ramp" in group:
+            rank = layer.rank  # ranks are constant between two allotments
+        bounds = [bound for bound in (most, rank) if bound is not None]
+        most = min(bounds) if bounds else None
+        least = min(self.min_rank, *layer.shape, most or self.min_rank)
+        if self.integrator == "bug":
+            least = most = layer.rank
+        try:
+            Y1 = truncate(Y_hat, group["tau"], least, most)
+        except torch.linalg.LinAlgError as error:
+            raise torch.linalg.LinAlgError(f"the SVD of S fails in {self.names[layer]}: {error}") from error
+        turn_squares(self.state[layer.S], Y_hat.U.mT @ Y1.U, Y_hat.V.mT @ Y1.V)
+        self._set(layer, Y1, M)
+        layer.trains_bases = True
+
+    def _rest(self, layer: LowRankLayer, Y: LowRank, M: Operator | None) -> None:
+        """Leave a layer in these bases, and of the velocity what lies in them."""
+        core = None if M is None else galerkin(M, Y)
+        self._set(layer, Y, None)
+        layer.trains_bases = False
+        if core is not None and self._beta:
+            self.state[layer.S]["velocity"] = core
+
+    def _end_rest(self) -> None:
+        """Truncate the layers whose bases rest; then they train again."""
+        self.group["taken"] = 0
+        for layer in self.names:
+            if not layer.trains_bases and not self.group["frozen"]:
+                self._truncate(layer, layer.factors, self._past(layer))
+
+    def _set(self, layer: LowRankLayer, Y1: LowRank, M: Operator | None) -> None:
+        """Give a layer new factors, and its velocity the products with them."""
+        if Y1.S.shape != layer.S.shape:
+            check_ranks_may_move(layer.S.grad, self.names[layer])
+        at = tangent_at(M, Y1) if M is not None and self._beta else None  # while M's factors are still there
+        layer.factors = Y1
+        for factor, name in ((layer.U, "MV"), (layer.S, "core"), (layer.V, "MU")):
+            self.state[factor].pop("velocity", None)
+            if at is not None:
+                self.state[factor]["velocity"] = getattr(at, name)
+
+    def _allot(self, moved: dict[LowRankLayer, tuple[LowRank, Operator]], step: int) -> None:
+        """Cut all layers to the ranks that fit the budget of that step."""
+        group = self.group
+        group["allot_at"] = step
+        budget = falling_budget(group["budget_start"], group["budget_end"], step, group["ramp"])
+        now = {layer: moved.get(layer) or (layer.factors, self._past(layer)) for layer in self.names}
+        spectra = [torch.linalg.svdvals(Y_hat.S.float()) for Y_hat, _ in now.values()]
+        worths = [(sigma / sigma.norm().clamp(min=1e-38)).square().tolist() for sigma in spectra]
+        shapes = [layer.shape for layer in now]
+        for (layer, (Y_hat, M)), rank in zip(now.items(), allot(budget, worths, shapes, self.min_rank), strict=True):
+            if layer in moved or rank < layer.rank:
+                self._truncate(layer, Y_hat, M, rank)
+
+    @torch.no_grad()
+    def truncate(self) -> None:
+        """Truncate now, before the last of `s_steps`, for an evaluation in between. Then the bases train again.
+
+        RuntimeError where a gradient for the present bases still waits for its step.
+        """
+        for layer, name in self.names.items():
+            if not layer.trains_bases and layer.S.grad is not None and not self.group["frozen"]:
+                raise RuntimeError(
+                    f"{name} has a gradient for the bases that truncation replaces: call step() or zero_grad() "
+                    "first"
+                )
+        with _full_precision(self.names):
+            self._end_rest()
+
+    @torch.no_grad()
+    def freeze_bases(self) -> None:
+        """From now on train S and the rest only: U, V and the ranks stay. A budget is met before."""
+        if self.group["frozen"]:
+            return
+        self.truncate()
+        with _full_precision(self.names):
+            if "ramp" in self.group:
+                self._allot({}, self.group["ramp"])
+            for layer in self.names:
+                self._rest(layer, layer.factors, self._past(layer))
+        self.group["frozen"] = True
 
     def __getstate__(self) -> None:
         raise TypeError(
             "a DLRT belongs to its model: copy the model, make a new DLRT and load its state_dict"
         )
 
-    def freeze_bases(self) -> None:
-        """From now on train S and the rest only: U and V stay, and the layers record nothing."""
-        self.truncate()
-        for layer in self._recording:
-            layer.gradient.stop()
+    def state_dict(self) -> dict[str, Any]:
+        """As of any torch optimizer; the factors' group has the ranks and the progress of the integrator."""
+        self.group["ranks"] = [list(layer.S.shape) for layer in self.names]
+        self.group["resting"] = [not layer.trains_bases for layer in self.names]
+        return super().state_dict()
 
-    @property
-    def _recording(self) -> list[LowRankLayer]:
-        return [layer for layer in self.names if layer.gradient is not None]
-
-    def _layers_to_move(self) -> list[LowRankLayer]:
-        layers = [layer for layer in self._recording if layer.S.grad is not None]  # the others took no part
-        for layer in layers:
-            if layer.gradient.empty and not layer.gradient.paused:
-                raise RuntimeError(
-                    f"{self.names[layer]} has a gradient but recorded nothing (in eval mode no layer does): "
-                    "call model.train() before it, or freeze_bases() to train S only"
-                )
-            if world_size() > 1 and not layer.gradient.summed:
-                raise RuntimeError(
-                    f"{self.names[layer]} knows this process's gradient only: call "
-                    "dlrt.distributed.reduce_gradients(model) between the backward pass and the step"
-                )
-        self._check_finite(layers)
-        return layers
-
-    def _check_finite(self, layers: list[LowRankLayer]) -> None:
-        for layer in layers:
-            if not layer.S.grad.isfinite().all():
-                raise FloatingPointError(f"the gradient of {self.names[layer]} is not finite")
-
-    @in_full_precision
-    def _integrate(self, layers: list[LowRankLayer]) -> None:
-        """K-, L- and S-step, or one more S-step in the bases of the last move; truncation where it is due."""
-        added = {layer: self._augment(layer) for layer in layers if not layer.gradient.paused}
-        self._sum_new_blocks(added)
-        self.inner.step()
-        for layer in layers:
-            layer.S.grad = None  # it has done its work, and truncation refuses one that has not
-        self._taken += 1
-        if self._taken < self.s_steps:
-            for layer, (U1, V1) in added.items():
-                layer.factors = LowRank(torch.cat([layer.U, U1], 1), layer.S, torch.cat([layer.V, V1], 1))
-                layer.gradient.paused = True
-            return
-        for layer, (U1, V1) in added.items():
-            self._truncate_layer((layer.U, U1), layer, (layer.V, V1))
-        self.truncate()
-
-    @torch.no_grad()
-    @in_full_precision
-    def truncate(self) -> None:
-        """Truncate now, before the last of `s_steps`, for an evaluation in between. Then the bases move."""
-        for layer in self._recording:
-            if layer.gradient.paused:
-                if layer.S.grad is not None:
-                    raise RuntimeError(
-                        f"{self.names[layer]} has a gradient for the bases that truncation replaces: "
-                        "call step() or zero_grad() first"
-                    )
-                self._truncate_layer((layer.U,), layer, (layer.V,))
-                layer.gradient.paused = False
-        self._taken = 0
-
-    def _truncate_layer(
-        self, U_hat: tuple[Tensor, ...], layer: LowRankLayer, V_hat: tuple[Tensor, ...]
-    ) -> None:
-        min_rank, max_rank = min(self.min_rank, *layer.shape), self.max_rank
-        if max_rank == "initial":
-            max_rank = self._initial_ranks[layer]
-            min_rank = min(min_rank, max_rank)
-        elif max_rank is not None:
-            max_rank = max(min_rank, max_rank)
-        try:
-            layer.factors, P, Q = recompress(U_hat, layer.S, V_hat, self.tau, min_rank, max_rank)
-        except torch.linalg.LinAlgError as error:
-            raise torch.linalg.LinAlgError(f"the SVD of S fails in {self.names[layer]}: {error}") from error
-        change_basis(self.state.get(layer.S, {}), P, Q)
-
-    def _augment(self, layer: LowRankLayer) -> tuple[Tensor, Tensor]:
-        """K- and L-step: directions to add to the bases; S and its gradient as they read in larger bases.
-
-        The integrators add h F; here F = -G, and the minus sign is the inner optimizer's.
-        """
-        S, G, state = layer.S, layer.gradient, self.state.get(layer.S, {})
-        matrices = [value for value in state.values() if isinstance(value, Tensor) and value.dim() == 2]
-        if any(value.shape != S.shape for value in matrices):
-            raise RuntimeError(
-                f"{self.names[layer]} has a new rank: load the optimizer's state with the model's"
-            )
-        U1, V1, D = augment(layer.factors, G, self.integrator == "augmented", old_block=S.grad)
-        D = G.scale * D
-        k, l = S.shape  # noqa: E741
-        D[:k, :l] = S.grad  # scaled already, and with the gradient of a penalty on S, if any
-        identity = torch.eye(max(D.shape), device=D.device, dtype=D.dtype)
-        change_basis(state, identity[:k, : D.shape[0]], identity[:l, : D.shape[1]])
-        replace_data(S, pad_like(S, D))
-        S.grad = D
-        return U1, V1
-
-    def _sum_new_blocks(self, added: dict[LowRankLayer, tuple[Tensor, Tensor]]) -> None:
-        """The blocks U1ᵀ G V1 are this process's parts, the others come of products summed already."""
-        if self.integrator == "augmented":
-            sum_over_processes(
-                layer.S.grad[-U1.shape[1] :, -V1.shape[1] :]
-                for layer, (U1, V1) in added.items()
-                if U1.numel() and V1.numel()
-            )
-
-    @in_full_precision
-    def _move_bases(self, layer: LowRankLayer) -> None:
-        """K- and L-step of the unconventional integrator, with plain gradient steps of size lr."""
-        Y, G = layer.factors, layer.gradient
-        Y1 = move_bases(Y, G @ Y.V, G.T @ Y.U, -self._learning_rate(layer.S) * G.scale)
-        P, Q = Y.U.mT @ Y1.U, Y.V.mT @ Y1.V  # before the layer's parameters, which Y holds, move
-        layer.factors = Y1
-        change_basis(self.state.get(layer.S, {}), P, Q)
-
-    def _learning_rate(self, parameter: Tensor) -> float | Tensor:
-        return next(
-            group["lr"] for group in self.param_groups if any(p is parameter for p in group["params"])
-        )
-
-    def state_dict(self) -> dict:
-        """The inner optimizer's state, tau and the ranks in which the state of S is written."""
-        ranks = [list(layer.S.shape) for layer in self.names]
-        paused = [layer.gradient is not None and layer.gradient.paused for layer in self.names]
-        own = {"tau": self.tau, "ranks": ranks, "taken": self._taken, "paused": paused}
-        own["initial_ranks"] = list(self._initial_ranks.values())
-        return {**self.inner.state_dict(), "dlrt": own}
-
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a DLRT's state; ValueError unless the model has its own, with its ranks, already."""
-        if "dlrt" not in state_dict:
+        own = next((group for group in state_dict["param_groups"] if "update" in group), None)
+        if own is None:
             raise ValueError(
-                f"the state must be a DLRT's, got one without its part, with {', '.join(state_dict)}: "
-                "load it into that optimizer, or begin a new DLRT without it"
+                "the state must be a DLRT's, got one without low-rank layers: load it into that optimizer, or "
+                "begin a new DLRT without it"
             )
-        state_dict = dict(state_dict)
-        own = state_dict.pop("dlrt")
         ranks = [list(layer.S.shape) for layer in self.names]
         if own["ranks"] != ranks:
             raise ValueError(
                 f"the state has ranks {own['ranks']}, the model has {ranks}: load the model's state first"
             )
-        self.inner.load_state_dict(state_dict)
-        self.tau, self._taken = own["tau"], own.get("taken", 0)
-        initial = own.get("initial_ranks", self._initial_ranks.values())
-        self._initial_ranks = dict(zip(self.names, initial, strict=True))
-        for layer, paused in zip(self.names, own.get("paused", [False] * len(ranks)), strict=True):
-            if layer.gradient is not None:
-                layer.gradient.paused = paused
-        self._share_state()
+        super().load_state_dict(state_dict)
+        self.inner.state = self.state
+        for (layer, name), rests in zip(self.names.items(), own["resting"], strict=True):
+            check_orthonormal(name, layer.U, layer.V)
+            layer.trains_bases = not rests
 
 
-def change_basis(state: dict, P: Tensor, Q: Tensor) -> None:
-    """Write an inner optimizer's state for S in the bases U P and V Q, for P (k, k1) and Q (l, l1).
-
-    An average M of gradients becomes Pᵀ M Q, as S itself. An average of squares becomes (P∘P)ᵀ M (Q∘Q),
-    which is exact for entries without mean and correlation; where the mean is known (centred RMSprop), its
-    square is set aside before. Either way augmentation pads with zeros, and exchanging or mirroring basis
-    vectors is exact. In Adam a direction without a past moves by up to (1 - beta1) / sqrt(1 - beta2) lr at
-    once, 3.2 lr by default.
-    """
-    mean = state.get("grad_avg")
-    for name, value in state.items():
-        if name in SQUARED_STATE:
-            variance = value if mean is None else value - mean.square()
-            state[name] = P.square().mT @ variance.to(P.dtype) @ Q.square()
-    for name, value in state.items():
-        if name in LINEAR_STATE and value is not None:
-            state[name] = P.mT @ value.to(P.dtype) @ Q
-    if mean is not None:
-        state["square_avg"] += state["grad_avg"].square()
+def _full_precision(layers: dict[LowRankLayer, str]) -> torch.autocast:
+    """Autocast around a step would round what QR and SVD are made of."""
+    return torch.autocast(next(iter(layers)).S.device.type, enabled=False)
 
 
-def _check_state_names(optimizer_class: type[torch.optim.Optimizer], inner: dict) -> None:
-    """Refuse an inner optimizer that keeps a matrix for S that is not known to follow a basis."""
-    probe = nn.Parameter(torch.zeros(2, 2))
-    probe.grad = torch.zeros(2, 2)
-    optimizer = optimizer_class([probe], **inner)
-    try:
-        optimizer.step()
-    except (TypeError, RuntimeError) as error:  # LBFGS needs a closure, SparseAdam sparse gradients
-        raise ValueError(f"{optimizer_class.__name__} cannot be the inner optimizer: {error}") from error
-    matrices = {
-        name
-        for name, value in optimizer.state[probe].items()
-        if isinstance(value, Tensor) and value.dim() > 0
+def _low_rank_layers(model: nn.Module) -> dict[LowRankLayer, str]:
+    """The model's low-rank layers and their names; an error where DLRT cannot train them."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the first argument must be the model itself, not {type(model).__name__}")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError("make the DLRT of the model first, and wrap it in DistributedDataParallel then")
+    names = {
+        module: name or type(module).__name__
+        for name, module in model.named_modules()
+        if isinstance(module, LowRankLayer)
     }
-    if unknown := matrices - LINEAR_STATE - SQUARED_STATE:
+    if not names:
         raise ValueError(
-            f"{optimizer_class.__name__} keeps {', '.join(sorted(unknown))} for S, and how that follows a "
-            "change of basis is not known; use one such as SGD, Adam, AdamW, RMSprop, Adagrad"
+            "the model has no low-rank layer: call dlrt.to_low_rank(model) first, and skip fewer layers"
+        )
+    for layer, name in names.items():
+        check_orthonormal(name, layer.U, layer.V)
+        if layer.S.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"the factors of {name} must be float32 or float64, got {layer.S.dtype}: call model.float(), "
+                "and let torch.autocast do the rest"
+            )
+    return names
+
+
+def _low_rank_group(defaults: dict[str, Any], update: str, update_lr: float | None) -> dict[str, Any]:
+    """The settings for low-rank weights, from those of the torch class; ValueError where they have no law."""
+    if defaults.get("dampening") or defaults.get("amsgrad"):
+        raise ValueError("dampening and amsgrad have no low-rank form here: leave them out")
+    share = MUON_LR if update == "muon" else 1.0
+    if update_lr is not None:
+        share = update_lr / defaults["lr"]
+    decoupled = update == "muon" or defaults.get("decoupled_weight_decay", False)
+    betas = {} if "momentum" in defaults else {"betas": defaults["betas"]}
+    if update == "adam" and not betas:
+        raise ValueError('update="adam" takes its betas from torch.optim.Adam or AdamW: use one of them')
+    common = {"nesterov": False, "maximize": False, "weight_decay": 0.0}
+    common |= {name: defaults[name] for name in common if name in defaults}
+    return {"update": update, "update_share": share, "decoupled": decoupled, **common, **betas}
+
+
+def _budget(
+    model: nn.Module, layers: list[LowRankLayer], compression: float, ramp: int, min_rank: int
+) -> dict[str, Any]:
+    """From how many parameters of low-rank layers to how many, over how many steps."""
+    cost, shapes = cost_of(model), [layer.shape for layer in layers]
+    start = sum(parameters(layer.rank, shape) for layer, shape in zip(layers, shapes, strict=True))
+    least = sum(parameters(min(min_rank, *shape), shape) for shape in shapes)
+    others = cost.evaluation_parameters - start
+    end = budget_for(compression, cost.dense_parameters, others, least)
+    return {"budget_start": start, "budget_end": min(start, end), "ramp": ramp}
+
+
+def _check(
+    update: str,
+    integrator: str,
+    s_steps: int,
+    tau: float,
+    min_rank: int,
+    max_rank: int | str | None,
+    compression: float | None,
+    ramp: int | None,
+    allot_every: int,
+) -> None:
+    """ValueError for an impossible option."""
+    if update not in RULES:
+        known = ", ".join(RULES)
+        raise ValueError(f"update must be one of {known} (SGD, Adam and AdamW have their own), got {update!r}")
+    if integrator not in INTEGRATORS:
+        raise ValueError(f"integrator must be one of {', '.join(INTEGRATORS)}, got {integrator!r}")
+    if integrator == "bug" and (update != "sgd" or compression is not None):
+        raise ValueError('integrator="bug" keeps ranks and steps by update="sgd": take another for the rest')
+    if not isinstance(s_steps, int) or s_steps < 1 or (s_steps > 1 and integrator != "parallel"):
+        raise ValueError(f's_steps must be a whole number from 1 on, and 1 unless "parallel", got {s_steps!r}')
+    check_tolerance(tau)
+    if isinstance(max_rank, str) and max_rank != "initial":
+        raise ValueError(f'max_rank must be a whole number, "initial" or None, got {max_rank!r}')
+    check_rank_bounds(min_rank, None if max_rank == "initial" else max_rank)
+    check_compression(compression)
+    if (compression is None) != (ramp is None) or (ramp is not None and ramp < 0) or allot_every < 1:
+        raise ValueError(
+            "compression and ramp, the number of steps over which the budget falls, come together, and "
+            f"allot_every must be at least 1, got {compression}, {ramp} and {allot_every}"
         )

@@ -1,4 +1,4 @@
-"""ResNet20 for CIFAR with parameter-free shortcuts: 269,722 parameters. He et al. 2016, option A."""
+"""ResNets for CIFAR with parameter-free shortcuts. He et al. 2016, option A."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,28 +27,45 @@ class Block(nn.Module):
         return self.relu(self.bn2(self.conv2(x)) + shortcut)
 
 
-class ResNet20(nn.Module):
-    """Three stages of three blocks with 16, 32 and 64 channels; shape is (channels, height, width)."""
+class ResNet(nn.Module):
+    """Three stages of so many blocks each, with c, 2c and 4c channels; shape is (channels, height, width)."""
 
-    def __init__(self, shape: tuple[int, int, int] = (3, 32, 32), classes: int = 10) -> None:
+    def __init__(self, blocks: int, shape: tuple[int, int, int], classes: int, channels: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(shape[0], 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
+        self.conv1 = nn.Conv2d(shape[0], channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
-        self.layer1 = self._stage(16, 16, stride=1)
-        self.layer2 = self._stage(16, 32, stride=2)
-        self.layer3 = self._stage(32, 64, stride=2)
-        self.linear = nn.Linear(64, classes)
+        self.layer1 = self._stage(blocks, channels, channels, stride=1)
+        self.layer2 = self._stage(blocks, channels, 2 * channels, stride=2)
+        self.layer3 = self._stage(blocks, 2 * channels, 4 * channels, stride=2)
+        self.linear = nn.Linear(4 * channels, classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
 
-    def _stage(self, before: int, channels: int, stride: int) -> nn.Sequential:
-        return nn.Sequential(
-            Block(before, channels, stride), Block(channels, channels, 1), Block(channels, channels, 1)
-        )
+    def _stage(self, blocks: int, before: int, channels: int, stride: int) -> nn.Sequential:
+        rest = (Block(channels, channels, 1) for _ in range(blocks - 1))
+        return nn.Sequential(Block(before, channels, stride), *rest)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(x.mean((2, 3)))
+
+
+class ResNet8(ResNet):
+    """A block a stage: 75,290 weights."""
+
+    def __init__(
+        self, shape: tuple[int, int, int] = (3, 32, 32), classes: int = 10, channels: int = 16
+    ) -> None:
+        super().__init__(1, shape, classes, channels)
+
+
+class ResNet20(ResNet):
+    """Three blocks a stage: 269,722 parameters."""
+
+    def __init__(
+        self, shape: tuple[int, int, int] = (3, 32, 32), classes: int = 10, channels: int = 16
+    ) -> None:
+        super().__init__(3, shape, classes, channels)
