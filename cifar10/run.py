@@ -16,9 +16,9 @@ HERE = Path(__file__).parent
 NETWORKS = ("resnet20", "alexnet", "vgg16")
 GENTLE = {"lr": 0.02}  # more would first undo what dense weights have learned
 # what is cut at once has all epochs to heal
-COMPRESSING = {"spatial": True, "tau": 0.03, "tau_warmup": 0, "max_rank": "initial"}
+COMPRESSING = {"ramp": 0.0, "spatial": True, "tau": 0.03, "tau_warmup": 0, "max_rank": "initial"}
 # as matrices (out, in * height * width) kernels lose much at once, and a larger step is the better one then
-MATRICES = {"spatial": False, "lr": 0.05, "tau": 0.1, "tau_warmup": 0, "max_rank": "initial"}
+MATRICES = {"ramp": 0.0, "spatial": False, "lr": 0.05, "tau": 0.1, "tau_warmup": 0, "max_rank": "initial"}
 
 
 def twins(name: str, options: dict, low_rank: dict[str, dict]) -> list[grid.Plan]:

@@ -1,6 +1,7 @@
 """Dynamical low-rank training: PyTorch networks whose every weight lives as W = U S Vᵀ with adaptive rank."""
 
 from dlrt import fields, integrators
+from dlrt.averaging import average
 from dlrt.convert import load_factors, to_dense, to_low_rank
 from dlrt.convolutions import LowRankConv2d, SpatialLowRankConv2d
 from dlrt.costs import Compression, compression, singular_values
@@ -17,6 +18,7 @@ __all__ = [
     "LowRankLayer",
     "LowRankLinear",
     "SpatialLowRankConv2d",
+    "average",
     "compression",
     "export",
     "fields",

@@ -12,6 +12,7 @@ import torch
 
 from dlrt.datasets import DATASETS
 from dlrt.optimizer import INTEGRATORS
+from dlrt.velocity import RULES
 from dlrt.training import AMP
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,7 +20,7 @@ DATA_DIR = Path(os.environ.get("DLRT_DATA", ROOT / "data"))
 DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 SCHEDULES = ("constant", "cosine", "plateau")
-S_STEPS = 10
+RAMP = 0.6
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,6 +72,14 @@ def rank(text: str) -> int | float:
     except (ValueError, argparse.ArgumentTypeError) as error:
         told = f"must be a whole number from 1 on, or a share with a point in (0, 1], got {text}"
         raise argparse.ArgumentTypeError(told) from error
+
+
+def percent(text: str) -> float:
+    """An argparse type: a compression in %."""
+    value = number(float, "(0, 100)")(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"is a percentage, got {text}: {100 * value:g} for that fraction")
+    return value
 
 
 def folder_name(text: str) -> str:
@@ -155,14 +164,22 @@ def _add_place_flags(parser: Parser) -> None:
 
 def _add_low_rank_flags(parser: Parser) -> None:
     add = parser.add_argument
-    add("--tau", "--theta", type=TOLERANCE, default=0.1, help="relative truncation tolerance")
+    tolerance = "relative truncation tolerance; by default 0 with --compression"
+    add("--tau", "--theta", type=TOLERANCE, default=0.1, help=tolerance)
     warmup = "over which the tolerance rises from 0 to tau; by default half of all"
     add("--tau-warmup", type=number(float, "[0, inf)"), metavar="EPOCHS", help=warmup)
-    add("--integrator", choices=INTEGRATORS, default="augmented", help="bug keeps the rank")
-    start = parser.add_mutually_exclusive_group().add_argument
-    start("--rank", type=rank, default=0.5, help="to begin with: 20 is a rank, 0.5 a share of the full rank")
-    budget = "at least, to begin with: instead of --rank, a rank for each layer by what the loss needs of it"
-    start("--compression", type=number(float, "(0, 100)"), metavar="PERCENT", help=budget)
+    two = "augmented and bug take two passes a step, and bug keeps the rank"
+    add("--integrator", choices=INTEGRATORS, default="parallel", help=two)
+    rule = "how low-rank weights step; by default as the optimizer"
+    add("--update", choices=RULES, help=rule)
+    update_lr = "step size of low-rank weights; by default lr, and 0.3 lr with muon"
+    add("--update-lr", type=POSITIVE, help=update_lr)
+    start = "to begin with: 20 is a rank, 0.5 a share of the full rank; by default 0.5, full with --compression"
+    add("--rank", type=rank, help=start)
+    budget = "of the whole network at the end, instead of --tau: a budget that layers compete for"
+    add("--compression", type=percent, metavar="PERCENT", help=budget)
+    falls = "share of --epochs over which the budget falls; 0 cuts --from-checkpoint at the start"
+    add("--ramp", type=number(float, "[0, 1]"), help=f"{falls}; by default {RAMP:g}")
     needed = "what is kept of --from-checkpoint: what the loss needs, or what is largest in the weights"
     add("--cut-by", choices=("loss", "weights"), default="loss", help=needed)
     add("--skip", nargs="*", default=[], metavar="LAYER", help="layers that stay dense")
@@ -170,8 +187,7 @@ def _add_low_rank_flags(parser: Parser) -> None:
     across += "full rank has as many parameters as the kernel: take --compression, or --rank 0.2"
     add("--spatial", action=argparse.BooleanOptionalAction, default=False, help=across)
     add("--min-rank", type=NATURAL, default=2, help="of every layer that --max-rank lets have it")
-    s_steps = f"steps of S in each move of the bases; by default {S_STEPS}, and 1 where the integrator is bug"
-    add("--s-steps", type=NATURAL, help=s_steps)
+    add("--s-steps", type=NATURAL, default=1, help="steps of S for each basis update")
     largest = "of every layer, or initial: what it begins with; by default only its size limits it"
     add("--max-rank", type=max_rank, metavar="{RANK,initial}", help=largest)
     add("--finetune-epochs", type=COUNT, default=0, help="afterwards, of S and the rest, bases frozen")
@@ -212,20 +228,39 @@ def parse(parser: Parser, arguments: Sequence[str] | None = None) -> argparse.Na
     low_rank = hasattr(args, "tau")
     if low_rank and isinstance(args.max_rank, int) and args.max_rank < args.min_rank:
         parser.error(f"--max-rank must be at least --min-rank, got {args.max_rank} < {args.min_rank}")
-    if low_rank and args.s_steps is None:
-        args.s_steps = 1 if args.integrator == "bug" else S_STEPS
-    if low_rank and args.s_steps > 1 and args.integrator == "bug":
-        parser.error(f"--s-steps must be 1 with --integrator bug, got {args.s_steps}")
+    if low_rank and args.s_steps > 1 and args.integrator != "parallel":
+        parser.error(f"--s-steps must be 1 with --integrator {args.integrator}, got {args.s_steps}")
     if low_rank and args.tau_warmup is None:
         args.tau_warmup = args.epochs / 2
     if low_rank and args.tau_warmup > args.epochs:
         parser.error(f"--tau-warmup must be at most --epochs, got {args.tau_warmup:g} > {args.epochs}")
-    if low_rank and args.compression:
-        args.rank = None
-    if low_rank and args.compression and not args.from_checkpoint:
-        parser.error("--compression must come with --from-checkpoint: random weights have nothing to keep")
+    if low_rank:
+        _settle_budget(parser, args)
     if low_rank and args.cut_by == "weights" and not args.from_checkpoint:
         parser.error("--cut-by must come with --from-checkpoint: random weights have nothing to keep")
-    if low_rank and args.integrator == "bug" and args.amp == "float16":
-        parser.error("--integrator bug takes two gradients a step, a loss scale one: take --amp bfloat16")
+    if low_rank and args.integrator != "parallel" and args.amp == "float16":
+        parser.error(
+            f"--integrator {args.integrator} takes two gradients a step, a loss scale one: take --amp bfloat16"
+        )
     return args
+
+
+def _settle_budget(parser: Parser, args: argparse.Namespace) -> None:
+    """Give the flags of a budget the values that depend on one another; end with 2 where they contradict."""
+    if not args.compression:
+        if args.ramp is not None:
+            parser.error("--ramp must come with --compression: it is the budget's")
+        args.rank = 0.5 if args.rank is None else args.rank
+        return
+    if args.integrator == "bug":
+        parser.error("--compression changes ranks, and --integrator bug keeps them: take another")
+    cuts = args.ramp == 0
+    args.ramp = RAMP if args.ramp is None else args.ramp
+    if cuts and not args.from_checkpoint:
+        parser.error("--ramp 0 must come with --from-checkpoint: random weights have nothing to keep")
+    if cuts and args.rank is not None:
+        parser.error("--ramp 0 cuts to ranks of its own: leave --rank out")
+    if not cuts and args.rank is None:
+        args.rank = 1.0
+    if not cuts and args.tau == parser.get_default("tau"):
+        args.tau, args.tau_warmup = 0.0, 0.0

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from dlrt.convolutions import LowRankConv2d, SpatialLowRankConv2d
 from dlrt.costs import compression as cost_of
-from dlrt.curvature import kronecker_factors, ranks_within, terms
+from dlrt.curvature import Terms, kronecker_factors, terms
 from dlrt.layers import LowRankLayer, LowRankLinear
 from dlrt.lowrank import check_tolerance, rank_within
+from dlrt.ranks import allot, budget_for, check_compression, parameters
 
 LOW_RANK_TYPES = {nn.Linear: LowRankLinear, nn.Conv2d: LowRankConv2d}
 OTHER_KINDS = {
@@ -37,9 +38,9 @@ def to_low_rank(
     A model that is itself such a layer is left as it is, and what is given back is for its place.
     rank is an int (in a layer too small for it, that layer's full rank), a share in (0, 1] of each layer's
     full rank, or None for the full rank; tau drops singular values up to that share of each weight's norm.
-    Instead of both, compression is the evaluation compression in % that the model has at least: the singular
-    values of all layers, squared and each as a share of its layer's, are kept in the order of their worth per
-    parameter. With inputs, a batch (N, ...) for a classifier, the SVD is that of √G W √A, see
+    Instead of both, compression is the evaluation compression, a fraction, that the model has at least: the
+    singular values of all layers, squared and each as a share of its layer's, compete for the parameters, see
+    `dlrt.ranks`; a layer that is worth its whole weight stays dense. With inputs, a batch (N, ...) for a classifier, the SVD is that of √G W √A, see
     `dlrt.curvature`, which keeps what the loss needs: a trained network loses much less accuracy. It takes
     n x n matrices of float64 for every layer with n inputs.
     A kernel is a matrix (out_channels, in_channels * height * width), or with spatial the matrix
@@ -115,11 +116,9 @@ def _check(
             f"rank must be an int of at least 1, a share in (0, 1] as a float, or None, got {rank!r}"
         )
     check_tolerance(tau)
-    if compression is not None and not (0 < compression < 100 and rank is None and tau is None):
-        raise ValueError(
-            "compression must lie in (0, 100), in %, and come without rank and tau, "
-            f"got {compression!r} with rank {rank!r} and tau {tau!r}"
-        )
+    check_compression(compression)
+    if compression is not None and (rank is not None or tau is not None):
+        raise ValueError(f"compression must come without rank and tau, got rank {rank!r} and tau {tau!r}")
 
 
 def _rank(W: Tensor, rank: int | float | None) -> int:
@@ -152,13 +151,15 @@ def _cut(
     ranks = [_rank(W, rank) for W in weights]
     if inputs is None and compression is None:
         return [kind.from_dense(layer, r, tau) for kind, layer, r in zip(kinds, layers, ranks, strict=True)]
-    budget = None if compression is None else _budget(model, weights, compression)
     factors = {} if inputs is None else kronecker_factors(model, layers, inputs, spatial)
     parts = [terms(W, factors.get(layer)) for W, layer in zip(weights, layers, strict=True)]
-    if budget is not None:
-        ranks = ranks_within(budget, parts)
+    if compression is not None:
+        ranks = _ranks_for(model, weights, parts, compression)
     made = []
     for kind, layer, part, r in zip(kinds, layers, parts, ranks, strict=True):
+        if r is None:
+            made.append(layer)
+            continue
         within = r if tau is None else max(1, rank_within(part.sigma, tau))
         low_rank = kind.in_place_of(layer)
         low_rank.factors = part.matrix(min(r, within), layer.weight.dtype)
@@ -166,19 +167,18 @@ def _cut(
     return made
 
 
-def _budget(model: nn.Module, weights: list[Tensor], compression: float) -> int:
-    """How many parameters the layers of these weights may have; ValueError where ranks of 1 have more."""
-    cost = cost_of(model)
+def _ranks_for(
+    model: nn.Module, weights: list[Tensor], parts: list[Terms], compression: float
+) -> list[int | None]:
+    """Ranks for a budget of parameters, None for a layer whose factors would cost as much as its weight."""
+    cost, shapes = cost_of(model), [tuple(W.shape) for W in weights]
     others = cost.evaluation_parameters - sum(W.numel() for W in weights)
-    budget = math.floor((1 - compression / 100) * cost.dense_parameters) - others
-    least = sum(sum(W.shape) for W in weights)
-    if least > budget:
-        most = 100 * (1 - (others + least) / cost.dense_parameters)
-        raise ValueError(
-            f"compression must be at most {math.floor(100 * most) / 100} here, at ranks of 1 and with the "
-            f"layers that stay dense, got {compression}: ask for less, or skip fewer layers"
-        )
-    return budget
+    least = sum(parameters(1, shape) for shape in shapes)
+    budget = budget_for(compression, cost.dense_parameters, others, least)
+    ranks = allot(budget, [part.sigma.square().tolist() for part in parts], shapes)
+    return [
+        None if r * sum(shape) >= shape[0] * shape[1] else r for r, shape in zip(ranks, shapes, strict=True)
+    ]
 
 
 def to_dense(model: nn.Module) -> nn.Module:

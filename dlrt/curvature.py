@@ -1,4 +1,4 @@
-"""What of its weights a trained classifier needs: cuts that raise the loss least, and ranks for a budget.
+"""What of its weights a trained classifier needs: cuts that raise the loss least.
 
 To second order a change D of a weight W (m, n) raises the loss by about a multiple of ‖√G D √A‖². G and A are
 the Kronecker factors of the Fisher information: second moments of the gradient for the layer's outputs and of
@@ -7,7 +7,7 @@ its inputs (Martens & Grosse 2015; for convolutions Grosse & Martens 2016). With
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -117,16 +117,6 @@ class Terms:
     right: Tensor
     sigma: Tensor
 
-    @property
-    def parameters_per_rank(self) -> int:
-        """m + n."""
-        return len(self.left) + len(self.right)
-
-    @property
-    def largest_rank(self) -> int:
-        """With more the factors have more parameters than W, if W is not all that thin."""
-        return max(1, len(self.left) * len(self.right) // self.parameters_per_rank)
-
     def matrix(self, rank: int, dtype: torch.dtype) -> LowRank:
         """The first terms, as U S Vᵀ."""
         U, R = torch.linalg.qr(self.left[:, :rank])
@@ -158,23 +148,3 @@ def _roots(C: Tensor) -> tuple[Tensor, Tensor]:
         return torch.eye(len(C)).to(C), torch.eye(len(C)).to(C)
     roots = (values.clamp(min=0) + DAMPING * values[-1]).sqrt()
     return (vectors * roots) @ vectors.mT, (vectors / roots) @ vectors.mT
-
-
-def ranks_within(budget: int, parts: Sequence[Terms]) -> list[int]:
-    """Ranks of at least 1 that have at most so many parameters in all.
-
-    Greedy, as for a knapsack: terms are taken in the order of what they are worth per parameter, each if it
-    still fits. A budget below that of ranks of 1 is the caller's mistake.
-    """
-    worth = [
-        (share / part.parameters_per_rank, number)
-        for number, part in enumerate(parts)
-        for share in part.sigma[1 : part.largest_rank].square().tolist()
-    ]
-    ranks = [1] * len(parts)
-    left = budget - sum(part.parameters_per_rank for part in parts)
-    for _, number in sorted(worth, reverse=True):
-        if parts[number].parameters_per_rank <= left:
-            left -= parts[number].parameters_per_rank
-            ranks[number] += 1
-    return ranks

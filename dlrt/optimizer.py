@@ -188,10 +188,10 @@ class DLRT(torch.optim.Optimizer):
             for layer in layers:
                 Y, past = layer.factors, self._past(layer)
                 _, N = self._accelerate(layer, self._gradient(layer), keep=False)
-                fixed = self.integrator == "bug"
-                Y1 = update_bases(Y, N.MV, N.MU, -self._step_size(layer)) if fixed else augment(Y, N.MV, N.MU)
-                turn_squares(self.state[layer.S], Y.U.mT @ Y1.U, Y.V.mT @ Y1.V)
-                self._set(layer, Y1, past)
+                if self.integrator == "bug":
+                    self._set(layer, update_bases(Y, N.MV, N.MU, -self._step_size(layer)), past)
+                else:
+                    self._rest(layer, augment(Y, N.MV, N.MU), past)
 
     def _gradient(self, layer: LowRankLayer) -> Tangent:
         """∇_W L with weight decay, by what the backward pass has left in .grad; no products where bases rest."""

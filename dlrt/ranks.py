@@ -75,7 +75,8 @@ def allot(
     improved = True
     while improved:
         improved = False
-        for i, rank in enumerate(ranks):
+        for i in range(len(ranks)):
+            rank = ranks[i]
             last = _block_start(i, rank, cost)
             if last < min(min_rank, len(worths[i])):
                 continue

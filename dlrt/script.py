@@ -92,7 +92,8 @@ def _train(
     dataset = distributed.first_before_others(lambda: load(args.dataset, args.data_dir, args.seed))
     dataset = dataset.to(args.device)
     model = _begin(args, network, settings, dataset, run)
-    optimizer, recipe = make_optimizer(model, args), make_recipe(args)
+    recipe = make_recipe(args)
+    optimizer = make_optimizer(model, args, dataset.train.steps(args.batch_size))
     scheduler = make_scheduler(optimizer, args.schedule, recipe.epochs + recipe.finetune_epochs)
     about = {
         "network": network.__name__,
@@ -139,12 +140,14 @@ def _begin(
 def _low_rank(model: nn.Module, args: argparse.Namespace, dataset: Dataset, run: Run) -> nn.Module:
     """The network at the ranks that the flags say; one that goes on takes those of its checkpoint anyway."""
     if run.checkpoint.exists():
-        return to_low_rank(model, rank=args.rank or 1, skip=args.skip, spatial=args.spatial)
+        return _resumed(model, args, run)
     by_loss = args.from_checkpoint and args.cut_by == "loss"
     inputs = dataset.train.images[:CALIBRATION_IMAGES].cpu() if by_loss else None
-    cut = {"rank": args.rank, "compression": args.compression, "inputs": inputs}
+    compression = args.compression / 100 if args.compression and not args.ramp else None
     try:
-        model = to_low_rank(model, skip=args.skip, spatial=args.spatial, **cut)
+        model = to_low_rank(
+            model, args.rank, skip=args.skip, inputs=inputs, compression=compression, spatial=args.spatial
+        )
     except ValueError as error:
         raise RunError(f"--{error}") from error
     if args.spatial and not any(isinstance(module, SpatialLowRankConv2d) for module in model.modules()):
@@ -154,10 +157,21 @@ def _low_rank(model: nn.Module, args: argparse.Namespace, dataset: Dataset, run:
     return model
 
 
+def _resumed(model: nn.Module, args: argparse.Namespace, run: Run) -> nn.Module:
+    """The network with the layers low-rank that are so in the run's checkpoint; their ranks follow."""
+    weights = run.load()["model"]
+    dense = [name for name, _ in model.named_modules() if f"{name}.weight" in weights]
+    return to_low_rank(model, args.rank or 1, skip=[*args.skip, *dense], spatial=args.spatial)
+
+
 def _name(args: argparse.Namespace, settings: dict[str, Any]) -> str:
     """What a run's folder is called where nobody says."""
     prefix = "".join(f"{key}{value}_" for key, value in settings.items())
-    return f"{prefix}{f'tau{args.tau}' if hasattr(args, 'tau') else 'dense'}_seed{args.seed}"
+    if not hasattr(args, "tau"):
+        kind = "dense"
+    else:
+        kind = f"compression{args.compression:g}" if args.compression and args.ramp else f"tau{args.tau}"
+    return f"{prefix}{kind}_seed{args.seed}"
 
 
 def _result(metrics: pd.DataFrame, accuracy: float, folder: Path) -> str:
@@ -200,8 +214,8 @@ def _take_weights(model: nn.Module, path: Path, run: Run) -> str:
     return f"{path.name} {zlib.crc32(repr(sums).encode()):08x}"
 
 
-def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """The optimizer that the flags describe: DLRT around it for a low-rank run."""
+def make_optimizer(model: nn.Module, args: argparse.Namespace, steps: int) -> torch.optim.Optimizer:
+    """The optimizer that the flags describe, for so many steps an epoch: a DLRT for a low-rank run."""
     inner = {"lr": args.lr, "weight_decay": args.weight_decay}
     if args.optimizer == "sgd":
         inner["momentum"] = args.momentum
@@ -210,8 +224,14 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Op
     kind = OPTIMIZERS[args.optimizer]
     if not hasattr(args, "tau"):
         return kind(model.parameters(), **inner)
-    ranks = {"min_rank": args.min_rank, "max_rank": args.max_rank, "s_steps": args.s_steps}
-    return DLRT(model, kind, tau=args.tau, integrator=args.integrator, **ranks, **inner)
+    ranks = {"min_rank": args.min_rank, "max_rank": args.max_rank, "s_steps": args.s_steps, "tau": args.tau}
+    rule = {"integrator": args.integrator, "update": args.update, "update_lr": args.update_lr}
+    if args.compression and args.ramp:
+        ranks |= {"compression": args.compression / 100, "ramp": round(args.ramp * args.epochs * steps)}
+    try:
+        return DLRT(model, kind, **ranks, **rule, **inner)
+    except ValueError as error:
+        raise RunError(f"--{error}") from error
 
 
 def make_recipe(args: argparse.Namespace) -> Recipe:

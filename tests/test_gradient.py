@@ -1,179 +1,183 @@
-"""The recorded operator G is the dense gradient, for every geometry, and records no more than it should."""
+"""K-, L- and S-gradient are the ordinary .grad of U, V and S, for every geometry and under all that PyTorch does."""
+
+import copy
 
 import pytest
 import torch
 import torch.utils.checkpoint
-from test_layers import low_rank, low_rank_pairs
+from test_layers import low_rank_pairs
 from torch import nn
+from torch.func import functional_call, grad, vmap
 
 import dlrt
-from dlrt import LowRankConv2d, LowRankLinear
-from dlrt.gradient import Gradient
+from dlrt import LowRankConv2d, LowRankLinear, SpatialLowRankConv2d
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 
 def close(A, B):
-    return (A - B).norm() <= 1e-10 * B.norm()
+    return (A - B).norm() <= 1e-10 * B.norm() + 1e-300
 
 
-def check_operator(G, layer, dense_gradient, name):
-    for V in (layer.V, torch.randn(layer.V.shape[0], 3)):
-        assert close(G @ V, dense_gradient @ V), name
-    for U in (layer.U, torch.randn(layer.U.shape[0], 3)):
-        assert close(G.T @ U, dense_gradient.mT @ U), name
+def owned(layer):
+    """A layer as it is in the hands of a DLRT."""
+    layer.trains_bases = True
+    return layer
 
 
-@pytest.mark.parametrize("rank", [1, None])
-def test_products_with_the_operator_are_those_with_the_dense_gradient(rank):
-    formed = set()
+def products_of(layer, G):
+    return {"U": G @ layer.V, "S": layer.U.mT @ G @ layer.V, "V": G.mT @ layer.U}
+
+
+@pytest.mark.parametrize("rank", [1, 2, None])
+def test_gradients_of_the_factors_are_the_products_with_the_dense_gradient(rank):
     for name, _, layer, x in low_rank_pairs(rank):
         dense = layer.to_dense()
-        G = Gradient(layer, keep_samples=True)
+        owned(layer).zero_grad()
         x1, x2 = (x.clone().requires_grad_() for _ in range(2))
         layer(x1).sin().sum().backward()
         dense(x2).sin().sum().backward()
-        W_grad = layer.as_matrix(dense.weight.grad)
-        check_operator(G, layer, W_grad, name)
+        for factor, expected in products_of(layer, layer.as_matrix(dense.weight.grad)).items():
+            assert close(getattr(layer, factor).grad, expected), (name, factor)
         assert close(x1.grad, x2.grad), name
-        assert close(layer.S.grad, layer.U.mT @ W_grad @ layer.V), name
         assert layer.bias is None or close(layer.bias.grad, dense.bias.grad), name
-        formed.add(G.dense is not None)  # some convolutions form G itself
-    assert formed == {False, True} or rank == 1
 
 
-def test_several_backward_passes_before_a_step_add_up():
-    for dense, xs in (
-        (nn.Linear(7, 5), (torch.randn(4, 7), torch.randn(2, 3, 7))),
-        (nn.Conv2d(3, 5, 3), (torch.randn(2, 3, 9, 8), torch.randn(1, 3, 4, 4))),
-    ):
-        layer = low_rank(dense, 2)
-        dense = layer.to_dense()
-        G = Gradient(layer, keep_samples=True)
-        for x in xs:
-            layer(x).sin().sum().backward()
-            dense(x).sin().sum().backward()
-        check_operator(G, layer, dense.weight.grad.flatten(1), "accumulated")
+def test_without_an_optimizer_bases_have_no_gradient_whatever_requires_one():
+    for _, _, layer, x in low_rank_pairs(2):
+        layer.requires_grad_(True)
+        layer(x).sin().sum().backward()
+        assert layer.U.grad is None
+        assert layer.V.grad is None
+        assert layer.S.grad is not None
 
 
-def test_a_layer_used_twice_in_one_pass_records_both_uses():
-    dense = nn.Linear(5, 5)
-    layer = low_rank(dense, 2)
-    dense = layer.to_dense()
-    G = Gradient(layer, keep_samples=True)
-    x = torch.randn(3, 5)
-    layer(layer(x).tanh()).sin().sum().backward()
-    dense(dense(x).tanh()).sin().sum().backward()
-    check_operator(G, layer, dense.weight.grad, "twice")
+def test_a_copy_of_a_trained_layer_belongs_to_nobody():
+    layer = owned(LowRankLinear(6, 5, 2))
+    other = copy.deepcopy(layer)
+    other(torch.randn(3, 6)).sum().backward()
+    assert other.U.grad is None
 
 
-def test_the_columns_of_a_small_batch_span_what_the_operator_reaches():
-    layer = LowRankLinear(9, 8, 6)
-    G = Gradient(layer, keep_samples=True)
-    layer(torch.randn(3, 9)).sin().sum().backward()
-    for operator, X in ((G, layer.V), (G.T, layer.U)):
-        Q = torch.linalg.qr(operator.columns).Q
-        assert Q.shape[1] == 3
-        assert close(Q @ (Q.mT @ (operator @ X)), operator @ X)
-    layer(torch.randn(3, 9)).sin().sum().backward()
-    assert G.columns is None  # two batches
+def test_train_and_eval_mode_give_the_same_gradients():
+    for name, _, layer, x in low_rank_pairs(2):
+        owned(layer)
+        found = []
+        for mode in (True, False):
+            layer.zero_grad()
+            layer.train(mode)(x).sin().sum().backward()
+            found.append([p.grad.clone() for p in layer.parameters()])
+        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True)), name
 
 
-@pytest.mark.parametrize("by_model", [False, True])
-def test_resetting_the_gradients_resets_the_records(by_model):
-    model = nn.Sequential(LowRankLinear(6, 4, 2), nn.Tanh(), nn.Linear(4, 1))
-    optimizer = dlrt.DLRT(model, torch.optim.SGD, lr=0.1)
-    x, y = torch.randn(5, 6), torch.randn(5, 6)
-    model(x).sum().backward()
-    (model if by_model else optimizer).zero_grad()
-    model(y).sum().backward()
-    layer, G = model[0], model[0].gradient
-    assert len(G.samples) == 1
-    assert torch.equal(G.samples[0][0], y)
-    assert close(layer.S.grad, layer.U.mT @ (G @ layer.V))
+@pytest.mark.parametrize("rank", [2, None])
+def test_the_output_has_the_memory_format_of_the_input(rank):
+    for name, _, layer, x in low_rank_pairs(rank):
+        if x.dim() != 4:
+            continue
+        for mode in (True, False):
+            owned(layer).train(mode)
+            y = layer(x)
+            y.view(len(y), -1)
+            y = layer(x.contiguous(memory_format=torch.channels_last))
+            assert y.is_contiguous(memory_format=torch.channels_last), name
 
 
-def test_eval_mode_and_no_grad_leave_no_records():
-    model = nn.Sequential(LowRankConv2d(1, 4, 3, rank=2), nn.Flatten(), LowRankLinear(4 * 36, 3, 2))
-    dlrt.DLRT(model, torch.optim.SGD, lr=0.1)
-    x = torch.randn(2, 1, 8, 8)
-    with torch.no_grad():
-        model(x)
-    model.eval()(x).sum().backward()
-    assert all(layer.gradient.empty and not layer.gradient.samples for layer in (model[0], model[2]))
+def test_the_dense_weight_of_a_trained_layer_gives_the_same_gradients_as_its_map():
+    """For modules that use a layer's weight without calling it."""
+    layer, x = owned(LowRankLinear(7, 5, 2)), torch.randn(4, 7)
+    layer(x).sin().sum().backward()
+    expected = [p.grad for p in (layer.U, layer.S, layer.V)]
+    layer.zero_grad()
+    nn.functional.linear(x, layer.weight, layer.bias).sin().sum().backward()
+    for factor, other in zip((layer.U, layer.S, layer.V), expected, strict=True):
+        assert close(factor.grad, other)
 
 
-def test_only_the_augmented_integrator_keeps_samples():
-    for integrator, kept in (("augmented", 1), ("parallel", 0), ("bug", 0)):
-        model = nn.Sequential(LowRankLinear(6, 4, 2))
-        dlrt.DLRT(model, torch.optim.SGD, lr=0.1, integrator=integrator)
-        model(torch.randn(5, 6)).sum().backward()
-        assert len(model[0].gradient.samples) == kept
-        assert not model[0].gradient.empty
+def test_in_place_activations_work_and_an_overwritten_input_is_autograds_error():
+    for name, _, layer, x in low_rank_pairs(2):
+        torch.relu_(owned(layer)(x)).sum().backward()
+        if x.dim() == 2:
+            buffer = x.clone()
+            y = layer(buffer).sin().sum()
+            buffer.zero_()
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                y.backward()
+            assert name
 
 
-def test_recorded_and_plain_passes_agree_and_in_place_activations_are_fine():
-    for name, _, layer, x in low_rank_pairs(3):
-        plain = torch.relu_(layer(x))
-        Gradient(layer, keep_samples=True)
-        recorded = torch.relu_(layer(x))
-        assert torch.equal(plain, recorded), name
-        recorded.sum().backward()
+def test_a_step_between_forward_and_backward_pass_is_autograds_error():
+    model = nn.Sequential(LowRankLinear(6, 4, 2))
+    optimizer = dlrt.DLRT(model, torch.optim.SGD, lr=0.1, tau=0.0, max_rank=2)
+    x = torch.randn(5, 6)
+    late = model(x).sin().sum()
+    model(x).sin().sum().backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        late.backward()
 
 
-def test_scale_is_what_happened_to_the_gradient_after_the_backward_pass():
-    layer = LowRankLinear(6, 4, 2)
-    G = Gradient(layer, keep_samples=True)
-    (layer(torch.randn(5, 6)).sum() + layer.S.square().sum()).backward()  # a penalty is no change of scale
-    assert G.scale == 1
-    layer.S.grad.mul_(0.25)
-    assert torch.isclose(G.scale, torch.tensor(0.25))
-    layer.S.grad = None
-    layer(torch.zeros(5, 6)).sum().backward()
-    assert G.scale == 1
+def test_activation_checkpointing_and_compilation_change_nothing():
+    model = nn.Sequential(
+        LowRankConv2d(2, 6, 3, rank=2), nn.Tanh(), SpatialLowRankConv2d(6, 5, 3, rank=3), nn.Flatten(),
+        LowRankLinear(80, 3, 2),
+    )  # fmt: skip
+    for module in model.modules():
+        if isinstance(module, dlrt.LowRankLayer):
+            owned(module)
+    x, found = torch.randn(2, 2, 8, 8), []
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    ways = (
+        model,
+        compiled,
+        lambda x: torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False),
+    )
+    for forward in ways:
+        model.zero_grad()
+        forward(x).sin().sum().backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    for other in found[1:]:
+        assert all(close(one, two) for one, two in zip(other, found[0], strict=True))
 
 
-def test_a_tiny_gradient_has_a_scale_too():
-    layer = LowRankLinear(6, 4, 2).float()
-    G = Gradient(layer, keep_samples=True)
-    (1e-25 * layer(torch.randn(5, 6).float()).sum()).backward()
-    assert torch.isclose(G.scale, torch.tensor(1.0, dtype=torch.float32))
+def test_functional_calls_with_other_factors_and_gradients_for_each_sample():
+    for kind, x in ((LowRankLinear(6, 5, 2), torch.randn(4, 6)), (LowRankConv2d(2, 9, 3, rank=2), torch.randn(4, 2, 5, 5))):
+        layer = owned(kind)
+        factors = {name: p.detach().clone() for name, p in layer.named_parameters()}
+        U, V = (torch.linalg.qr(torch.randn(len(factors[name]), 3)).Q for name in "UV")
+        factors |= {"U": U, "S": torch.randn(3, 3), "V": V}  # of another rank
+
+        def loss(factors, x, layer=layer):
+            return functional_call(layer, factors, x).sin().sum()
+
+        each = vmap(grad(loss), (None, 0))(factors, x[:, None])
+        total = grad(loss)(factors, x)
+        other = copy.deepcopy(layer)
+        other.factors = dlrt.LowRank(*(factors[name] for name in "USV"))
+        dense = other.to_dense()
+        dense(x).sin().sum().backward()
+        expected = products_of(other, other.as_matrix(dense.weight.grad))
+        for name in "USV":
+            assert close(total[name], expected[name])
+            assert close(each[name].sum(0), expected[name])
 
 
-def test_gradients_for_inputs_alone_add_nothing():
-    """An adversarial example or a saliency map between backward and step."""
-    layer = LowRankLinear(6, 4, 2)
-    G = Gradient(layer, keep_samples=True)
-    layer(torch.randn(5, 6)).sin().sum().backward()
-    before = G @ layer.V
-    z = torch.randn(3, 6, requires_grad=True)
-    torch.autograd.grad(layer(z).sin().sum(), z)
-    assert torch.equal(G @ layer.V, before)
-    assert len(G.samples) == 1
+def test_second_derivatives_through_a_trained_layer_are_refused_not_wrong():
+    layer, x = owned(LowRankLinear(6, 5, 2)), torch.randn(4, 6, requires_grad=True)
+    (g,) = torch.autograd.grad(layer(x).sin().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        g.square().sum().backward()
 
 
-def test_activation_checkpointing_changes_nothing():
-    x = torch.randn(3, 5)
-    products = []
-    for checkpointed in (False, True):
-        torch.manual_seed(1)
-        layer = LowRankLinear(5, 5, 2)
-        G = Gradient(layer, keep_samples=True)
-
-        def twice(x, layer=layer):
-            return layer(layer(x).tanh()).sin().sum()
-
-        loss = torch.utils.checkpoint.checkpoint(twice, x, use_reentrant=False) if checkpointed else twice(x)
-        loss.backward()
-        products.append(G @ layer.V)
-    assert close(*products)
-
-
-def test_products_that_were_not_kept_are_refused():
-    layer = LowRankLinear(6, 4, 2)
-    G = Gradient(layer, keep_samples=False)
-    layer(torch.randn(5, 6)).sum().backward()
-    with pytest.raises(RuntimeError, match="keep_samples=True"):
-        G @ torch.randn(6, 2)
-    with pytest.raises(RuntimeError, match="keep_samples=True"):
-        G.T @ torch.randn(4, 2)
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_under_autocast_gradients_are_near_and_of_the_factors_type(dtype):
+    for name, _, layer, x in low_rank_pairs(2):
+        layer, x = owned(copy.deepcopy(layer).float()), x.float()
+        layer(x).sum().backward()
+        exact = [p.grad.clone() for p in layer.parameters()]
+        layer.zero_grad()
+        with torch.autocast("cpu", dtype=dtype):
+            layer(x).sum().backward()
+        for p, other in zip(layer.parameters(), exact, strict=True):
+            assert p.grad.dtype == torch.float32
+            assert (p.grad - other).norm() <= 0.05 * other.norm() + 1e-3, name

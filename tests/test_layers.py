@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from dlrt import LowRankConv2d, LowRankLinear, SpatialLowRankConv2d
-from dlrt.gradient import Gradient
 
 pytestmark = pytest.mark.usefixtures("float64")
 

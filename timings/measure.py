@@ -22,8 +22,8 @@ from dlrt.timing import wait_for
 # the functions in which a step spends its time; one that is called by another counts for itself only
 PARTS = {
     "qr": ((integrators, "complement"), (torch.linalg, "qr")),
-    "s_gradient": ((optimizer, "augment"), (optimizer, "move_bases")),
-    "svd": ((optimizer, "recompress"),),
+    "s_gradient": ((optimizer, "parallel_step"), (optimizer, "augment"), (optimizer, "update_bases")),
+    "svd": ((optimizer, "truncate"),),
 }
 SHARES = ("forward_backward", *PARTS, "rest")  # the rest: the inner optimizer, momentum's change of basis
 

@@ -3,13 +3,12 @@
     python timings/memory.py                about a minute on two CPU cores
     python timings/memory.py --vgg16        VGG16 as well, on pictures of 32 x 32 pixels: two minutes more
 
-The peak counts every tensor: weights, the inner optimizer's momentum, activations, gradients, what the layers
-record, and what the step makes of it. On a CPU torch's profiler reports each allocation and release; on a GPU
-the caching allocator keeps count. "recorded" is what waits for the step after the backward pass.
+The peak counts every tensor: weights, velocity, activations, gradients, and what the step makes of them. On a
+CPU torch's profiler reports each allocation and release; on a GPU the caching allocator keeps count.
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -18,16 +17,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from dlrt import LowRankLayer, cli, to_low_rank
+from dlrt import cli, to_low_rank
 from dlrt.models import MLP, VGG16, LeNet5
 
 WARM_UP = 2  # momentum exists after the first step
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler tells of every start and stop
-
-
-def nbytes(tensors: Iterable[Tensor]) -> int:
-    """Memory held by tensors, of which several may share one."""
-    return sum({T.untyped_storage().data_ptr(): T.untyped_storage().nbytes() for T in tensors}.values())
 
 
 def peak(prepare: Callable[[], Callable[[], None]], device: str, warm_up: int = WARM_UP) -> int:
@@ -69,9 +63,8 @@ def peak_of(profiler: profile) -> int:
     return most
 
 
-def measure(network: Callable[[], nn.Module], data: tuple, integrator: str | None) -> tuple[int, int]:
-    """Peak of a training step with momentum, and what is recorded for it, in bytes; None trains it dense."""
-    recorded = []
+def measure(network: Callable[[], nn.Module], data: tuple, integrator: str | None) -> int:
+    """Peak of a training step with momentum, in bytes; None trains it dense."""
     device, x, y = data
 
     def prepare() -> Callable[[], None]:
@@ -85,23 +78,11 @@ def measure(network: Callable[[], nn.Module], data: tuple, integrator: str | Non
         def step() -> None:
             optimizer.zero_grad()
             cross_entropy(model(inputs), labels).backward()
-            recorded.append(nbytes([*records(model), inputs]) - nbytes([inputs]))  # those are there anyway
             optimizer.step()
 
         return step
 
-    return peak(prepare, device), max(recorded)
-
-
-def records(model: nn.Module) -> list[Tensor]:
-    """All tensors that the layers' recorded gradients hold."""
-    tensors = []
-    for layer in model.modules():
-        if isinstance(layer, LowRankLayer):
-            G = layer.gradient
-            tensors += [T for pair in G.samples for T in pair]
-            tensors += [T for T in (G.GV, G.GtU, G.dense) if T is not None]
-    return tensors
+    return peak(prepare, device)
 
 
 def compare(
@@ -111,14 +92,14 @@ def compare(
     data: tuple[str, Tensor, Tensor],
 ) -> None:
     """A line for the dense network, and one for each low-rank one, by its ranks, and integrator."""
-    most_dense, _ = measure(dense, data, None)
+    most_dense = measure(dense, data, None)
     print(f"{title:10} {'dense':28} peak {most_dense / 1e6:8.1f} MB", flush=True)
     for ranks, network in others.items():
         for integrator in ("augmented", "parallel"):
-            most, recorded = measure(network, data, integrator)
+            most = measure(network, data, integrator)
             print(
                 f"{title:10} ranks {ranks:9} {integrator:12} peak {most / 1e6:8.1f} MB, "
-                f"{most_dense / most:5.2f} x less  (recorded {recorded / 1e6:6.1f} MB)",
+                f"{most_dense / most:5.2f} x less",
                 flush=True,
             )
 

@@ -48,9 +48,12 @@ class Setting(NamedTuple):
 
 
 def settings(integrators: Iterable[str], s_steps: Iterable[int]) -> list[Setting]:
-    """Inference and all ways to train; at fixed rank the bases move at every step."""
-    adaptive = product([name for name in integrators if name != "bug"], s_steps)
-    training = [Setting("training", *each, adaptive=True) for each in adaptive]
+    """Inference and all ways to train; all but "parallel" update the bases at every step."""
+    training = [
+        Setting("training", name, steps, adaptive=True)
+        for name, steps in product(integrators, s_steps)
+        if name == "parallel" or (name != "bug" and steps == 1)
+    ]
     return [Setting("inference"), *training, *(Setting("training", name) for name in integrators)]
 
 

@@ -1,0 +1,29 @@
+"""Averages of low-rank models: of their dense weights, since factors of different bases have no mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+
+import torch
+from torch import nn
+
+from dlrt.convert import to_dense
+
+
+@torch.no_grad()
+def average(models: Sequence[nn.Module], weights: Sequence[float] | None = None) -> nn.Module:
+    """The mean of models of one kind, a dense copy; ranks may differ. weights, which sum to 1, weigh them.
+
+    `to_low_rank` makes it low-rank again. An exponential average is `mean = average([mean, model], [d, 1 - d])`.
+    Buffers are averaged where they are floating-point numbers. ValueError where there is nothing to average.
+    """
+    if not models or (weights is not None and len(weights) != len(models)):
+        raise ValueError(f"an average takes models, and a weight for each, got {len(models)} and {weights}")
+    weights = weights or [1 / len(models)] * len(models)
+    states = [to_dense(deepcopy(model)).state_dict() for model in models]
+    mean = to_dense(deepcopy(models[0]))
+    for name, value in mean.state_dict().items():
+        if value.is_floating_point():
+            value.copy_(sum(w * state[name] for w, state in zip(weights, states, strict=True)))
+    return mean

@@ -1,0 +1,213 @@
+"""The velocity is a tangent vector that follows the bases, and at full rank DLRT is the dense optimizer."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import dlrt
+from dlrt import DLRT, LowRank, LowRankLayer, LowRankLinear
+from dlrt.muon import Muon
+from dlrt.velocity import Tangent, muon, tangent_at
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+NETS = {
+    "wide": (lambda: nn.Linear(12, 5), (20, 12), (20, 5)),
+    "tall": (lambda: nn.Linear(5, 12), (20, 5), (20, 12)),
+    "square": (lambda: nn.Linear(7, 7), (20, 7), (20, 7)),
+    "strided convolution": (lambda: nn.Conv2d(3, 6, 3, stride=2, padding=1), (4, 3, 9, 9), (4, 6, 5, 5)),
+    "two layers": (
+        lambda: nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 5)),
+        (20, 12),
+        (20, 5),
+    ),
+}
+OPTIONS = {
+    "plain": {},
+    "momentum": {"momentum": 0.9},
+    "decay": {"momentum": 0.9, "weight_decay": 0.01},
+    "nesterov": {"momentum": 0.9, "weight_decay": 0.01, "nesterov": True},
+    "maximize": {"momentum": 0.5, "weight_decay": 0.01, "maximize": True},
+}
+
+
+def apart(dense, model):
+    """The largest relative difference of a parameter."""
+    other = dlrt.to_dense(copy.deepcopy(model))
+    pairs = zip(dense.parameters(), other.parameters(), strict=True)
+    return max(float(((a - b).norm() / a.norm()).detach()) for a, b in pairs)
+
+
+def train_both(name, make_dense, make_low_rank, steps=50):
+    net, x_shape, y_shape = NETS[name]
+    x, y, dense = torch.randn(x_shape), torch.randn(y_shape), net()
+    model = dlrt.to_low_rank(copy.deepcopy(dense))
+    for net, make in ((dense, make_dense), (model, make_low_rank)):
+        optimizer = make(net)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps + 5)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            net(x).sub(y).square().mean().backward()
+            optimizer.step()
+            scheduler.step()
+    return apart(dense, model)
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_fifty_full_rank_steps_are_those_of_torchs_sgd(name, options):
+    options = {"lr": 0.05, **OPTIONS[options]}
+    difference = train_both(
+        name,
+        lambda net: torch.optim.SGD(net.parameters(), **options),
+        lambda net: DLRT(net, torch.optim.SGD, tau=0.0, **options),
+        steps=20 if options.get("maximize") else 50,
+    )
+    assert difference <= 1e-10
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_full_rank_muon_is_muon_on_the_dense_weight(name, nesterov):
+    options = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01, "nesterov": nesterov}
+
+    def dense_muon(net):
+        layers = [module for module in net.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        return Muon(net.parameters(), layers, **options)
+
+    assert train_both(name, dense_muon, lambda net: DLRT(net, torch.optim.SGD, update="muon", tau=0.0, **options)) <= 1e-10
+
+
+def test_the_polar_factor_is_that_of_the_range_and_turns_with_the_bases():
+    D = torch.randn(6, 2) @ torch.randn(2, 8)
+    P, Q = (torch.linalg.qr(torch.randn(n, n)).Q for n in (6, 8))
+    sign = muon(D, {}, {})
+    assert torch.allclose(torch.linalg.svdvals(sign), torch.tensor([1.0, 1, 0, 0, 0, 0]), atol=1e-12)
+    assert torch.allclose(muon(P.mT @ D @ Q, {}, {}), P.mT @ sign @ Q, atol=1e-12)
+    assert torch.equal(muon(torch.zeros(3, 3), {}, {}), torch.zeros(3, 3))
+
+
+def projected(M, Y):
+    """The orthogonal projection of a matrix onto the tangent space at Y."""
+    PU, PV = Y.U @ Y.U.mT, Y.V @ Y.V.mT
+    return PU @ M + M @ PV - PU @ M @ PV
+
+
+def dense(M):
+    return M @ torch.eye(len(M.V))
+
+
+def test_a_tangent_vector_is_an_operator_and_its_transport_the_orthogonal_projection():
+    Y, Y1 = (LowRank.from_dense(torch.randn(9, 7), rank=r) for r in (3, 4))
+    A = torch.randn(9, 7)
+    M = Tangent(Y.U, Y.V, A @ Y.V, A.mT @ Y.U, Y.U.mT @ A @ Y.V)
+    assert torch.allclose(dense(M), projected(A, Y), atol=1e-13)
+    assert torch.allclose(dense(M.T), dense(M).mT, atol=1e-13)
+    assert torch.allclose(dense(tangent_at(M, Y1)), projected(dense(M), Y1), atol=1e-13)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_velocity_of_a_step_is_the_projection_of_the_one_before_while_ranks_change(nesterov):
+    layer, x, y = LowRankLinear(9, 8, 3, bias=False), torch.randn(20, 9), torch.randn(20, 8)
+    options = {"lr": 0.3, "momentum": 0.9, "nesterov": nesterov}
+    optimizer = DLRT(layer, torch.optim.SGD, tau=0.01, min_rank=1, **options)
+    M, ranks = torch.zeros(8, 9), set()
+    for _ in range(12):
+        same = layer.to_dense()
+        same(x).sub(y).square().mean().backward()
+        Y = LowRank(*(factor.detach().clone() for factor in (layer.U, layer.S, layer.V)))
+        M = 0.9 * M + projected(same.weight.grad, Y)
+        optimizer.zero_grad()
+        layer(x).sub(y).square().mean().backward()
+        optimizer.step()
+        M = projected(M, layer.factors)
+        MV, core, MU = (optimizer.state[p]["velocity"] for p in (layer.U, layer.S, layer.V))
+        assert torch.allclose(dense(Tangent(layer.U, layer.V, MV, MU, core)).detach(), M, atol=1e-11)
+        ranks.add(layer.rank)
+    assert len(ranks) > 1
+
+
+def test_a_penalty_on_s_alone_moves_s_and_does_not_disturb_the_rest():
+    """core differs from Uᵀ MV then, and must count once."""
+    Y = LowRank.from_dense(torch.randn(9, 7), rank=3)
+    A, E = torch.randn(9, 7), torch.randn(3, 3)
+    M = Tangent(Y.U, Y.V, A @ Y.V, A.mT @ Y.U, Y.U.mT @ A @ Y.V + E)
+    assert torch.allclose(dense(M), projected(A, Y) + Y.U @ E @ Y.V.mT, atol=1e-13)
+
+
+@pytest.mark.parametrize("update", ["sgd", "muon", "adam"])
+@pytest.mark.parametrize("options", [{}, {"s_steps": 3}, {"compression": 0.4, "ramp": 12}, {"integrator": "augmented"}])
+def test_the_state_resumes_bit_for_bit(update, options):
+    kind = torch.optim.Adam if update == "adam" else torch.optim.SGD
+    inner = {"betas": (0.8, 0.99)} if update == "adam" else {"momentum": 0.9}
+    torch.manual_seed(3)
+    model, data = dlrt.to_low_rank(NETS["two layers"][0]()), [torch.randn(20, 12) for _ in range(16)]
+    optimizer = DLRT(model, kind, lr=0.02, update=update, **inner, **options)
+
+    def train(model, optimizer, data):
+        for x in data:
+
+            def closure(x=x):
+                optimizer.zero_grad()
+                loss = model(x).sub(x[:, :5].sin()).square().mean()
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+
+    train(model, optimizer, data[:7])
+    other = copy.deepcopy(model)
+    again = DLRT(other, kind, lr=0.5, update=update, **inner, **options)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, data[7:])
+    train(other, again, data[7:])
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_schedulers_change_the_step_size_of_all_groups_alike():
+    model = dlrt.to_low_rank(NETS["two layers"][0]())
+    optimizer = DLRT(model, torch.optim.SGD, lr=0.1, update="muon", update_lr=0.02)
+    assert optimizer.group["lr"] * optimizer.group["update_share"] == pytest.approx(0.02)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.05}
+
+
+def test_a_budget_is_reached_and_never_exceeded():
+    model = dlrt.to_low_rank(nn.Sequential(nn.Linear(30, 20), nn.Tanh(), nn.Linear(20, 25), nn.Tanh(), nn.Linear(25, 4)))
+    optimizer = DLRT(model, torch.optim.SGD, lr=0.1, momentum=0.9, compression=0.6, ramp=30, allot_every=7)
+    x, y = torch.randn(40, 30), torch.randn(40, 4)
+    total = dlrt.compression(model).dense_parameters
+    for step in range(1, 51):
+        optimizer.zero_grad()
+        model(x).sub(y).square().mean().backward()
+        optimizer.step()
+        have = dlrt.compression(model).evaluation_parameters
+        allowed = 0.4 * total + 0.6 * total * max(0, 1 - step / 30) ** 3
+        assert have <= allowed + 1, step
+    assert have >= 0.4 * total - 55  # the most expensive direction
+    assert all(layer.rank >= 2 for layer in model if isinstance(layer, LowRankLayer))
+
+
+def test_an_average_of_models_is_that_of_their_dense_weights():
+    models = [dlrt.to_low_rank(nn.Sequential(nn.Linear(9, 7), nn.BatchNorm1d(7)), rank=r) for r in (2, 3)]
+    mean = dlrt.average(models)
+    expected = (models[0][0].weight + models[1][0].weight) / 2
+    assert torch.allclose(mean[0].weight, expected, atol=1e-14)
+    assert type(mean[0]) is nn.Linear
+    again = dlrt.to_low_rank(mean, tau=1e-12)
+    assert torch.allclose(again[0].weight, expected, atol=1e-12)
+
+
+def test_factors_that_are_no_bases_are_refused_by_name():
+    model = dlrt.to_low_rank(NETS["two layers"][0](), rank=3)
+    good = copy.deepcopy(model.state_dict())
+    for spoil in (nn.init.normal_, lambda U: U.clamp_(-0.1, 0.1), lambda U: U.add_(torch.randn_like(U), alpha=0.1)):
+        model.load_state_dict(good)
+        with torch.no_grad():
+            spoil(model[2].U)
+        with pytest.raises(ValueError, match=r"bases of 2 must be orthonormal.*to_low_rank"):
+            DLRT(model, torch.optim.SGD, lr=0.1)
+        with pytest.raises(RuntimeError, match=r"bases of 2 must be orthonormal"):
+            copy.deepcopy(model).load_state_dict(model.state_dict())
