@@ -15,7 +15,7 @@ from dlrt.convert import to_dense
 def average(models: Sequence[nn.Module], weights: Sequence[float] | None = None) -> nn.Module:
     """The mean of models of one kind, a dense copy; ranks may differ. weights, which sum to 1, weigh them.
 
-    `to_low_rank` makes it low-rank again. An exponential average is `mean = average([mean, model], [d, 1 - d])`.
+    `to_low_rank` makes it low-rank again. An exponential average is `average([mean, model], [d, 1 - d])`.
     Buffers are averaged where they are floating-point numbers. ValueError where there is nothing to average.
     """
     if not models or (weights is not None and len(weights) != len(models)):

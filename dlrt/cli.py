@@ -12,15 +12,15 @@ import torch
 
 from dlrt.datasets import DATASETS
 from dlrt.optimizer import INTEGRATORS
-from dlrt.velocity import RULES
 from dlrt.training import AMP
+from dlrt.velocity import RULES
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA_DIR = Path(os.environ.get("DLRT_DATA", ROOT / "data"))
 DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 SCHEDULES = ("constant", "cosine", "plateau")
-RAMP = 0.6
+S_STEPS, RAMP = 10, 0.6
 
 
 class Parser(argparse.ArgumentParser):
@@ -164,7 +164,7 @@ def _add_place_flags(parser: Parser) -> None:
 
 def _add_low_rank_flags(parser: Parser) -> None:
     add = parser.add_argument
-    tolerance = "relative truncation tolerance; by default 0 with --compression"
+    tolerance = "relative truncation tolerance, which is 0 with --compression unless given"
     add("--tau", "--theta", type=TOLERANCE, default=0.1, help=tolerance)
     warmup = "over which the tolerance rises from 0 to tau; by default half of all"
     add("--tau-warmup", type=number(float, "[0, inf)"), metavar="EPOCHS", help=warmup)
@@ -174,7 +174,9 @@ def _add_low_rank_flags(parser: Parser) -> None:
     add("--update", choices=RULES, help=rule)
     update_lr = "step size of low-rank weights; by default lr, and 0.3 lr with muon"
     add("--update-lr", type=POSITIVE, help=update_lr)
-    start = "to begin with: 20 is a rank, 0.5 a share of the full rank; by default 0.5, full with --compression"
+    start = (
+        "to begin with: 20 is a rank, 0.5 a share of the full rank; by default 0.5, full with --compression"
+    )
     add("--rank", type=rank, help=start)
     budget = "of the whole network at the end, instead of --tau: a budget that layers compete for"
     add("--compression", type=percent, metavar="PERCENT", help=budget)
@@ -187,7 +189,8 @@ def _add_low_rank_flags(parser: Parser) -> None:
     across += "full rank has as many parameters as the kernel: take --compression, or --rank 0.2"
     add("--spatial", action=argparse.BooleanOptionalAction, default=False, help=across)
     add("--min-rank", type=NATURAL, default=2, help="of every layer that --max-rank lets have it")
-    add("--s-steps", type=NATURAL, default=1, help="steps of S for each basis update")
+    steps = f"of S for each basis update; by default {S_STEPS}, or 1 with --compression"
+    add("--s-steps", type=NATURAL, help=steps)
     largest = "of every layer, or initial: what it begins with; by default only its size limits it"
     add("--max-rank", type=max_rank, metavar="{RANK,initial}", help=largest)
     add("--finetune-epochs", type=COUNT, default=0, help="afterwards, of S and the rest, bases frozen")
@@ -228,6 +231,9 @@ def parse(parser: Parser, arguments: Sequence[str] | None = None) -> argparse.Na
     low_rank = hasattr(args, "tau")
     if low_rank and isinstance(args.max_rank, int) and args.max_rank < args.min_rank:
         parser.error(f"--max-rank must be at least --min-rank, got {args.max_rank} < {args.min_rank}")
+    if low_rank and args.s_steps is None:
+        budget = args.compression and args.ramp != 0
+        args.s_steps = 1 if budget or args.integrator != "parallel" else S_STEPS
     if low_rank and args.s_steps > 1 and args.integrator != "parallel":
         parser.error(f"--s-steps must be 1 with --integrator {args.integrator}, got {args.s_steps}")
     if low_rank and args.tau_warmup is None:
@@ -240,7 +246,7 @@ def parse(parser: Parser, arguments: Sequence[str] | None = None) -> argparse.Na
         parser.error("--cut-by must come with --from-checkpoint: random weights have nothing to keep")
     if low_rank and args.integrator != "parallel" and args.amp == "float16":
         parser.error(
-            f"--integrator {args.integrator} takes two gradients a step, a loss scale one: take --amp bfloat16"
+            f"--integrator {args.integrator} takes two gradients a step, a loss scale one: --amp bfloat16"
         )
     return args
 
@@ -262,5 +268,5 @@ def _settle_budget(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--ramp 0 cuts to ranks of its own: leave --rank out")
     if not cuts and args.rank is None:
         args.rank = 1.0
-    if not cuts and args.tau == parser.get_default("tau"):
+    if not cuts and args.tau is parser.get_default("tau"):  # what is given is another object
         args.tau, args.tau_warmup = 0.0, 0.0

@@ -40,9 +40,10 @@ def to_low_rank(
     full rank, or None for the full rank; tau drops singular values up to that share of each weight's norm.
     Instead of both, compression is the evaluation compression, a fraction, that the model has at least: the
     singular values of all layers, squared and each as a share of its layer's, compete for the parameters, see
-    `dlrt.ranks`; a layer that is worth its whole weight stays dense. With inputs, a batch (N, ...) for a classifier, the SVD is that of √G W √A, see
-    `dlrt.curvature`, which keeps what the loss needs: a trained network loses much less accuracy. It takes
-    n x n matrices of float64 for every layer with n inputs.
+    `dlrt.ranks`; a layer that is worth its whole weight stays dense.
+    With inputs, a batch (N, ...) for a classifier, the SVD is that of √G W √A, see `dlrt.curvature`, which
+    keeps what the loss needs: a trained network loses much less accuracy. It takes n x n matrices of float64
+    for every layer with n inputs.
     A kernel is a matrix (out_channels, in_channels * height * width), or with spatial the matrix
     (out_channels * height, in_channels * width), see `dlrt.SpatialLowRankConv2d`. Full rank then has more
     parameters than the kernel: with as many channels in as out half of it has as many, a fifth 60 % fewer.

@@ -30,7 +30,7 @@ class Thin(NamedTuple):
     """The geometry of one of the two thin convolutions; sizes are (vertical, horizontal)."""
 
     channels: int
-    """Channels that come in where it is the first, that go out where it is the second: r are on its other side."""
+    """That come in where it is the first, that go out where it is the second; r are on its other side."""
     size: tuple[int, int] = (1, 1)
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
@@ -60,13 +60,17 @@ def laid_out_as(x: Tensor, other: Tensor) -> Tensor:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether the channels of a pixel lie side by side, and not only since there is one channel or pixel."""
-    return x.stride(1) == 1 and x.shape[1] > 1 and x.shape[2] * x.shape[3] > 1
+    """Whether the channels of a pixel lie side by side, and not only since there is one pixel."""
+    return x.stride(1) == 1 and x.shape[2] * x.shape[3] > 1
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Pictures (N, C, H, W) in memory as (N, H, W, C); vmap knows no `contiguous` with a memory format."""
-    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    """Pictures (N, C, H, W) in memory as (N, H, W, C), with strides that say so even where C = 1.
+
+    vmap knows no `contiguous` with a memory format.
+    """
+    rows = x.squeeze(1).unsqueeze(-1) if x.shape[1] == 1 else x.permute(0, 2, 3, 1)
+    return rows.contiguous().permute(0, 3, 1, 2)
 
 
 def total(g: Tensor) -> Tensor:
@@ -112,8 +116,8 @@ class LowRankConv2d(LowRankLayer):
     """nn.Conv2d with the kernel U S Vᵀ, as a matrix (out_channels, in_channels * height * width).
 
     A convolution with `rank` filters followed by a 1 x 1 convolution; the arguments are those of nn.Conv2d,
-    without groups. Input (batch, in_channels, h, w) or (in_channels, h, w), output in its memory format.
-    ValueError where the rank is impossible.
+    without groups. Input (batch, in_channels, h, w) or (in_channels, h, w). The output has its memory format,
+    or that of the model where that is channels-last. ValueError where the rank is impossible.
     """
 
     def __init__(
@@ -141,6 +145,7 @@ class LowRankConv2d(LowRankLayer):
         self._pad_before = None if pads_itself else list(dense._reversed_padding_repeated_twice)
         stride = tuple(s // every for s, every in zip(self.stride, self._every, strict=True))
         inner_padding = self.padding if pads_itself else (0, 0)
+        self._channels_last = False  # whether outputs are so, whatever inputs are
         self._geometry = {"stride": stride, "padding": inner_padding, "dilation": self.dilation}
 
     @classmethod
@@ -151,7 +156,9 @@ class LowRankConv2d(LowRankLayer):
                 f"a low-rank convolution needs groups = 1, got {conv.groups}: leave this layer dense"
             )
         same = {name: getattr(conv, name) for name in SAME_IN_DENSE}
-        return take_over(cls(**same, rank=1, bias=conv.bias is not None), conv)
+        layer = take_over(cls(**same, rank=1, bias=conv.bias is not None), conv)
+        layer._channels_last = is_channels_last(conv.weight)
+        return layer
 
     def to_dense(self) -> nn.Conv2d:
         """nn.Conv2d with the same map."""
@@ -163,6 +170,16 @@ class LowRankConv2d(LowRankLayer):
         """The dense kernel, (out_channels, in_channels, height, width); a new tensor at every call."""
         return self._matrix().unflatten(1, (self.in_channels, *self.kernel_size))
 
+    def _apply(self, fn, recurse: bool = True):
+        """`model.to(memory_format=torch.channels_last)` reaches this layer as it would reach a kernel."""
+        kernel = torch.empty(2, 2, 2, 2)
+        self._channels_last = is_channels_last(fn(kernel.to(memory_format=self._memory_format)))
+        return super()._apply(fn, recurse)
+
+    @property
+    def _memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self._channels_last else torch.contiguous_format
+
     @property
     def thin(self) -> tuple[Thin, Thin]:
         """The two convolutions that y = x V Sᵀ Uᵀ consists of."""
@@ -171,7 +188,7 @@ class LowRankConv2d(LowRankLayer):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 3:
             return self.forward(x[None])[0]
-        as_channels_last = is_channels_last(x)
+        as_channels_last = self._channels_last or is_channels_last(x)
         if self._pad_before is not None:
             x = F.pad(x, self._pad_before, "constant" if self.padding_mode == "zeros" else self.padding_mode)
         if self._every != (1, 1):

@@ -1,7 +1,7 @@
 """Several processes that train one network: each takes its share of every batch, and products are summed.
 
-Under `torchrun` a step sums, for an m x n layer of rank r, the (m + n) r + r² numbers of G V, Gᵀ U and Uᵀ G V,
-and never the m n numbers of G. All that follows is computed by every process alike, so that
+Under `torchrun` a step sums, for an m x n layer of rank r, the (m + n) r + r² numbers of G V, Gᵀ U and
+Uᵀ G V, and never the m n numbers of G. All that follows is computed by every process alike, so that
 all keep the same bases; `check_identical` makes sure of it. Without torchrun there is one process, and
 nothing here does anything.
 """
@@ -88,19 +88,21 @@ def reduce_gradients(model: nn.Module) -> None:
     if world_size() == 1:
         return
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    if any(getattr(gradient, "is_sum", False) for gradient in gradients):
+    if any(
+        getattr(gradient, "is_sum", None) == gradient._version for gradient in gradients
+    ):  # not zeroed since
         raise RuntimeError("these gradients are summed already: once between the last backward and step")
     sum_over_processes(gradients)
     for gradient in gradients:
-        gradient.is_sum = True
+        gradient.is_sum = gradient._version
 
 
 def check_ranks_may_move(gradient: Tensor | None, name: str) -> None:
     """RuntimeError where several processes train and it is not `reduce_gradients` that keeps them alike."""
-    if world_size() > 1 and gradient is not None and not getattr(gradient, "is_sum", False):
+    if world_size() > 1 and gradient is not None and not hasattr(gradient, "is_sum"):
         raise RuntimeError(
             f"the rank of {name} would change, and DistributedDataParallel cannot follow: keep ranks "
-            '(tau=0, max_rank="initial"), or call dlrt.distributed.reduce_gradients(model) before each step instead'
+            '(tau=0, max_rank="initial"), or call dlrt.distributed.reduce_gradients(model) before each step'
         )
 
 

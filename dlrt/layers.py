@@ -139,7 +139,7 @@ class LowRankLayer(nn.Module):
 
     @property
     def trains_bases(self) -> bool:
-        """Whether U and V take part in autograd; only the integrator of a `dlrt.DLRT` can use what they get."""
+        """Whether U and V take part in autograd; only a `dlrt.DLRT` can use what they get."""
         return self._trains_bases
 
     @trains_bases.setter
@@ -179,9 +179,7 @@ class LowRankLayer(nn.Module):
                 check_orthonormal(prefix[:-1] or type(self).__name__, U, V)
             except ValueError as error:
                 errors.append(str(error))
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing, unexpected, errors
-        )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def __getstate__(self) -> dict:
         """A copy belongs to no optimizer."""
@@ -258,7 +256,7 @@ def replace_data(parameter: nn.Parameter, data: Tensor) -> None:
     """
     if parameter.shape != data.shape:
         parameter.grad = None
-        # torch expects a gradient of the old shape while an old loss is alive, unless the type changed between
+        # torch expects a gradient of the old shape while an old loss is alive, unless the type changed
         other = torch.half if data.dtype != torch.half else torch.float
         parameter.data = data.new_empty(0, dtype=other)
         parameter.data = torch.empty_like(data, memory_format=torch.contiguous_format)

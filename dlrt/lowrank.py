@@ -80,7 +80,7 @@ def check_rank_bounds(min_rank: int, max_rank: int | None) -> None:
 
 
 def check_orthonormal(name: str, *bases: Tensor) -> None:
-    """Raise ValueError where a layer's bases are not orthonormal: a mean or a new draw of factors is no model."""
+    """Raise ValueError where a layer's bases are not orthonormal: a mean of factors is no model."""
     for U in bases:
         if U.is_meta:
             continue
@@ -135,6 +135,17 @@ def truncate(Y: LowRank, tau: float | None = None, min_rank: int = 1, max_rank: 
     """
     P, sigma, Q = truncated_svd(Y.S, tau, min_rank, max_rank)
     return LowRank(rotate(Y.U, P), sigma.diag(), rotate(Y.V, Q))
+
+
+def truncate_to(Y: LowRank, rank: int) -> LowRank:
+    """Y at a rank that is known, by one step of subspace iteration; S1 is not diagonal.
+
+    It starts from the first columns of S, which an augmented step has changed little, and is exact where Y
+    has that rank: P = orth(S[:, :r]), Q R = Sᵀ P. Two thin QR, where singular values take ten times as long.
+    """
+    P = torch.linalg.qr(Y.S[:, :rank]).Q
+    Q, R = torch.linalg.qr(Y.S.mT @ P)
+    return LowRank(rotate(Y.U, P), R.mT, rotate(Y.V, Q))
 
 
 def complement(U: Tensor, A: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from dlrt.velocity import muon
 class Muon(torch.optim.SGD):
     """SGD with momentum, but weights of the given modules (matrices, kernels) move by √max(1, m/n) msign(M).
 
-    M is their momentum buffer as a matrix (m, n), the step size update_lr (0.3 lr by default), and their weight
-    decay decoupled. Jordan et al. 2024.
+    M is their momentum buffer as a matrix (m, n), the step size is update_lr (0.3 lr by default), and their
+    weight decay is decoupled. Jordan et al. 2024.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ from dlrt.costs import compression as cost_of
 from dlrt.distributed import check_ranks_may_move
 from dlrt.integrators import Operator, augment, galerkin, parallel_step, update_bases
 from dlrt.layers import LowRankLayer
-from dlrt.lowrank import LowRank, check_orthonormal, check_rank_bounds, check_tolerance, truncate
+from dlrt.lowrank import LowRank, check_orthonormal, check_rank_bounds, check_tolerance, truncate, truncate_to
 from dlrt.ranks import allot, budget_for, check_compression, falling_budget, parameters
 from dlrt.velocity import RULES, Tangent, add_squares, tangent_at, turn_squares
 
@@ -26,9 +26,9 @@ class DLRT(torch.optim.Optimizer):
 
         optimizer = DLRT(model, torch.optim.SGD, lr=0.05, momentum=0.9, tau=0.1)
 
-    The torch class (**options are its arguments) steps biases, norms and dense layers. A low-rank weight moves
-    by an integrator along its velocity, a tangent vector, with h = lr. `update` is the rule that acts on
-    the small matrix, "sgd", "adam" or "muon" (default: as the class); "muon" moves by update_lr √max(1, m/n)
+    The torch class (**options are its arguments) steps biases, norms and dense layers. A low-rank weight
+    moves by an integrator along its velocity, a tangent vector, with h = lr. `update` is the rule that acts
+    on the small matrix, "sgd", "adam" or "muon" (default: as the class); "muon" moves by update_lr √max(1, m/n)
     msign(D), with update_lr = 0.3 lr by default and decoupled weight decay. At full rank without truncation a
     step is that of torch's SGD, or of Muon. Schedulers change lr and update_lr alike.
 
@@ -37,9 +37,9 @@ class DLRT(torch.optim.Optimizer):
     keeps the rank (Ceruti & Lubich 2022): both call `step(closure)`, which evaluates the closure twice.
 
     Ranks: tau (default 0.1, or 0 with a budget) is the share of ‖S‖ that a step may truncate, an attribute
-    that may change. compression, a fraction, is a budget for the parameters of the whole model: it falls along
-    a cubic from the present ranks over `ramp` steps, and every `allot_every` steps the singular values of all
-    layers compete for it. The smaller rank wins. min_rank and max_rank bound each layer's; "initial" stands
+    that may change. compression, a fraction, is a budget for the parameters of the whole model: it falls
+    along a cubic from the present ranks over `ramp` steps, and every `allot_every` steps the singular values
+    of all layers compete for it. The smaller rank wins. min_rank and max_rank bound each layer's; "initial" stands
     for what it is now. With s_steps = n the bases are updated in every n-th step only, and S is trained in
     the augmented bases in between.
 
@@ -64,7 +64,9 @@ class DLRT(torch.optim.Optimizer):
         **options: Any,
     ) -> None:
         names = _low_rank_layers(model)
-        update = update or next((name for kind, name in UPDATES.items() if issubclass(optimizer_class, kind)), "")
+        update = update or next(
+            (name for kind, name in UPDATES.items() if issubclass(optimizer_class, kind)), ""
+        )
         tau = (0.1 if compression is None else 0.0) if tau is None else tau
         _check(update, integrator, s_steps, tau, min_rank, max_rank, compression, ramp, allot_every)
         self.integrator, self.min_rank, self.max_rank, self.s_steps = integrator, min_rank, max_rank, s_steps
@@ -82,7 +84,8 @@ class DLRT(torch.optim.Optimizer):
         super().__init__([*self.inner.param_groups, group], self.inner.defaults)
         self.inner.state = self.state
         for layer in names:
-            layer.trains_bases = layer in self.names
+            rows, columns = layer.S.shape  # differ where another DLRT has yet to truncate: bases rest
+            layer.trains_bases = layer in self.names and rows == columns
 
     @property
     def group(self) -> dict[str, Any]:
@@ -108,8 +111,7 @@ class DLRT(torch.optim.Optimizer):
         two_passes = self.integrator != "parallel" and not self.group["frozen"]
         if two_passes and closure is None:
             raise RuntimeError(
-                f'integrator="{self.integrator}" evaluates the loss twice a step: call step(closure), as with '
-                "LBFGS"
+                f'integrator="{self.integrator}" takes two passes a step: call step(closure), as with LBFGS'
             )
         loss = None
         if closure is not None:
@@ -137,12 +139,12 @@ class DLRT(torch.optim.Optimizer):
         if largest and not torch.stack(largest).isfinite().all():
             norms = iter(largest)
             for layer, of in zip(layers, gradients, strict=True):
-                if not all([next(norms).isfinite() for _ in of]):
+                if not torch.stack([next(norms) for _ in of]).isfinite().all():
                     raise FloatingPointError(f"the gradient of {self.names[layer]} is not finite")
         return layers
 
     def _move(self, layers: list[LowRankLayer], two_passes: bool) -> None:
-        """K-, L- and S-step of every layer, or the S-step alone where bases rest; truncation where it is due."""
+        """K-, L- and S-step of every layer, or the S-step where bases rest; truncation where it is due."""
         group = self.group
         group["steps"] += 1
         group["taken"] += 1
@@ -194,14 +196,16 @@ class DLRT(torch.optim.Optimizer):
                     self._rest(layer, augment(Y, N.MV, N.MU), past)
 
     def _gradient(self, layer: LowRankLayer) -> Tangent:
-        """∇_W L with weight decay, by what the backward pass has left in .grad; no products where bases rest."""
+        """∇_W L with weight decay, by what the backward pass has left in .grad."""
         group, (U, S, V) = self.group, (layer.U, layer.S, layer.V)
         sign, decay = -1 if group["maximize"] else 1, 0.0 if group["decoupled"] else group["weight_decay"]
         GV, core, GtU = (
             torch.zeros_like(factor) if factor.grad is None else sign * factor.grad for factor in (U, S, V)
         )
         if decay:
-            GV, core, GtU = GV + decay * (U @ S), core + decay * S, GtU + decay * (V @ S.mT)
+            core = core + decay * S
+            if layer.trains_bases:
+                GV, GtU = GV + decay * (U @ S), GtU + decay * (V @ S.mT)
         return Tangent(U, V, GV, GtU, core)
 
     def _accelerate(self, layer: LowRankLayer, G: Tangent, keep: bool = True) -> tuple[Tangent, Tangent]:
@@ -249,15 +253,19 @@ class DLRT(torch.optim.Optimizer):
         group, most = self.group, self.max_rank
         if most == "initial":
             most = group["initial_ranks"][list(self.names).index(layer)]
-        if rank is None and "ramp" in group:
-            rank = layer.rank  # ranks are constant between two allotments
+        between = rank is None and "ramp" in group
+        if between:
+            rank = layer.rank  # they are constant between two allotments
         bounds = [bound for bound in (most, rank) if bound is not None]
         most = min(bounds) if bounds else None
         least = min(self.min_rank, *layer.shape, most or self.min_rank)
-        if self.integrator == "bug":
-            least = most = layer.rank
         try:
-            Y1 = truncate(Y_hat, group["tau"], least, most)
+            if self.integrator == "bug":
+                Y1 = Y_hat
+            elif between and group["tau"] == 0:
+                Y1 = truncate_to(Y_hat, most)
+            else:
+                Y1 = truncate(Y_hat, group["tau"], least, most)
         except torch.linalg.LinAlgError as error:
             raise torch.linalg.LinAlgError(f"the SVD of S fails in {self.names[layer]}: {error}") from error
         turn_squares(self.state[layer.S], Y_hat.U.mT @ Y1.U, Y_hat.V.mT @ Y1.V)
@@ -299,21 +307,23 @@ class DLRT(torch.optim.Optimizer):
         spectra = [torch.linalg.svdvals(Y_hat.S.float()) for Y_hat, _ in now.values()]
         worths = [(sigma / sigma.norm().clamp(min=1e-38)).square().tolist() for sigma in spectra]
         shapes = [layer.shape for layer in now]
-        for (layer, (Y_hat, M)), rank in zip(now.items(), allot(budget, worths, shapes, self.min_rank), strict=True):
+        for (layer, (Y_hat, M)), rank in zip(
+            now.items(), allot(budget, worths, shapes, self.min_rank), strict=True
+        ):
             if layer in moved or rank < layer.rank:
                 self._truncate(layer, Y_hat, M, rank)
 
     @torch.no_grad()
     def truncate(self) -> None:
-        """Truncate now, before the last of `s_steps`, for an evaluation in between. Then the bases train again.
+        """Truncate now, before the last of `s_steps`, to evaluate in between. Then the bases train again.
 
         RuntimeError where a gradient for the present bases still waits for its step.
         """
         for layer, name in self.names.items():
             if not layer.trains_bases and layer.S.grad is not None and not self.group["frozen"]:
                 raise RuntimeError(
-                    f"{name} has a gradient for the bases that truncation replaces: call step() or zero_grad() "
-                    "first"
+                    f"{name} has a gradient for the bases that truncation replaces: "
+                    "call step() or zero_grad() first"
                 )
         with _full_precision(self.names):
             self._end_rest()
@@ -347,8 +357,8 @@ class DLRT(torch.optim.Optimizer):
         own = next((group for group in state_dict["param_groups"] if "update" in group), None)
         if own is None:
             raise ValueError(
-                "the state must be a DLRT's, got one without low-rank layers: load it into that optimizer, or "
-                "begin a new DLRT without it"
+                "the state must be a DLRT's, got one without low-rank layers: load it into that optimizer, "
+                "or begin a new DLRT without it"
             )
         ranks = [list(layer.S.shape) for layer in self.names]
         if own["ranks"] != ranks:
@@ -434,13 +444,17 @@ def _check(
     """ValueError for an impossible option."""
     if update not in RULES:
         known = ", ".join(RULES)
-        raise ValueError(f"update must be one of {known} (SGD, Adam and AdamW have their own), got {update!r}")
+        raise ValueError(
+            f"update must be one of {known} (SGD, Adam and AdamW have their own), got {update!r}"
+        )
     if integrator not in INTEGRATORS:
         raise ValueError(f"integrator must be one of {', '.join(INTEGRATORS)}, got {integrator!r}")
     if integrator == "bug" and (update != "sgd" or compression is not None):
         raise ValueError('integrator="bug" keeps ranks and steps by update="sgd": take another for the rest')
     if not isinstance(s_steps, int) or s_steps < 1 or (s_steps > 1 and integrator != "parallel"):
-        raise ValueError(f's_steps must be a whole number from 1 on, and 1 unless "parallel", got {s_steps!r}')
+        raise ValueError(
+            f's_steps must be a whole number from 1 on, and 1 unless "parallel", got {s_steps!r}'
+        )
     check_tolerance(tau)
     if isinstance(max_rank, str) and max_rank != "initial":
         raise ValueError(f'max_rank must be a whole number, "initial" or None, got {max_rank!r}')

@@ -17,7 +17,6 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from dlrt import distributed
 from dlrt.cli import OPTIMIZERS
 from dlrt.convert import to_low_rank
-from dlrt.convolutions import SpatialLowRankConv2d
 from dlrt.data import Dataset
 from dlrt.datasets import DataError, load
 from dlrt.distributed import ProcessError
@@ -71,11 +70,15 @@ def _check_skip(
         modules = dict(network(**settings).named_modules())
     layers = [name for name, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))]
     unknown = sorted(set(args.skip) - modules.keys())
-    if unknown or all(f"{name}.".startswith(tuple(f"{stem}." for stem in args.skip)) for name in layers):
+    if unknown or all(_is_skipped(name, args.skip) for name in layers):
         wrong = f"takes layers of {', '.join(layers)}" if unknown else "must leave a layer that is low-rank"
         got = ", ".join(unknown or args.skip)
         print(f"{Path(sys.argv[0]).name}: --skip {wrong}, got {got}", file=sys.stderr)
         sys.exit(2)
+
+
+def _is_skipped(name: str, skip: list[str]) -> bool:
+    return f"{name}.".startswith(tuple(f"{stem}." for stem in skip))
 
 
 def _train(
@@ -141,6 +144,11 @@ def _low_rank(model: nn.Module, args: argparse.Namespace, dataset: Dataset, run:
     """The network at the ranks that the flags say; one that goes on takes those of its checkpoint anyway."""
     if run.checkpoint.exists():
         return _resumed(model, args, run)
+    kernels = [name for name, m in model.named_modules() if type(m) is nn.Conv2d and m.kernel_size[0] > 1]
+    if args.spatial and all(_is_skipped(name, args.skip) for name in kernels):
+        raise RunError(
+            "--spatial needs a convolution that is still to become low-rank, and there is none: leave it out"
+        )
     by_loss = args.from_checkpoint and args.cut_by == "loss"
     inputs = dataset.train.images[:CALIBRATION_IMAGES].cpu() if by_loss else None
     compression = args.compression / 100 if args.compression and not args.ramp else None
@@ -150,10 +158,6 @@ def _low_rank(model: nn.Module, args: argparse.Namespace, dataset: Dataset, run:
         )
     except ValueError as error:
         raise RunError(f"--{error}") from error
-    if args.spatial and not any(isinstance(module, SpatialLowRankConv2d) for module in model.modules()):
-        raise RunError(
-            "--spatial needs a convolution that is still to become low-rank, and there is none: leave it out"
-        )
     return model
 
 

@@ -41,7 +41,9 @@ class Tangent:
         if X is self.V:
             return self.MV
         VtX = self.V.mT @ X
-        twice = self.U.mT @ self.MV + self.MU.mT @ self.V  # both, or their difference would double at each use
+        twice = (
+            self.U.mT @ self.MV + self.MU.mT @ self.V
+        )  # both, or their difference would double at each use
         inner = self.MU.mT @ X + (self.core - twice) @ VtX
         return torch.addmm(self.MV @ VtX, self.U, inner)
 

@@ -16,6 +16,7 @@ from dlrt.datasets import DATASETS
 from dlrt.loading import load_network
 from dlrt.records import read_metrics
 from dlrt.runs import load_checkpoint
+from dlrt.velocity import RULES
 
 SCRIPT = cli.ROOT / "mnist" / "lenet5_mnist.py"
 OFFLINE = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")  # nobody listens there
@@ -88,12 +89,28 @@ IMPOSSIBLE = [
     (["--rank", "-3"], ["--rank", "(0, 1]", "got -3"]),
     (["--min-rank", "0"], ["--min-rank", "[1, inf)", "got 0"]),
     (["--s-steps", "4", "--integrator", "bug"], ["--s-steps must be 1 with --integrator bug", "got 4"]),
+    (["--s-steps", "2", "--integrator", "augmented"], ["--s-steps must be 1 with --integrator augmented"]),
+    (["--amp", "float16", "--integrator", "augmented"], ["takes two gradients a step", "--amp bfloat16"]),
+    (["--update", "foo"], ["--update", "foo", *RULES]),
+    (["--update-lr", "0"], ["--update-lr", "(0, inf)", "got 0"]),
     (["--label-smoothing", "1"], ["--label-smoothing", "[0, 1)", "got 1"]),
     (["--min-rank", "5", "--max-rank", "3"], ["--max-rank must be at least --min-rank", "3 < 5"]),
     (["--tau-warmup", "50", "--epochs", "3"], ["--tau-warmup must be at most --epochs", "50 > 3"]),
     (["--finetune-epochs", "-1"], ["--finetune-epochs", "[0, inf)", "got -1"]),
     (["--max-rank", "all"], ["--max-rank", "whole number from 1 on, or initial", "got all"]),
     (["--compression", "100"], ["--compression", "(0, 100)", "got 100"]),
+    (["--compression", "0.6"], ["--compression", "is a percentage, got 0.6: 60 for that fraction"]),
+    (["--compression", "60", "--integrator", "bug"], ["--compression changes ranks", "bug keeps them"]),
+    (
+        ["--compression", "60", "--ramp", "0"],
+        ["--ramp 0 must come with --from-checkpoint", "nothing to keep"],
+    ),
+    (["--compression", "60", "--ramp", "1.5"], ["--ramp", "[0, 1]", "got 1.5"]),
+    (["--ramp", "0.5"], ["--ramp must come with --compression"]),
+    (
+        ["--compression", "60", "--ramp", "0", "--from-checkpoint", "a", "--rank", "3"],
+        ["--ramp 0 cuts to ranks of its own: leave --rank out"],
+    ),
     (["--cut-by", "weights"], ["--cut-by must come with --from-checkpoint"]),
     (["--name", "../../x"], ["--name", "must name one folder", "--output-dir says where", "'../../x'"]),
     (["--seed", "-1"], ["--seed", "[0, 4294967295]", "got -1"]),
@@ -169,8 +186,8 @@ def test_help_of_a_script_with_its_own_defaults_names_no_others():
     def told(**defaults):
         return " ".join(cli.training_parser("", low_rank=True, **defaults).format_help().split())
 
-    assert "steps of S in each move of the bases; by default 10, and 1 where the integrator is bug" in told()
-    assert "steps of S in each move of the bases (default: 1)" in told(s_steps=1)
+    assert "over which the tolerance rises from 0 to tau; by default half of all" in told()
+    assert "over which the tolerance rises from 0 to tau (default: 0)" in told(tau_warmup=0)
 
 
 def test_a_run_from_any_folder_leaves_its_folder_and_prints_the_result(finished):
@@ -289,14 +306,53 @@ def lenet5(run_script, tmp_path):
     )
 
 
+def test_a_budget_falls_from_full_rank_without_a_tolerance_unless_they_are_given():
+    def settled(*more):
+        args = parse("--compression", "80", *more)
+        return args.ramp, args.rank, args.tau
+
+    assert settled() == (cli.RAMP, 1.0, 0.0)
+    assert settled("--ramp", "0.3", "--rank", "0.4", "--tau", "0.2") == (0.3, 0.4, 0.2)
+    assert settled("--tau", "0.1") == (cli.RAMP, 1.0, 0.1)  # also where that is the default without a budget
+    start = ["--compression", "80", "--from-checkpoint", "a"]
+    assert parse(*start).rank == 1.0
+    cut = parse(*start, "--ramp", "0")
+    assert (cut.ramp, cut.rank, cut.tau) == (0.0, None, 0.1)
+
+
+def test_the_budget_of_a_run_is_met_at_the_end_of_its_ramp_from_scratch_or_a_checkpoint(lenet5, tmp_path):
+    assert lenet5("--name", "dense", dense=True).returncode == 0
+    for start in ([], ["--from-checkpoint", tmp_path / "dense", "--name", "from_dense"]):
+        done = lenet5("--compression", 85, "--ramp", 1, "--epochs", 2, *start)
+        assert done.returncode == 0, done.stderr
+        metrics = read_metrics(tmp_path / (start[-1] if start else "compression85_seed0"))
+        assert (metrics["tau"] == 0).all()
+        before, after = metrics["evaluation_compression"].iloc[-2:]
+        assert before < 85 <= after < 87
+    impossible = lenet5("--compression", "99.9", "--name", "none")
+    assert (impossible.returncode, impossible.stderr.count("\n")) == (1, 1)
+    assert re.search(r"--compression must be at most 0\.\d+ \(9.* %\) here", impossible.stderr)
+
+
 @pytest.mark.parametrize("spatial", [(), ("--spatial",)])
 def test_a_run_starts_at_a_compression_and_keeps_to_it(lenet5, tmp_path, spatial):
     assert lenet5("--name", "dense", dense=True).returncode == 0
     start = ["--from-checkpoint", tmp_path / "dense", "--tau", "0.001", "--tau-warmup", "0"]
-    budget = [*start, "--compression", "80", "--max-rank", "initial", "--name", "cut", *spatial]
+    budget = [
+        *start,
+        "--compression",
+        "95",
+        "--ramp",
+        "0",
+        "--max-rank",
+        "initial",
+        "--name",
+        "cut",
+        *spatial,
+    ]
     assert lenet5(*budget).returncode == 0
     compression = read_metrics(tmp_path / "cut")["evaluation_compression"]
-    assert 80 <= compression[0] < 82
+    assert 95 <= compression[0] < 95.5
     assert compression[1] == compression[0]
     (tmp_path / "dense").rename(tmp_path / "gone")  # what goes on has weights and ranks of its own
     assert f"compression {compression[1]:.2f} %" in lenet5(*budget, "--resume").stdout
@@ -304,9 +360,9 @@ def test_a_run_starts_at_a_compression_and_keeps_to_it(lenet5, tmp_path, spatial
     kinds = {type(module) for module in load_network(tmp_path / "cut")[0].modules()}
     assert (SpatialLowRankConv2d in kinds) == bool(spatial)
     assert json.loads((tmp_path / "cut" / "config.json").read_text())["options"]["rank"] is None
-    impossible = lenet5(*start, "--compression", "99.9", "--name", "none")
+    impossible = lenet5(*start, "--compression", "99.9", "--ramp", "0", "--name", "none")
     assert (impossible.returncode, impossible.stderr.count("\n")) == (1, 1)
-    assert "--compression must be at most 9" in impossible.stderr
+    assert "--compression must be at most 0.9" in impossible.stderr
 
 
 def test_a_run_starts_from_the_truncated_weights_of_a_dense_run(lenet5, tmp_path):
@@ -323,8 +379,6 @@ def test_a_run_starts_from_the_truncated_weights_of_a_dense_run(lenet5, tmp_path
     assert cut["validation_loss"][0] > full["validation_loss"][0]
     assert lenet5(*start, "--name", "weights", "--rank", "2", "--cut-by", "weights").returncode == 0
     assert cut["validation_loss"][0] < read_metrics(tmp_path / "weights")["validation_loss"][0]
-    assert "random weights have nothing to keep" in lenet5("--compression", "50").stderr
-    assert "not allowed with argument" in lenet5("--compression", "50", "--rank", "3").stderr
     spatial = lenet5("--spatial", "--skip", "conv1", "conv2", "--name", "flat")
     assert (spatial.returncode, spatial.stderr.count("\n")) == (1, 1)
     assert "--spatial needs a convolution" in spatial.stderr

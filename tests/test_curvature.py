@@ -1,4 +1,4 @@
-"""A trained weight is cut where the loss needs it least, and ranks share a budget by what they are worth."""
+"""A trained weight is cut where the loss needs it least, and layers share a budget by what they are worth."""
 
 import pytest
 import torch
@@ -7,8 +7,9 @@ from torch import nn
 
 import dlrt
 from dlrt import curvature
-from dlrt.curvature import kronecker_factors, ranks_within, terms
+from dlrt.curvature import kronecker_factors, terms
 from dlrt.models import LeNet5
+from dlrt.ranks import allot, parameters
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -207,58 +208,74 @@ def test_a_layer_without_influence_is_cut_by_its_weights():
 def test_ranks_within_a_budget_lose_least_and_use_it():
     shapes = [(4, 6), (5, 3), (2, 9)]
     parts = [terms(torch.randn(shape)) for shape in shapes]
+    worths = [part.sigma.square().tolist() for part in parts]
 
     def loss(ranks):
-        return sum(part.sigma[rank:].square().sum() for part, rank in zip(parts, ranks, strict=True))
+        return sum(sum(worth[rank:]) for worth, rank in zip(worths, ranks, strict=True))
 
     def cost(ranks):
-        return sum(rank * part.parameters_per_rank for part, rank in zip(parts, ranks, strict=True))
+        return sum(parameters(rank, shape) for rank, shape in zip(ranks, shapes, strict=True))
 
-    largest = [m * n // (m + n) for m, n in shapes]  # more would cost more than the dense matrix
-    grid = torch.cartesian_prod(*(torch.arange(1, most + 1) for most in largest)).tolist()
-    for budget in range(29, 80, 2):
-        ranks = ranks_within(budget, parts)
+    grid = torch.cartesian_prod(*(torch.arange(1, min(shape) + 1) for shape in shapes)).tolist()
+    for budget in range(29, 60):
+        ranks = allot(budget, worths, shapes)
         assert cost(ranks) <= budget
-        left = [part for part, rank, most in zip(parts, ranks, largest, strict=True) if rank < most]
-        assert all(part.parameters_per_rank > budget - cost(ranks) for part in left)
+        more = [[*ranks[:i], ranks[i] + 1, *ranks[i + 1 :]] for i in range(3) if ranks[i] < min(shapes[i])]
+        assert all(cost(other) > budget for other in more)
         # the bound of a greedy knapsack: what it loses more than the best is worth less than one term
         best = min(loss(other) for other in grid if cost(other) <= budget)
-        assert loss(ranks) <= best + max(part.sigma[1].square() for part in parts)
+        assert loss(ranks) <= best + max(worth[1] for worth in worths)
 
 
 def test_what_does_not_fit_leaves_room_for_smaller_terms():
-    wide, narrow = (torch.diag(torch.tensor(values)) for values in ([1.0, 0.9, 0.8], [1.0, 0.1, 0.09]))
-    parts = [terms(F.pad(wide, (0, 17, 0, 17))), terms(narrow)]  # terms of 40 and of 6 parameters
-    assert ranks_within(40 + 6 + 39, parts) == [1, 1]  # no rank above 1 is cheaper than 3 x 3 weights
-    parts[1] = terms(F.pad(narrow, (0, 3, 0, 3)))  # of 12
-    assert ranks_within(40 + 12 + 39, parts) == [1, 3]
+    wide, narrow = [0.5, 0.3, 0.2], [0.98, 0.011, 0.009]
+    assert allot(40 + 6 + 2, [wide, narrow], [(20, 20), (3, 3)]) == [1, 1]
+    assert allot(40 + 12 + 39, [wide, narrow], [(20, 20), (6, 6)]) == [1, 3]
 
 
-@pytest.mark.parametrize("percent", [30, 60, 90])
-def test_a_network_is_compressed_by_at_least_what_was_asked(percent):
-    network = dlrt.to_low_rank(LeNet5(), skip="conv1", compression=percent)
+def test_a_layer_worth_its_whole_weight_stays_dense_and_computes_the_same():
+    network = nn.Sequential(nn.Linear(30, 30), nn.ReLU(), nn.Linear(30, 30))
+    with torch.no_grad():
+        network[0].weight.copy_(torch.linalg.qr(torch.randn(30, 30)).Q)
+        network[2].weight.copy_(torch.randn(30, 1) @ torch.randn(1, 30))
+    x = torch.randn(5, 30)
+    expected, dense = network(x), network[0]
+    dlrt.to_low_rank(network, compression=0.46)  # 900 and 60 of 1800 are 46.7 %
+    assert network[0] is dense
+    assert list(dlrt.compression(network).ranks.values()) == [1]
+    assert torch.allclose(network(x), expected)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_a_network_is_compressed_by_at_least_what_was_asked(share):
+    network = dlrt.to_low_rank(LeNet5(), skip="conv1", compression=share)
     cost = dlrt.compression(network)
     largest = max(sum(layer.shape) for layer in network.modules() if isinstance(layer, dlrt.LowRankLayer))
     step = 100 * largest / cost.dense_parameters
-    assert percent <= cost.evaluation_compression < percent + step
+    assert 100 * share <= cost.evaluation_compression < 100 * share + step
 
 
 def test_layers_without_influence_do_not_take_the_budget_of_others():
     network = nn.ModuleDict({name: nn.Linear(64, 64) for name in ("first", "idle", "last")})
     network["idle"].weight.data *= 100
     network.forward = lambda x: network["last"](network["first"](x).relu())
-    ranks = dlrt.compression(dlrt.to_low_rank(network, compression=60, inputs=torch.randn(100, 64))).ranks
+    ranks = dlrt.compression(dlrt.to_low_rank(network, compression=0.6, inputs=torch.randn(100, 64))).ranks
     assert ranks["idle"] < 1.5 * ranks["first"]
 
 
 def test_what_cannot_be_is_refused():
-    for options in ({"compression": 100}, {"compression": 50, "rank": 3}, {"compression": 50, "tau": 0.1}):
-        with pytest.raises(ValueError, match=r"compression must lie in \(0, 100\), in %, and come without"):
-            dlrt.to_low_rank(LeNet5(), **options)
-    with pytest.raises(ValueError, match=r"compression must be at most 99\.\d+ here, .* got 99.9"):
-        dlrt.to_low_rank(LeNet5(), compression=99.9)
-    with pytest.raises(ValueError, match=r"compression must be at most 6\.72 here"):
-        dlrt.to_low_rank(LeNet5(), skip=["fc1", "conv1"], compression=50)
+    for wrong, got in ((1.0, "1: 0.01 for 1 %"), (0.0, "0"), (60, "60: 0.6 for 60 %")):
+        with pytest.raises(ValueError, match=rf"compression must be a fraction in \(0, 1\), got {got}$"):
+            dlrt.to_low_rank(LeNet5(), compression=wrong)
+    for options in ({"rank": 3}, {"tau": 0.1}):
+        with pytest.raises(ValueError, match="compression must come without rank and tau"):
+            dlrt.to_low_rank(LeNet5(), compression=0.5, **options)
+    with pytest.raises(
+        ValueError, match=r"compression must be at most 0\.99\d+ \(99\.\d+ %\) here, .* got 0.999"
+    ):
+        dlrt.to_low_rank(LeNet5(), compression=0.999)
+    with pytest.raises(ValueError, match=r"compression must be at most 0\.0672 \(6\.72 %\) here"):
+        dlrt.to_low_rank(LeNet5(), skip=["fc1", "conv1"], compression=0.5)
     for network, outputs in ((nn.Conv2d(1, 1, 3), r"\(5, 1, 26, 26\)"), (LeNet5(classes=1), r"\(5, 1\)")):
         network = nn.Sequential(network)
         with pytest.raises(ValueError, match=rf"needs logits \(N, classes\) of two .* got outputs {outputs}"):

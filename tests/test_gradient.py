@@ -1,4 +1,4 @@
-"""K-, L- and S-gradient are the ordinary .grad of U, V and S, for every geometry and under all that PyTorch does."""
+"""K-, L- and S-gradient are the ordinary .grad of U, V and S, for every geometry, whatever PyTorch does."""
 
 import copy
 
@@ -141,7 +141,10 @@ def test_activation_checkpointing_and_compilation_change_nothing():
 
 
 def test_functional_calls_with_other_factors_and_gradients_for_each_sample():
-    for kind, x in ((LowRankLinear(6, 5, 2), torch.randn(4, 6)), (LowRankConv2d(2, 9, 3, rank=2), torch.randn(4, 2, 5, 5))):
+    for kind, x in (
+        (LowRankLinear(6, 5, 2), torch.randn(4, 6)),
+        (LowRankConv2d(2, 9, 3, rank=2), torch.randn(4, 2, 5, 5)),
+    ):
         layer = owned(kind)
         factors = {name: p.detach().clone() for name, p in layer.named_parameters()}
         U, V = (torch.linalg.qr(torch.randn(len(factors[name]), 3)).Q for name in "UV")

@@ -6,13 +6,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ORDER = [
     ["lowrank", "clutter", "timing", "watching", "records"],
-    ["integrators", "gradient", "curvature"],
-    ["compiled", "fields"],
-    ["layers"],
-    ["convolutions"],
-    ["costs"],
-    ["convert", "distributed"],
-    ["export", "optimizer"],
+    ["integrators", "layers", "ranks", "curvature"],
+    ["velocity", "fields", "convolutions", "costs"],
+    ["convert", "distributed", "muon"],
+    ["averaging", "export", "optimizer"],
     [
         "models",
         "models.alexnet",

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dlrt import LowRankConv2d, LowRankLinear, SpatialLowRankConv2d
+from dlrt import DLRT, LowRankConv2d, LowRankLinear, SpatialLowRankConv2d
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -124,9 +124,9 @@ def test_a_state_of_another_shape_is_refused():
         LowRankLinear(9, 6, 2).load_state_dict(LowRankLinear(9, 7, 3).state_dict())
 
 
-def test_copies_and_pickles_compute_the_same_and_record_nothing():
+def test_copies_and_pickles_compute_the_same_and_belong_to_no_optimizer():
     layer, x = LowRankConv2d(2, 6, 3, rank=4, padding=1), torch.randn(2, 2, 5, 5)
-    Gradient(layer, keep_samples=True)
+    DLRT(layer, torch.optim.SGD, lr=0.1)
     layer(x).sum().backward()
     file = io.BytesIO()
     torch.save(layer, file)
@@ -134,7 +134,9 @@ def test_copies_and_pickles_compute_the_same_and_record_nothing():
     for other in (copy.deepcopy(layer), torch.load(file, weights_only=False)):
         assert torch.equal(other(x), layer(x))
         assert other.S is not layer.S
-        assert other.gradient is None
+        assert not other.trains_bases
+        other(x).sum().backward()
+        assert other.U.grad is other.V.grad is None
 
 
 def test_forward_and_full_backward_hooks_fire():

@@ -1,5 +1,4 @@
-"""Every loop that PyTorch allows: the step is that of the same loop on a dense net, whose optimizer applies the
-integrator to the dense gradient."""
+"""Whatever the loop, the step is that of the same loop on a dense net under the integrator."""
 
 import copy
 
@@ -34,7 +33,7 @@ class DenseDLRT:
         return U @ U.mT @ F + F @ V @ V.mT - U @ U.mT @ F @ V @ V.mT
 
     def products(self):
-        """What the factors' gradients are, for clipping: in bases turned against each other their norms agree."""
+        """What the factors' gradients are, for clipping; their norms do not depend on the bases."""
         for layer in self.layers:
             if layer.weight.grad is not None:
                 (U, V), G = self.bases(layer), layer.weight.grad.flatten(1)

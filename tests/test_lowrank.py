@@ -116,5 +116,5 @@ def test_bases_stay_orthonormal_over_thousands_of_rotations_in_float32():
     U = orthonormal(40, 5).float()
     for step in range(3000):
         P = torch.linalg.svd(torch.randn(10, 10, generator=torch.Generator().manual_seed(step)))[0][:, :5]
-        U = rotate(P, U, complement(U, torch.randn(40, 5)))
+        U = rotate(torch.cat([U, complement(U, torch.randn(40, 5))], dim=1), P)
     assert orthogonality_error(U) < 2e-6

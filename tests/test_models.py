@@ -5,10 +5,17 @@ import torch
 
 import dlrt
 from dlrt.cli import DATA_DIR
-from dlrt.models import MLP, VGG16, AlexNet, LeNet5, ResNet20
+from dlrt.models import MLP, VGG16, AlexNet, LeNet5, ResNet8, ResNet20
 
 TRAINED = DATA_DIR / "resnet20-12fca82f.pt"
-PARAMETERS = {MLP: 1_149_010, LeNet5: 431_080, ResNet20: 269_722, VGG16: 14_724_042, AlexNet: 23_272_266}
+PARAMETERS = {
+    MLP: 1_149_010,
+    LeNet5: 431_080,
+    ResNet8: 75_290,
+    ResNet20: 269_722,
+    VGG16: 14_724_042,
+    AlexNet: 23_272_266,
+}
 
 
 @pytest.mark.parametrize("network", PARAMETERS)
@@ -40,8 +47,20 @@ def test_resnet20_computes_the_same_at_full_rank_and_dense_again(trained):
         assert (dlrt.to_dense(model)(x) - logits).abs().max() <= 1e-4
 
 
-def test_resnet20_takes_parameter_free_shortcuts():
-    model = ResNet20().eval()
+@pytest.mark.parametrize(("network", "convolutions"), [(ResNet8, 7), (ResNet20, 19)])
+def test_with_twice_the_channels_a_resnet_has_four_times_the_inner_weights(network, convolutions):
+    with torch.device("meta"):
+        narrow, wide = (
+            [p.numel() for p in network(channels=c).parameters() if p.dim() == 4] for c in (8, 16)
+        )
+    assert len(narrow) == len(wide) == convolutions
+    assert wide == [2 * narrow[0], *(4 * count for count in narrow[1:])]
+    assert network((1, 8, 8), 7, channels=4)(torch.randn(2, 1, 8, 8)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("network", [ResNet8, ResNet20])
+def test_resnets_take_parameter_free_shortcuts(network):
+    model = network().eval()
     block = model.layer2[0]
     for name in ("conv1", "conv2"):
         torch.nn.init.zeros_(getattr(block, name).weight)

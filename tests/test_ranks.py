@@ -67,5 +67,5 @@ def test_the_budget_falls_along_a_cubic_and_stays():
 def test_a_percentage_is_no_fraction(wrong):
     with pytest.raises(ValueError, match=r"fraction in \(0, 1\), got"):
         budget_for(wrong, 1000, 0, 10)
-    with pytest.raises(ValueError, match="must be at most 0.8"):
+    with pytest.raises(ValueError, match=r"must be at most 0\.8"):
         budget_for(0.9, 1000, 100, 100)

@@ -118,6 +118,7 @@ from torch import nn
 torch.manual_seed(0)
 model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8 * 36, 4))
 loader = [(torch.randn(32, 1, 8, 8), torch.arange(32) % 4)] * 40
+steps = len(loader)
 criterion = nn.CrossEntropyLoss()
 loss = criterion(model(loader[0][0]), loader[0][1]).item()
 """

@@ -17,6 +17,8 @@ from dlrt.runs import Run
 from dlrt.training import Recipe, evaluate, fit, train_epoch, warmth
 
 RECIPE = Recipe(epochs=4, batch_size=64, tau=0.1)
+S_STEPS = {"integrator": "parallel", "s_steps": 3}
+BUDGET = {"integrator": "parallel", "compression": 0.8, "ramp": 50}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -154,12 +156,13 @@ def test_the_model_ends_with_the_weights_of_the_chosen_epoch(dataset, tmp_path):
     [
         (RECIPE, {"low_rank": False, "momentum": 0.9, "schedule": cosine}),
         (RECIPE, {"schedule": cosine}),
-        (replace(RECIPE, augment=True), {"momentum": 0.9, "schedule": cosine, "s_steps": 3}),
+        (replace(RECIPE, augment=True), {"momentum": 0.9, "schedule": cosine, **S_STEPS}),
         (replace(RECIPE, tau_warmup=3.0), {"momentum": 0.9, "schedule": cosine}),
         (RECIPE, {"momentum": 0.9, "schedule": plateau}),
         (RECIPE, {"kind": torch.optim.Adam, "lr": 0.01}),
         (RECIPE, {"momentum": 0.9, "integrator": "parallel"}),
         (RECIPE, {"momentum": 0.9, "integrator": "bug"}),
+        (replace(RECIPE, tau=0.0), {"momentum": 0.9, "update": "muon", **BUDGET}),
         (replace(RECIPE, epochs=1, finetune_epochs=3), {"momentum": 0.9}),
         (replace(RECIPE, epochs=2, finetune_epochs=2), {"momentum": 0.9}),
     ],
@@ -172,6 +175,7 @@ def test_the_model_ends_with_the_weights_of_the_chosen_epoch(dataset, tmp_path):
         "adam",
         "parallel",
         "bug",
+        "budget",
         "finetune",
         "refreeze",
     ],

@@ -77,7 +77,12 @@ def test_full_rank_muon_is_muon_on_the_dense_weight(name, nesterov):
         layers = [module for module in net.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
         return Muon(net.parameters(), layers, **options)
 
-    assert train_both(name, dense_muon, lambda net: DLRT(net, torch.optim.SGD, update="muon", tau=0.0, **options)) <= 1e-10
+    assert (
+        train_both(
+            name, dense_muon, lambda net: DLRT(net, torch.optim.SGD, update="muon", tau=0.0, **options)
+        )
+        <= 1e-10
+    )
 
 
 def test_the_polar_factor_is_that_of_the_range_and_turns_with_the_bases():
@@ -138,7 +143,9 @@ def test_a_penalty_on_s_alone_moves_s_and_does_not_disturb_the_rest():
 
 
 @pytest.mark.parametrize("update", ["sgd", "muon", "adam"])
-@pytest.mark.parametrize("options", [{}, {"s_steps": 3}, {"compression": 0.4, "ramp": 12}, {"integrator": "augmented"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"s_steps": 3}, {"compression": 0.4, "ramp": 12}, {"integrator": "augmented"}]
+)
 def test_the_state_resumes_bit_for_bit(update, options):
     kind = torch.optim.Adam if update == "adam" else torch.optim.SGD
     inner = {"betas": (0.8, 0.99)} if update == "adam" else {"momentum": 0.9}
@@ -175,7 +182,9 @@ def test_schedulers_change_the_step_size_of_all_groups_alike():
 
 
 def test_a_budget_is_reached_and_never_exceeded():
-    model = dlrt.to_low_rank(nn.Sequential(nn.Linear(30, 20), nn.Tanh(), nn.Linear(20, 25), nn.Tanh(), nn.Linear(25, 4)))
+    model = dlrt.to_low_rank(
+        nn.Sequential(nn.Linear(30, 20), nn.Tanh(), nn.Linear(20, 25), nn.Tanh(), nn.Linear(25, 4))
+    )
     optimizer = DLRT(model, torch.optim.SGD, lr=0.1, momentum=0.9, compression=0.6, ramp=30, allot_every=7)
     x, y = torch.randn(40, 30), torch.randn(40, 4)
     total = dlrt.compression(model).dense_parameters
@@ -203,7 +212,11 @@ def test_an_average_of_models_is_that_of_their_dense_weights():
 def test_factors_that_are_no_bases_are_refused_by_name():
     model = dlrt.to_low_rank(NETS["two layers"][0](), rank=3)
     good = copy.deepcopy(model.state_dict())
-    for spoil in (nn.init.normal_, lambda U: U.clamp_(-0.1, 0.1), lambda U: U.add_(torch.randn_like(U), alpha=0.1)):
+    for spoil in (
+        nn.init.normal_,
+        lambda U: U.clamp_(-0.1, 0.1),
+        lambda U: U.add_(torch.randn_like(U), alpha=0.1),
+    ):
         model.load_state_dict(good)
         with torch.no_grad():
             spoil(model[2].U)

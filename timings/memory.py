@@ -12,9 +12,9 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from measure import evaluation
 from networks import LENET5_RANKS, RESTING, low_rank, make_parser, mlp_ranks, parse, resting_dlrt
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from dlrt import cli, to_low_rank
@@ -75,10 +75,10 @@ def measure(network: Callable[[], nn.Module], data: tuple, integrator: str | Non
             optimizer = resting_dlrt(model, integrator)
         inputs, labels = x.to(device, copy=True), y.to(device, copy=True)
 
+        closure = evaluation(model, optimizer, inputs, labels)
+
         def step() -> None:
-            optimizer.zero_grad()
-            cross_entropy(model(inputs), labels).backward()
-            optimizer.step()
+            optimizer.step(closure)
 
         return step
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from measure import device_name, evaluation, flops, inference, shares, training_steps
-from memory import nbytes, peak
+from memory import peak
 from networks import RESTING, low_rank, make_parser, mlp_ranks, parse, resting_dlrt
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -101,7 +101,7 @@ def counted(
         made.append(contender(copy.deepcopy(network), data, setting, rank))
         return lambda: counts.append(flops(made[0].call))
 
-    most = peak(prepare, device, warm_up=0) + nbytes(data)
+    most = peak(prepare, device, warm_up=0) + sum(T.nbytes for T in data)
     return made[0], {"gflops": counts[0] / made[0].steps / 1e9, "peak_mb": most / 1e6}
 
 
@@ -182,7 +182,7 @@ def main() -> None:
     add("--batch-size", type=cli.NATURAL, default=256, help="samples per step and per inference")
     add("--integrators", choices=INTEGRATORS, nargs="+", default=INTEGRATORS, help="to train with")
     every = "steps of S in each move of the bases, of the adaptive integrators"
-    add("--s-steps", type=cli.NATURAL, nargs="+", default=(1, cli.S_STEPS), help=every)
+    add("--s-steps", type=cli.NATURAL, nargs="+", default=(1, 10), help=every)
     add("--repeats", type=cli.NATURAL, default=10, help="timed calls at each point")
     longest = "after which a point is called no more, once it has been called three times"
     add("--seconds", type=cli.POSITIVE, default=10.0, help=longest)

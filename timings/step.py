@@ -32,11 +32,11 @@ def compare(
 ) -> None:
     """Time and count all networks on the same input, and print a line for each low-rank one.
 
-    A low-rank training step is the mean of those from one move of the bases to the next.
+    A low-rank training step is the mean of those from one basis update to the next.
     """
     y = torch.randint(0, 10, (len(x),))
     optimizers = [torch.optim.SGD(dense.parameters(), **RESTING)]
-    optimizers += [resting_dlrt(model, args.integrator, s_steps) for model in others]
+    optimizers += [resting_dlrt(model, "parallel", s_steps) for model in others]
     models = [dense, *others]
     closures = [evaluation(m, o, x, y) for m, o in zip(models, optimizers, strict=True)]
     steps = [1, *(s_steps for _ in others)]
@@ -57,14 +57,11 @@ def compare(
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--repeats", type=NATURAL, default=20, help="timed steps of each network")
-    parser.add_argument(
-        "--integrator", choices=("augmented", "parallel"), default="augmented", help="of the low-rank steps"
-    )
     networks = ("lenet5", "resnet20", "mlp")
     parser.add_argument("--networks", choices=networks, nargs="+", default=networks, help="to time")
     args = parse(parser)
     torch.manual_seed(0)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, integrator {args.integrator}")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     for name in args.networks:
         for s_steps in (1, 10):
             for title, dense, others, x in contenders(name, args):
@@ -79,9 +76,12 @@ def contenders(
     LeNet5 is dense in channels-last, as the training scripts have it, and in torch's default layout.
     """
     if name == "lenet5":
-        low, x = [low_rank(LeNet5(), LENET5_RANKS)], torch.randn(128, 1, 28, 28)
+        x, low = torch.randn(128, 1, 28, 28), low_rank(LeNet5(), LENET5_RANKS)
+        low.to(memory_format=torch.channels_last)
         layouts = {"NHWC": torch.channels_last, "NCHW": torch.contiguous_format}
-        return [(f"LeNet5 {at}", LeNet5().to(memory_format=layout), low, x) for at, layout in layouts.items()]
+        return [
+            (f"LeNet5 {at}", LeNet5().to(memory_format=layout), [low], x) for at, layout in layouts.items()
+        ]
     if name == "resnet20":
         dense, x, found = ResNet20().to(memory_format=torch.channels_last), torch.randn(128, 3, 32, 32), []
         for spatial, share in RESNET20_SHARES.items():
