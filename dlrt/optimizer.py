@@ -28,9 +28,9 @@ class DLRT(torch.optim.Optimizer):
 
     The torch class (**options are its arguments) steps biases, norms and dense layers. A low-rank weight
     moves by an integrator along its velocity, a tangent vector, with h = lr. `update` is the rule that acts
-    on the small matrix, "sgd", "adam" or "muon" (default: as the class); "muon" moves by update_lr √max(1, m/n)
-    msign(D), with update_lr = 0.3 lr by default and decoupled weight decay. At full rank without truncation a
-    step is that of torch's SGD, or of Muon. Schedulers change lr and update_lr alike.
+    on the small matrix D, "sgd", "adam" or "muon" (default: as the class). "muon" moves by
+    update_lr √max(1, m/n) msign(D), with update_lr = 0.3 lr by default and decoupled weight decay. At full
+    rank without truncation a step is that of torch's SGD, or of Muon. Schedulers change lr and update_lr alike.
 
     Integrators: "parallel" takes one pass (Ceruti, Kusch & Lubich 2024). "augmented" updates the bases by
     one pass and S by another (Ceruti, Kusch & Lubich 2022; Schotthöfer et al. 2022), and so does "bug", which
@@ -38,10 +38,10 @@ class DLRT(torch.optim.Optimizer):
 
     Ranks: tau (default 0.1, or 0 with a budget) is the share of ‖S‖ that a step may truncate, an attribute
     that may change. compression, a fraction, is a budget for the parameters of the whole model: it falls
-    along a cubic from the present ranks over `ramp` steps, and every `allot_every` steps the singular values
-    of all layers compete for it. The smaller rank wins. min_rank and max_rank bound each layer's; "initial" stands
-    for what it is now. With s_steps = n the bases are updated in every n-th step only, and S is trained in
-    the augmented bases in between.
+    along a cubic from the present ranks over `ramp` steps, and every `allot_every` steps the singular
+    values of all layers compete for it. The smaller rank wins. min_rank and max_rank bound each layer's;
+    "initial" stands for what it is now. With s_steps = n the bases are updated in every n-th step only, and
+    S is trained in the augmented bases in between.
 
     ValueError for an impossible option and for bases that are not orthonormal.
     """

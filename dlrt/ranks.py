@@ -31,8 +31,8 @@ def budget_for(compression: float, dense_parameters: int, others: int, least: in
     if budget < least:
         most = int(1e4 * (1 - (others + least) / dense_parameters)) / 1e4
         raise ValueError(
-            f"compression must be at most {most:g} ({100 * most:g} %) here, with ranks of min_rank "
-            f"and the layers that stay dense, got {compression:g}: ask for less, or let fewer layers stay dense"
+            f"compression must be at most {most:g} ({100 * most:g} %) here, with ranks of min_rank and the "
+            f"layers that stay dense, got {compression:g}: ask for less, or let fewer layers stay dense"
         )
     return budget
 
