@@ -30,7 +30,7 @@ class DLRT(torch.optim.Optimizer):
     moves by an integrator along its velocity, a tangent vector, with h = lr. `update` is the rule that acts
     on the small matrix D, "sgd", "adam" or "muon" (default: as the class). "muon" moves by
     update_lr √max(1, m/n) msign(D), with update_lr = 0.3 lr by default and decoupled weight decay. At full
-    rank without truncation a step is that of torch's SGD, or of Muon. Schedulers change lr and update_lr alike.
+    rank without truncation a step is that of torch's SGD, or of Muon. Schedulers change both alike.
 
     Integrators: "parallel" takes one pass (Ceruti, Kusch & Lubich 2024). "augmented" updates the bases by
     one pass and S by another (Ceruti, Kusch & Lubich 2022; Schotthöfer et al. 2022), and so does "bug", which
