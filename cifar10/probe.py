@@ -165,30 +165,30 @@ def main() -> None:
     add("--seeds", type=cli.NATURAL, default=3, help="runs of every row at its best setting")
     add("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="to make")
     add("--tune", action="store_true", help="first try every setting of every row with seed 0")
-    add("--output", type=Path, default=HERE / "probe.csv", help="where the runs are recorded")
+    add("--output-dir", type=Path, default=HERE, help="of probe.csv and probe.md")
     args = parser.parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    record = args.output_dir / "probe.csv"
     threads = max(1, torch.get_num_threads() // args.jobs)
 
     def make_runs(wanted: list[tuple[str, int, dict]]) -> None:
-        runs = recorded(args.output)
+        runs = recorded(record)
         done = set(zip(runs["row"], runs["seed"], runs["setting"], strict=True))
         missing = [run for run in wanted if (run[0], run[1], json.dumps(run[2])) not in done]
         with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
             for future in as_completed(pool.submit(train, *run, args.data_dir, threads) for run in missing):
                 made = pd.DataFrame([future.result()])
-                made.to_csv(
-                    args.output, mode="a", header=not args.output.exists(), index=False, float_format="%.6g"
-                )
+                made.to_csv(record, mode="a", header=not record.exists(), index=False, float_format="%.6g")
                 print(made.drop(columns="ranks").to_string(index=False, header=False), flush=True)
 
     if args.tune:
         make_runs([(name, 0, setting) for name in args.rows for setting in ROWS[name].choices])
-    best = best_settings(recorded(args.output))
+    best = best_settings(recorded(record))
     if untuned := [name for name in args.rows if name not in best]:
         parser.error(f"no settings have been tried for {', '.join(untuned)}: add --tune")
     make_runs([(name, seed, best[name]) for seed in range(args.seeds) for name in args.rows])
-    text = table(recorded(args.output))
-    (args.output.with_suffix(".md")).write_text(text + "\n", encoding="utf-8")
+    text = table(recorded(record))
+    (record.with_suffix(".md")).write_text(text + "\n", encoding="utf-8")
     print(text)
 
 

@@ -88,13 +88,14 @@ def reduce_gradients(model: nn.Module) -> None:
     if world_size() == 1:
         return
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    if any(
-        getattr(gradient, "is_sum", None) == gradient._version for gradient in gradients
-    ):  # not zeroed since
-        raise RuntimeError("these gradients are summed already: once between the last backward and step")
+    if any(hasattr(gradient, "is_sum") for gradient in gradients):
+        raise RuntimeError(
+            "these gradients are summed already: once between the last backward pass and the step, and "
+            "zero_grad() after it, which sets them to None"
+        )
     sum_over_processes(gradients)
     for gradient in gradients:
-        gradient.is_sum = gradient._version
+        gradient.is_sum = True
 
 
 def check_ranks_may_move(gradient: Tensor | None, name: str) -> None:

@@ -116,7 +116,8 @@ import torch
 from torch import nn
 
 torch.manual_seed(0)
-model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8 * 36, 4))
+layers = [nn.Conv2d(1, 8, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8 * 36, 32), nn.ReLU()]
+model = nn.Sequential(*layers, nn.Linear(32, 4))
 loader = [(torch.randn(32, 1, 8, 8), torch.arange(32) % 4)] * 40
 steps = len(loader)
 criterion = nn.CrossEntropyLoss()
