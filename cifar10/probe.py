@@ -31,7 +31,7 @@ SAMPLES, EPOCHS, BATCH = 10_000, 8, 128
 DENSE = ("conv1", "linear")  # layers that stay so
 COMMON = {"momentum": 0.9, "weight_decay": 5e-4}
 LRS = (0.05, 0.1, 0.2)
-MUON = tuple({"lr": 0.1, "update_lr": update_lr} for update_lr in (0.02, 0.03, 0.05, 0.08))
+MUON = tuple({"lr": 0.1, "update_lr": update_lr} for update_lr in (0.03, 0.05, 0.08, 0.12))
 
 
 @dataclass(frozen=True)

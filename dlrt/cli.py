@@ -10,10 +10,9 @@ from typing import Any, NoReturn
 
 import torch
 
+from dlrt.checks import INTEGRATORS, UPDATES
 from dlrt.datasets import DATASETS
-from dlrt.optimizer import INTEGRATORS
 from dlrt.training import AMP
-from dlrt.velocity import RULES
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA_DIR = Path(os.environ.get("DLRT_DATA", ROOT / "data"))
@@ -171,7 +170,7 @@ def _add_low_rank_flags(parser: Parser) -> None:
     two = "augmented and bug take two passes a step, and bug keeps the rank"
     add("--integrator", choices=INTEGRATORS, default="parallel", help=two)
     rule = "how low-rank weights step; by default as the optimizer"
-    add("--update", choices=RULES, help=rule)
+    add("--update", choices=UPDATES, help=rule)
     update_lr = "step size of low-rank weights; by default lr, and 0.3 lr with muon"
     add("--update-lr", type=POSITIVE, help=update_lr)
     start = (

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
+from dlrt.checks import check_compression, check_tolerance
 from dlrt.convolutions import LowRankConv2d, SpatialLowRankConv2d
 from dlrt.costs import compression as cost_of
 from dlrt.curvature import Terms, kronecker_factors, terms
 from dlrt.layers import LowRankLayer, LowRankLinear
-from dlrt.lowrank import check_tolerance, rank_within
-from dlrt.ranks import allot, budget_for, check_compression, parameters
+from dlrt.lowrank import rank_within
+from dlrt.ranks import allot, budget_for
 
 LOW_RANK_TYPES = {nn.Linear: LowRankLinear, nn.Conv2d: LowRankConv2d}
 OTHER_KINDS = {
@@ -174,8 +175,7 @@ def _ranks_for(
     """Ranks for a budget of parameters, None for a layer whose factors would cost as much as its weight."""
     cost, shapes = cost_of(model), [tuple(W.shape) for W in weights]
     others = cost.evaluation_parameters - sum(W.numel() for W in weights)
-    least = sum(parameters(1, shape) for shape in shapes)
-    budget = budget_for(compression, cost.dense_parameters, others, least)
+    budget = budget_for(compression, cost.dense_parameters, others, shapes)
     ranks = allot(budget, [part.sigma.square().tolist() for part in parts], shapes)
     return [
         None if r * sum(shape) >= shape[0] * shape[1] else r for r, shape in zip(ranks, shapes, strict=True)

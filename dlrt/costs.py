@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from dlrt.layers import LowRankLayer
-from dlrt.ranks import parameters
+from dlrt.ranks import budget_for, parameters
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,17 @@ def compression(model: nn.Module) -> Compression:
     if dense == 0:
         raise ValueError("the model has no weights to count (no parameter with two or more dimensions)")
     return Compression(evaluation, training, dense, {name: layer.rank for name, layer in layers.items()})
+
+
+def budget_between(
+    model: nn.Module, layers: Iterable[LowRankLayer], compression_wanted: float, min_rank: int
+) -> tuple[int, int]:
+    """How many parameters these layers have, and how many they may have at a compression, a fraction."""
+    cost, shapes = compression(model), [layer.shape for layer in layers]
+    start = sum(parameters(layer.rank, layer.shape) for layer in layers)
+    others = cost.evaluation_parameters - start
+    end = budget_for(compression_wanted, cost.dense_parameters, others, shapes, min_rank)
+    return start, min(start, end)
 
 
 def singular_values(model: nn.Module) -> dict[str, Tensor]:

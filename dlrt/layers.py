@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dlrt.lowrank import LowRank, check_orthonormal, check_rank, check_real
+from dlrt.checks import check_orthonormal, check_rank, check_real
+from dlrt.lowrank import LowRank
 
 
 class DenseWeight(torch.autograd.Function):

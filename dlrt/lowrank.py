@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dlrt.checks import check_rank, check_rank_bounds, check_real, check_tolerance
+
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
@@ -50,47 +52,6 @@ class LowRank:
         check_real(A)
         P, sigma, Q = truncated_svd(A, tau, max_rank=rank)
         return cls(P, sigma.diag(), Q)
-
-
-def check_real(A: Tensor) -> None:
-    """Raise TypeError for complex numbers: transposes here are not conjugated."""
-    if A.is_complex():
-        raise TypeError(f"weights must be real, got {A.dtype}: take real and imaginary parts apart")
-
-
-def check_rank(rank: int | None, rows: int, columns: int) -> None:
-    """Raise ValueError where no rows x columns matrix has this rank (None stands for the full rank)."""
-    largest = min(rows, columns)
-    if rank is not None and not 1 <= rank <= largest:
-        raise ValueError(f"rank must lie in [1, {largest}] for a {rows} x {columns} weight, got {rank}")
-
-
-def check_tolerance(tau: float | None) -> None:
-    """Raise ValueError unless tau is a relative tolerance (None stands for no truncation by tolerance)."""
-    if tau is not None and not 0 <= tau < 1:
-        raise ValueError(
-            f"tau, the share of the norm that truncation may drop, must lie in [0, 1), got {tau}"
-        )
-
-
-def check_rank_bounds(min_rank: int, max_rank: int | None) -> None:
-    """Raise ValueError unless some rank satisfies both bounds (max_rank = None is no bound)."""
-    if min_rank < 1 or (max_rank is not None and max_rank < min_rank):
-        raise ValueError(f"ranks must satisfy 1 ≤ min_rank ≤ max_rank, got {min_rank} and {max_rank}")
-
-
-def check_orthonormal(name: str, *bases: Tensor) -> None:
-    """Raise ValueError where a layer's bases are not orthonormal: a mean of factors is no model."""
-    for U in bases:
-        if U.is_meta:
-            continue
-        off = torch.linalg.matrix_norm(U.mT.double() @ U.double() - torch.eye(U.shape[1]).to(U.double()))
-        most = 5e-2 if U.dtype.itemsize < 4 else 1e-3
-        if not off <= most * U.shape[1] ** 0.5:
-            raise ValueError(
-                f"the bases of {name} must be orthonormal, got ‖Uᵀ U - I‖ = {float(off):.2g}: change dense "
-                "weights (dlrt.to_dense, dlrt.average) and call dlrt.to_low_rank on them again"
-            )
 
 
 def svd(S: Tensor) -> tuple[Tensor, Tensor, Tensor]:

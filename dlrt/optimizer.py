@@ -8,15 +8,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dlrt.costs import compression as cost_of
+from dlrt.checks import check_integration, check_orthonormal, check_tolerance
+from dlrt.costs import budget_between
 from dlrt.distributed import check_ranks_may_move
 from dlrt.integrators import Operator, augment, galerkin, parallel_step, update_bases
 from dlrt.layers import LowRankLayer
-from dlrt.lowrank import LowRank, check_orthonormal, check_rank_bounds, check_tolerance, truncate, truncate_to
-from dlrt.ranks import allot, budget_for, check_compression, falling_budget, parameters
+from dlrt.lowrank import LowRank, truncate, truncate_to
+from dlrt.ranks import allot, falling_budget, worths
 from dlrt.velocity import RULES, Tangent, add_squares, tangent_at, turn_squares
 
-INTEGRATORS = ("parallel", "augmented", "bug")
 UPDATES = {torch.optim.SGD: "sgd", torch.optim.Adam: "adam", torch.optim.AdamW: "adam"}
 MUON_LR = 0.3  # its step size as a share of lr
 
@@ -64,13 +64,14 @@ class DLRT(torch.optim.Optimizer):
         **options: Any,
     ) -> None:
         names = _low_rank_layers(model)
-        update = update or next(
-            (name for kind, name in UPDATES.items() if issubclass(optimizer_class, kind)), ""
-        )
+        own = (name for kind, name in UPDATES.items() if issubclass(optimizer_class, kind))
+        update = update or next(own, "")
         tau = (0.1 if compression is None else 0.0) if tau is None else tau
-        _check(update, integrator, s_steps, tau, min_rank, max_rank, compression, ramp, allot_every)
-        self.integrator, self.min_rank, self.max_rank, self.s_steps = integrator, min_rank, max_rank, s_steps
-        self.allot_every = allot_every
+        check_integration(
+            update, integrator, s_steps, tau, min_rank, max_rank, compression, ramp, allot_every
+        )
+        self.integrator, self.s_steps, self.allot_every = integrator, s_steps, allot_every
+        self.min_rank, self.max_rank = min_rank, max_rank
         self.names = {layer: name for layer, name in names.items() if layer.S.requires_grad}
         factors = {id(factor) for layer in names for factor in (layer.U, layer.S, layer.V)}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in factors]
@@ -79,7 +80,7 @@ class DLRT(torch.optim.Optimizer):
         group |= {"tau": tau, "steps": 0, "taken": 0, "frozen": False, "allot_at": 0}
         group["initial_ranks"] = [layer.rank for layer in self.names]
         if compression is not None:
-            group |= _budget(model, list(self.names), compression, ramp, self.min_rank)
+            group["budget"] = *budget_between(model, self.names, compression, min_rank), ramp
         group["params"] = [factor for layer in self.names for factor in (layer.U, layer.S, layer.V)]
         super().__init__([*self.inner.param_groups, group], self.inner.defaults)
         self.inner.state = self.state
@@ -127,8 +128,6 @@ class DLRT(torch.optim.Optimizer):
         self.inner.param_groups = [group for group in self.param_groups if "update" not in group]
         self.inner.step()
         self._move(layers, two_passes)
-        for factor in self.group["params"]:
-            factor.grad = None  # it was the gradient in the old bases
         return loss
 
     def _layers_with_gradient(self) -> list[LowRankLayer]:
@@ -149,7 +148,7 @@ class DLRT(torch.optim.Optimizer):
         group["steps"] += 1
         group["taken"] += 1
         rests = group["frozen"] or group["taken"] < self.s_steps
-        allots = not rests and "ramp" in group and group["steps"] >= group["allot_at"]
+        allots = not rests and "budget" in group and group["steps"] >= group["allot_at"]
         moved = {}
         with _full_precision(self.names):
             for layer in layers:
@@ -168,20 +167,15 @@ class DLRT(torch.optim.Optimizer):
 
     def _parallel_step(self, layer: LowRankLayer) -> tuple[LowRank, Operator]:
         """The factors in augmented bases after K-, L- and S-step along the velocity; and the velocity."""
-        G = self._gradient(layer)
-        M, N = self._accelerate(layer, G)
-
-        def rule(D: Tensor, Y_hat: LowRank) -> Tensor:
-            return self._direction(layer, D, G, Y_hat)
-
-        return parallel_step(self._decayed(layer), -N, self._step_size(layer), rule), M
+        Y = self._decayed(layer)
+        M, N = self._accelerate(layer)
+        return parallel_step(Y, N, -self._step_size(layer), lambda *at: self._direction(layer, *at)), M
 
     def _s_step(self, layer: LowRankLayer) -> tuple[LowRank, Operator]:
         """The factors after the S-step alone, in the bases as they are; and the velocity."""
-        G = self._gradient(layer)
-        M, N = self._accelerate(layer, G)
         Y = self._decayed(layer)
-        S1 = Y.S - self._step_size(layer) * self._direction(layer, N.core, G, Y)
+        M, N = self._accelerate(layer)
+        S1 = Y.S - self._step_size(layer) * self._direction(layer, N.core, Y)
         return LowRank(Y.U, S1, Y.V), M if layer.trains_bases else LowRank(Y.U, M.core, Y.V)
 
     def _update_bases(self, layers: list[LowRankLayer]) -> None:
@@ -189,7 +183,7 @@ class DLRT(torch.optim.Optimizer):
         with _full_precision(self.names):
             for layer in layers:
                 Y, past = layer.factors, self._past(layer)
-                _, N = self._accelerate(layer, self._gradient(layer), keep=False)
+                _, N = self._accelerate(layer, keep=False)
                 if self.integrator == "bug":
                     self._set(layer, update_bases(Y, N.MV, N.MU, -self._step_size(layer)), past)
                 else:
@@ -197,29 +191,35 @@ class DLRT(torch.optim.Optimizer):
 
     def _gradient(self, layer: LowRankLayer) -> Tangent:
         """∇_W L with weight decay, by what the backward pass has left in .grad."""
-        group, (U, S, V) = self.group, (layer.U, layer.S, layer.V)
+        group, Y = self.group, layer.factors
         sign, decay = -1 if group["maximize"] else 1, 0.0 if group["decoupled"] else group["weight_decay"]
-        GV, core, GtU = (
-            torch.zeros_like(factor) if factor.grad is None else sign * factor.grad for factor in (U, S, V)
-        )
-        if decay:
-            core = core + decay * S
-            if layer.trains_bases:
-                GV, GtU = GV + decay * (U @ S), GtU + decay * (V @ S.mT)
-        return Tangent(U, V, GV, GtU, core)
+        core = layer.S.grad * sign + decay * Y.S
+        if not layer.trains_bases:
+            return Tangent(Y.U, Y.V, None, None, core)
+        products = []
+        for basis, of_decay in ((layer.U, (Y.U, Y.S)), (layer.V, (Y.V, Y.S.mT))):
+            g = torch.zeros_like(basis) if basis.grad is None else basis.grad
+            g = g if sign == 1 else -g
+            products.append(torch.addmm(g, *of_decay, alpha=decay) if decay else g)
+        return Tangent(Y.U, Y.V, *products, core)
 
-    def _accelerate(self, layer: LowRankLayer, G: Tangent, keep: bool = True) -> tuple[Tangent, Tangent]:
+    def _accelerate(self, layer: LowRankLayer, keep: bool = True) -> tuple[Tangent, Tangent]:
         """The velocity M = β M + G, as torch's SGD has it, and what the step goes along: M, or G + β M."""
-        group, beta = self.group, self._beta
+        group, beta, G = self.group, self._beta, self._gradient(layer)
         gain = 1 - beta if group["update"] == "adam" else 1
         M, N = [], []
-        for factor, g in ((layer.U, G.MV), (layer.S, G.core), (layer.V, G.MU)):
+        for factor, g in ((layer.U, G.MV), (layer.V, G.MU), (layer.S, G.core)):
             past = self.state[factor].get("velocity")
-            M.append(gain * g if past is None else beta * past + gain * g)
-            N.append(g + beta * M[-1] if group["nesterov"] else M[-1])
-            if keep and beta:
+            if g is None or not beta:
+                M.append(g)
+            elif past is None:
+                M.append(gain * g)
+            else:
+                M.append(past.to(g, copy=not keep).mul_(beta).add_(g, alpha=gain))
+            N.append(torch.add(g, M[-1], alpha=beta) if group["nesterov"] and g is not None else M[-1])
+            if keep and beta and g is not None:
                 self.state[factor]["velocity"] = M[-1]
-        return tuple(Tangent(layer.U, layer.V, MV, MU, core) for MV, core, MU in (M, N))
+        return Tangent(G.U, G.V, *M), Tangent(G.U, G.V, *N)
 
     @property
     def _beta(self) -> float:
@@ -232,9 +232,11 @@ class DLRT(torch.optim.Optimizer):
             return None if core is None else LowRank(layer.U, core, layer.V)
         return Tangent(layer.U, layer.V, MV, MU, core)
 
-    def _direction(self, layer: LowRankLayer, D: Tensor, G: Tangent, Y_hat: LowRank) -> Tensor:
+    def _direction(self, layer: LowRankLayer, D: Tensor, Y_hat: LowRank) -> Tensor:
+        """Where S moves, by the update rule; D and Ŷ are velocity and factors in the augmented bases."""
         group, state = self.group, self.state[layer.S]
         if group["update"] == "adam":
+            G = self._gradient(layer)
             add_squares(state, G.core if Y_hat.U is layer.U else galerkin(G, Y_hat), group["betas"][1])
         return RULES[group["update"]](D, state, group)
 
@@ -253,7 +255,7 @@ class DLRT(torch.optim.Optimizer):
         group, most = self.group, self.max_rank
         if most == "initial":
             most = group["initial_ranks"][list(self.names).index(layer)]
-        between = rank is None and "ramp" in group
+        between = rank is None and "budget" in group
         if between:
             rank = layer.rank  # they are constant between two allotments
         bounds = [bound for bound in (most, rank) if bound is not None]
@@ -288,28 +290,27 @@ class DLRT(torch.optim.Optimizer):
                 self._truncate(layer, layer.factors, self._past(layer))
 
     def _set(self, layer: LowRankLayer, Y1: LowRank, M: Operator | None) -> None:
-        """Give a layer new factors, and its velocity the products with them."""
+        """Give a layer new factors, and its velocity the products with them; old gradients are not theirs."""
         if Y1.S.shape != layer.S.shape:
             check_ranks_may_move(layer.S.grad, self.names[layer])
+        factors = (layer.U, layer.S, layer.V)
+        for factor in factors:
+            factor.grad = None
         at = tangent_at(M, Y1) if M is not None and self._beta else None  # while M's factors are still there
         layer.factors = Y1
-        for factor, name in ((layer.U, "MV"), (layer.S, "core"), (layer.V, "MU")):
+        for factor, name in zip(factors, ("MV", "core", "MU"), strict=True):
             self.state[factor].pop("velocity", None)
             if at is not None:
                 self.state[factor]["velocity"] = getattr(at, name)
 
     def _allot(self, moved: dict[LowRankLayer, tuple[LowRank, Operator]], step: int) -> None:
         """Cut all layers to the ranks that fit the budget of that step."""
-        group = self.group
-        group["allot_at"] = step
-        budget = falling_budget(group["budget_start"], group["budget_end"], step, group["ramp"])
+        self.group["allot_at"] = step
         now = {layer: moved.get(layer) or (layer.factors, self._past(layer)) for layer in self.names}
-        spectra = [torch.linalg.svdvals(Y_hat.S.float()) for Y_hat, _ in now.values()]
-        worths = [(sigma / sigma.norm().clamp(min=1e-38)).square().tolist() for sigma in spectra]
-        shapes = [layer.shape for layer in now]
-        for (layer, (Y_hat, M)), rank in zip(
-            now.items(), allot(budget, worths, shapes, self.min_rank), strict=True
-        ):
+        spectra = worths([Y_hat.S for Y_hat, _ in now.values()])
+        budget = falling_budget(*self.group["budget"], step)
+        ranks = allot(budget, spectra, [layer.shape for layer in now], self.min_rank)
+        for (layer, (Y_hat, M)), rank in zip(now.items(), ranks, strict=True):
             if layer in moved or rank < layer.rank:
                 self._truncate(layer, Y_hat, M, rank)
 
@@ -335,8 +336,8 @@ class DLRT(torch.optim.Optimizer):
             return
         self.truncate()
         with _full_precision(self.names):
-            if "ramp" in self.group:
-                self._allot({}, self.group["ramp"])
+            if "budget" in self.group:
+                self._allot({}, self.group["budget"][2])
             for layer in self.names:
                 self._rest(layer, layer.factors, self._past(layer))
         self.group["frozen"] = True
@@ -416,52 +417,3 @@ def _low_rank_group(defaults: dict[str, Any], update: str, update_lr: float | No
     common = {"nesterov": False, "maximize": False, "weight_decay": 0.0}
     common |= {name: defaults[name] for name in common if name in defaults}
     return {"update": update, "update_share": share, "decoupled": decoupled, **common, **betas}
-
-
-def _budget(
-    model: nn.Module, layers: list[LowRankLayer], compression: float, ramp: int, min_rank: int
-) -> dict[str, Any]:
-    """From how many parameters of low-rank layers to how many, over how many steps."""
-    cost, shapes = cost_of(model), [layer.shape for layer in layers]
-    start = sum(parameters(layer.rank, shape) for layer, shape in zip(layers, shapes, strict=True))
-    least = sum(parameters(min(min_rank, *shape), shape) for shape in shapes)
-    others = cost.evaluation_parameters - start
-    end = budget_for(compression, cost.dense_parameters, others, least)
-    return {"budget_start": start, "budget_end": min(start, end), "ramp": ramp}
-
-
-def _check(
-    update: str,
-    integrator: str,
-    s_steps: int,
-    tau: float,
-    min_rank: int,
-    max_rank: int | str | None,
-    compression: float | None,
-    ramp: int | None,
-    allot_every: int,
-) -> None:
-    """ValueError for an impossible option."""
-    if update not in RULES:
-        known = ", ".join(RULES)
-        raise ValueError(
-            f"update must be one of {known} (SGD, Adam and AdamW have their own), got {update!r}"
-        )
-    if integrator not in INTEGRATORS:
-        raise ValueError(f"integrator must be one of {', '.join(INTEGRATORS)}, got {integrator!r}")
-    if integrator == "bug" and (update != "sgd" or compression is not None):
-        raise ValueError('integrator="bug" keeps ranks and steps by update="sgd": take another for the rest')
-    if not isinstance(s_steps, int) or s_steps < 1 or (s_steps > 1 and integrator != "parallel"):
-        raise ValueError(
-            f's_steps must be a whole number from 1 on, and 1 unless "parallel", got {s_steps!r}'
-        )
-    check_tolerance(tau)
-    if isinstance(max_rank, str) and max_rank != "initial":
-        raise ValueError(f'max_rank must be a whole number, "initial" or None, got {max_rank!r}')
-    check_rank_bounds(min_rank, None if max_rank == "initial" else max_rank)
-    check_compression(compression)
-    if (compression is None) != (ramp is None) or (ramp is not None and ramp < 0) or allot_every < 1:
-        raise ValueError(
-            "compression and ramp, the number of steps over which the budget falls, come together, and "
-            f"allot_every must be at least 1, got {compression}, {ramp} and {allot_every}"
-        )

@@ -5,6 +5,11 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 
+import torch
+from torch import Tensor
+
+from dlrt.checks import check_compression
+
 Shape = tuple[int, int]
 
 
@@ -14,20 +19,16 @@ def parameters(rank: int, shape: Shape) -> int:
     return min(rank * (m + n), m * n)
 
 
-def check_compression(compression: float | None) -> None:
-    """Raise ValueError unless compression is a fraction (None stands for no budget)."""
-    if compression is not None and not 0 < compression < 1:
-        hint = f": {compression / 100:g} for {compression:g} %" if 1 <= compression < 100 else ""
-        raise ValueError(f"compression must be a fraction in (0, 1), got {compression:g}{hint}")
+def budget_for(
+    compression: float, dense_parameters: int, others: int, shapes: Sequence[Shape], min_rank: int = 1
+) -> int:
+    """How many parameters layers of these shapes may have, where `others` are not theirs.
 
-
-def budget_for(compression: float, dense_parameters: int, others: int, least: int) -> int:
-    """How many parameters low-rank layers may have where `others` are not theirs.
-
-    ValueError where that is below `least`, what they have at their smallest ranks.
+    ValueError where that is below what they have at their smallest ranks.
     """
     check_compression(compression)
     budget = int((1 - compression) * dense_parameters + 1e-6) - others
+    least = sum(parameters(min(min_rank, *shape), shape) for shape in shapes)
     if budget < least:
         most = int(1e4 * (1 - (others + least) / dense_parameters)) / 1e4
         raise ValueError(
@@ -37,10 +38,16 @@ def budget_for(compression: float, dense_parameters: int, others: int, least: in
     return budget
 
 
-def falling_budget(start: int, end: int, step: int, ramp: int) -> int:
+def falling_budget(start: int, end: int, ramp: int, step: int) -> int:
     """The budget after that many steps: it falls along a cubic from start to end over `ramp` steps."""
     left = max(0.0, 1 - step / ramp) if ramp else 0.0
     return int(end + (start - end) * left**3)
+
+
+def worths(coefficients: Sequence[Tensor]) -> list[list[float]]:
+    """What the directions of each S (k, l) are worth, descending: σ² / ‖S‖², whatever the layer's norm."""
+    spectra = [torch.linalg.svdvals(S.float()) for S in coefficients]
+    return [(sigma / sigma.norm().clamp(min=1e-38)).square().tolist() for sigma in spectra]
 
 
 def allot(

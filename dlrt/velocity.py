@@ -24,13 +24,14 @@ from dlrt.lowrank import LowRank, svd
 class Tangent:
     """M (m, n) in the tangent space at U S Vᵀ, by MV (m, r), MU (n, r) and core = Uᵀ M V (r, r).
 
-    core may hold more than Uᵀ MV: what somebody added to S.grad alone, such as a penalty on S.
+    core may hold more than Uᵀ MV: what somebody added to S.grad alone, such as a penalty on S. Where bases
+    rest there is no MV and no MU.
     """
 
     U: Tensor
     V: Tensor
-    MV: Tensor
-    MU: Tensor
+    MV: Tensor | None
+    MU: Tensor | None
     core: Tensor
 
     @property
@@ -46,9 +47,6 @@ class Tangent:
         )  # both, or their difference would double at each use
         inner = self.MU.mT @ X + (self.core - twice) @ VtX
         return torch.addmm(self.MV @ VtX, self.U, inner)
-
-    def __neg__(self) -> Tangent:
-        return Tangent(self.U, self.V, -self.MV, -self.MU, -self.core)
 
 
 def tangent_at(M: Operator, Y: LowRank) -> Tangent:

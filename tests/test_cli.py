@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from dlrt import SpatialLowRankConv2d, cli
+from dlrt.checks import UPDATES
 from dlrt.datasets import DATASETS
 from dlrt.loading import load_network
 from dlrt.records import read_metrics
 from dlrt.runs import load_checkpoint
-from dlrt.velocity import RULES
 
 SCRIPT = cli.ROOT / "mnist" / "lenet5_mnist.py"
 OFFLINE = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")  # nobody listens there
@@ -91,7 +91,7 @@ IMPOSSIBLE = [
     (["--s-steps", "4", "--integrator", "bug"], ["--s-steps must be 1 with --integrator bug", "got 4"]),
     (["--s-steps", "2", "--integrator", "augmented"], ["--s-steps must be 1 with --integrator augmented"]),
     (["--amp", "float16", "--integrator", "augmented"], ["takes two gradients a step", "--amp bfloat16"]),
-    (["--update", "foo"], ["--update", "foo", *RULES]),
+    (["--update", "foo"], ["--update", "foo", *UPDATES]),
     (["--update-lr", "0"], ["--update-lr", "(0, inf)", "got 0"]),
     (["--label-smoothing", "1"], ["--label-smoothing", "[0, 1)", "got 1"]),
     (["--min-rank", "5", "--max-rank", "3"], ["--max-rank must be at least --min-rank", "3 < 5"]),

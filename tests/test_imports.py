@@ -5,8 +5,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    ["lowrank", "clutter", "timing", "watching", "records"],
-    ["integrators", "layers", "ranks", "curvature"],
+    ["checks", "clutter", "timing", "watching", "records"],
+    ["lowrank", "ranks"],
+    ["integrators", "layers", "curvature"],
     ["velocity", "fields", "convolutions", "costs"],
     ["convert", "distributed", "muon"],
     ["averaging", "export", "optimizer"],

@@ -59,13 +59,13 @@ def test_a_layer_worth_its_whole_weight_keeps_all_directions_for_the_weights_pri
 
 
 def test_the_budget_falls_along_a_cubic_and_stays():
-    assert [falling_budget(1000, 200, step, 10) for step in (0, 5, 10, 99)] == [1000, 300, 200, 200]
+    assert [falling_budget(1000, 200, 10, step) for step in (0, 5, 10, 99)] == [1000, 300, 200, 200]
     assert falling_budget(1000, 200, 0, 0) == 200
 
 
 @pytest.mark.parametrize("wrong", [60, 1.0, 0.0, -0.5])
 def test_a_percentage_is_no_fraction(wrong):
     with pytest.raises(ValueError, match=r"fraction in \(0, 1\), got"):
-        budget_for(wrong, 1000, 0, 10)
+        budget_for(wrong, 1000, 0, [(5, 5)])
     with pytest.raises(ValueError, match=r"must be at most 0\.8"):
-        budget_for(0.9, 1000, 100, 100)
+        budget_for(0.9, 1000, 100, [(50, 50)])

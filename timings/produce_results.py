@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
 from dlrt import plots, results
-from dlrt.optimizer import INTEGRATORS
+from dlrt.checks import INTEGRATORS
 from dlrt.records import read_config, read_metrics
 
 # Schotthöfer et al. 2022, the same net

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dlrt import cli, compression
+from dlrt.checks import INTEGRATORS
 from dlrt.models import MLP
-from dlrt.optimizer import INTEGRATORS
 from dlrt.records import RunError, read_metrics
 from dlrt.runs import Run
 from dlrt.timing import in_turn

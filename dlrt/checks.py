@@ -1,0 +1,93 @@
+"""What must hold of options and factors: an error is one line that says what must, and what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+INTEGRATORS = ("parallel", "augmented", "bug")
+UPDATES = ("sgd", "muon", "adam")
+
+
+def check_real(A: Tensor) -> None:
+    """Raise TypeError for complex numbers: transposes here are not conjugated."""
+    if A.is_complex():
+        raise TypeError(f"weights must be real, got {A.dtype}: take real and imaginary parts apart")
+
+
+def check_rank(rank: int | None, rows: int, columns: int) -> None:
+    """Raise ValueError where no rows x columns matrix has this rank (None stands for the full rank)."""
+    largest = min(rows, columns)
+    if rank is not None and not 1 <= rank <= largest:
+        raise ValueError(f"rank must lie in [1, {largest}] for a {rows} x {columns} weight, got {rank}")
+
+
+def check_tolerance(tau: float | None) -> None:
+    """Raise ValueError unless tau is a relative tolerance (None stands for no truncation by tolerance)."""
+    if tau is not None and not 0 <= tau < 1:
+        raise ValueError(
+            f"tau, the share of the norm that truncation may drop, must lie in [0, 1), got {tau}"
+        )
+
+
+def check_rank_bounds(min_rank: int, max_rank: int | None) -> None:
+    """Raise ValueError unless some rank satisfies both bounds (max_rank = None is no bound)."""
+    if min_rank < 1 or (max_rank is not None and max_rank < min_rank):
+        raise ValueError(f"ranks must satisfy 1 ≤ min_rank ≤ max_rank, got {min_rank} and {max_rank}")
+
+
+def check_orthonormal(name: str, *bases: Tensor) -> None:
+    """Raise ValueError where a layer's bases are not orthonormal: a mean of factors is no model."""
+    for U in bases:
+        if U.is_meta:
+            continue
+        off = torch.linalg.matrix_norm(U.mT.double() @ U.double() - torch.eye(U.shape[1]).to(U.double()))
+        most = 5e-2 if U.dtype.itemsize < 4 else 1e-3
+        if not off <= most * U.shape[1] ** 0.5:
+            raise ValueError(
+                f"the bases of {name} must be orthonormal, got ‖Uᵀ U - I‖ = {float(off):.2g}: change dense "
+                "weights (dlrt.to_dense, dlrt.average) and call dlrt.to_low_rank on them again"
+            )
+
+
+def check_compression(compression: float | None) -> None:
+    """Raise ValueError unless compression is a fraction (None stands for no budget)."""
+    if compression is not None and not 0 < compression < 1:
+        hint = f": {compression / 100:g} for {compression:g} %" if 1 <= compression < 100 else ""
+        raise ValueError(f"compression must be a fraction in (0, 1), got {compression:g}{hint}")
+
+
+def check_integration(
+    update: str,
+    integrator: str,
+    s_steps: int,
+    tau: float,
+    min_rank: int,
+    max_rank: int | str | None,
+    compression: float | None,
+    ramp: int | None,
+    allot_every: int,
+) -> None:
+    """Raise ValueError for options of `DLRT` that are impossible, or impossible together."""
+    if update not in UPDATES:
+        raise ValueError(
+            f"update must be one of {', '.join(UPDATES)} (SGD, Adam and AdamW have their own), got {update!r}"
+        )
+    if integrator not in INTEGRATORS:
+        raise ValueError(f"integrator must be one of {', '.join(INTEGRATORS)}, got {integrator!r}")
+    if integrator == "bug" and (update != "sgd" or compression is not None):
+        raise ValueError('integrator="bug" keeps ranks and steps by update="sgd": take another for the rest')
+    if not isinstance(s_steps, int) or s_steps < 1 or (s_steps > 1 and integrator != "parallel"):
+        raise ValueError(
+            f's_steps must be a whole number from 1 on, and 1 unless "parallel", got {s_steps!r}'
+        )
+    check_tolerance(tau)
+    if isinstance(max_rank, str) and max_rank != "initial":
+        raise ValueError(f'max_rank must be a whole number, "initial" or None, got {max_rank!r}')
+    check_rank_bounds(min_rank, None if max_rank == "initial" else max_rank)
+    check_compression(compression)
+    if (compression is None) != (ramp is None) or (ramp is not None and ramp < 0) or allot_every < 1:
+        raise ValueError(
+            "compression and ramp, the number of steps over which the budget falls, come together, and "
+            f"allot_every must be at least 1, got {compression}, {ramp} and {allot_every}"
+        )
