@@ -5,9 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-INTEGRATORS = ("parallel", "augmented", "bug")
-UPDATES = ("sgd", "muon", "adam")
-
 
 def check_real(A: Tensor) -> None:
     """Raise TypeError for complex numbers: transposes here are not conjugated."""
@@ -55,39 +52,3 @@ def check_compression(compression: float | None) -> None:
     if compression is not None and not 0 < compression < 1:
         hint = f": {compression / 100:g} for {compression:g} %" if 1 <= compression < 100 else ""
         raise ValueError(f"compression must be a fraction in (0, 1), got {compression:g}{hint}")
-
-
-def check_integration(
-    update: str,
-    integrator: str,
-    s_steps: int,
-    tau: float,
-    min_rank: int,
-    max_rank: int | str | None,
-    compression: float | None,
-    ramp: int | None,
-    allot_every: int,
-) -> None:
-    """Raise ValueError for options of `DLRT` that are impossible, or impossible together."""
-    if update not in UPDATES:
-        raise ValueError(
-            f"update must be one of {', '.join(UPDATES)} (SGD, Adam and AdamW have their own), got {update!r}"
-        )
-    if integrator not in INTEGRATORS:
-        raise ValueError(f"integrator must be one of {', '.join(INTEGRATORS)}, got {integrator!r}")
-    if integrator == "bug" and (update != "sgd" or compression is not None):
-        raise ValueError('integrator="bug" keeps ranks and steps by update="sgd": take another for the rest')
-    if not isinstance(s_steps, int) or s_steps < 1 or (s_steps > 1 and integrator != "parallel"):
-        raise ValueError(
-            f's_steps must be a whole number from 1 on, and 1 unless "parallel", got {s_steps!r}'
-        )
-    check_tolerance(tau)
-    if isinstance(max_rank, str) and max_rank != "initial":
-        raise ValueError(f'max_rank must be a whole number, "initial" or None, got {max_rank!r}')
-    check_rank_bounds(min_rank, None if max_rank == "initial" else max_rank)
-    check_compression(compression)
-    if (compression is None) != (ramp is None) or (ramp is not None and ramp < 0) or allot_every < 1:
-        raise ValueError(
-            "compression and ramp, the number of steps over which the budget falls, come together, and "
-            f"allot_every must be at least 1, got {compression}, {ramp} and {allot_every}"
-        )

@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from dlrt.checks import INTEGRATORS, UPDATES
 from dlrt.datasets import DATASETS
+from dlrt.settings import INTEGRATORS, UPDATES
 from dlrt.training import AMP
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,17 +8,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dlrt.checks import check_integration, check_orthonormal, check_tolerance
+from dlrt.checks import check_orthonormal, check_tolerance
 from dlrt.costs import budget_between
 from dlrt.distributed import check_ranks_may_move
 from dlrt.integrators import Operator, augment, galerkin, parallel_step, update_bases
 from dlrt.layers import LowRankLayer
 from dlrt.lowrank import LowRank, truncate, truncate_to
 from dlrt.ranks import allot, falling_budget, worths
+from dlrt.settings import check_integration, low_rank_group, low_rank_layers, update_for
 from dlrt.velocity import RULES, Tangent, add_squares, tangent_at, turn_squares
-
-UPDATES = {torch.optim.SGD: "sgd", torch.optim.Adam: "adam", torch.optim.AdamW: "adam"}
-MUON_LR = 0.3  # its step size as a share of lr
 
 
 class DLRT(torch.optim.Optimizer):
@@ -63,9 +61,7 @@ class DLRT(torch.optim.Optimizer):
         s_steps: int = 1,
         **options: Any,
     ) -> None:
-        names = _low_rank_layers(model)
-        own = (name for kind, name in UPDATES.items() if issubclass(optimizer_class, kind))
-        update = update or next(own, "")
+        names, update = low_rank_layers(model), update or update_for(optimizer_class)
         tau = (0.1 if compression is None else 0.0) if tau is None else tau
         check_integration(
             update, integrator, s_steps, tau, min_rank, max_rank, compression, ramp, allot_every
@@ -76,7 +72,7 @@ class DLRT(torch.optim.Optimizer):
         factors = {id(factor) for layer in names for factor in (layer.U, layer.S, layer.V)}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in factors]
         self.inner = optimizer_class([{"params": rest}], **options)
-        group = _low_rank_group(self.inner.defaults, update, update_lr)
+        group = low_rank_group(self.inner.defaults, update, update_lr)
         group |= {"tau": tau, "steps": 0, "taken": 0, "frozen": False, "allot_at": 0}
         group["initial_ranks"] = [layer.rank for layer in self.names]
         if compression is not None:
@@ -376,44 +372,3 @@ class DLRT(torch.optim.Optimizer):
 def _full_precision(layers: dict[LowRankLayer, str]) -> torch.autocast:
     """Autocast around a step would round what QR and SVD are made of."""
     return torch.autocast(next(iter(layers)).S.device.type, enabled=False)
-
-
-def _low_rank_layers(model: nn.Module) -> dict[LowRankLayer, str]:
-    """The model's low-rank layers and their names; an error where DLRT cannot train them."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"the first argument must be the model itself, not {type(model).__name__}")
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ValueError("make the DLRT of the model first, and wrap it in DistributedDataParallel then")
-    names = {
-        module: name or type(module).__name__
-        for name, module in model.named_modules()
-        if isinstance(module, LowRankLayer)
-    }
-    if not names:
-        raise ValueError(
-            "the model has no low-rank layer: call dlrt.to_low_rank(model) first, and skip fewer layers"
-        )
-    for layer, name in names.items():
-        check_orthonormal(name, layer.U, layer.V)
-        if layer.S.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"the factors of {name} must be float32 or float64, got {layer.S.dtype}: call model.float(), "
-                "and let torch.autocast do the rest"
-            )
-    return names
-
-
-def _low_rank_group(defaults: dict[str, Any], update: str, update_lr: float | None) -> dict[str, Any]:
-    """The settings for low-rank weights, from those of the torch class; ValueError where they have no law."""
-    if defaults.get("dampening") or defaults.get("amsgrad"):
-        raise ValueError("dampening and amsgrad have no low-rank form here: leave them out")
-    share = MUON_LR if update == "muon" else 1.0
-    if update_lr is not None:
-        share = update_lr / defaults["lr"]
-    decoupled = update == "muon" or defaults.get("decoupled_weight_decay", False)
-    betas = {} if "momentum" in defaults else {"betas": defaults["betas"]}
-    if update == "adam" and not betas:
-        raise ValueError('update="adam" takes its betas from torch.optim.Adam or AdamW: use one of them')
-    common = {"nesterov": False, "maximize": False, "weight_decay": 0.0}
-    common |= {name: defaults[name] for name in common if name in defaults}
-    return {"update": update, "update_share": share, "decoupled": decoupled, **common, **betas}

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from dlrt import SpatialLowRankConv2d, cli
-from dlrt.checks import UPDATES
 from dlrt.datasets import DATASETS
 from dlrt.loading import load_network
 from dlrt.records import read_metrics
 from dlrt.runs import load_checkpoint
+from dlrt.settings import UPDATES
 
 SCRIPT = cli.ROOT / "mnist" / "lenet5_mnist.py"
 OFFLINE = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")  # nobody listens there

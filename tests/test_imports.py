@@ -8,7 +8,7 @@ ORDER = [
     ["checks", "clutter", "timing", "watching", "records"],
     ["lowrank", "ranks"],
     ["integrators", "layers", "curvature"],
-    ["velocity", "fields", "convolutions", "costs"],
+    ["velocity", "fields", "convolutions", "costs", "settings"],
     ["convert", "distributed", "muon"],
     ["averaging", "export", "optimizer"],
     [

@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
 from dlrt import plots, results
-from dlrt.checks import INTEGRATORS
 from dlrt.records import read_config, read_metrics
+from dlrt.settings import INTEGRATORS
 
 # Schotthöfer et al. 2022, the same net
 PUBLISHED = pd.DataFrame({

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dlrt import cli, compression
-from dlrt.checks import INTEGRATORS
 from dlrt.models import MLP
 from dlrt.records import RunError, read_metrics
 from dlrt.runs import Run
+from dlrt.settings import INTEGRATORS
 from dlrt.timing import in_turn
 
 RANKS = (5, 10, 20, 40, 80, 160, 320, 640, 1280, 2560)
