@@ -20,18 +20,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from dlrt import DLRT, cli, compression, to_low_rank
+from dlrt.baselines import Muon, plain_factors
 from dlrt.data import Split, augmented_batch
 from dlrt.datasets import load
-from dlrt.export import plain_factors
 from dlrt.models import ResNet8
-from dlrt.muon import Muon
 
 HERE = Path(__file__).parent
 SAMPLES, EPOCHS, BATCH = 10_000, 8, 128
 DENSE = ("conv1", "linear")  # layers that stay so
 COMMON = {"momentum": 0.9, "weight_decay": 5e-4}
-LRS = (0.05, 0.1, 0.2)
-MUON = tuple({"lr": 0.1, "update_lr": update_lr} for update_lr in (0.03, 0.05, 0.08, 0.12))
+LRS = (0.05, 0.1, 0.2, 0.4)
+MUON = tuple({"lr": 0.1, "update_lr": update_lr} for update_lr in (0.05, 0.08, 0.12, 0.2))
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,6 @@ class Row:
     kind: str
     update: str = "sgd"
     channels: int = 16
-    share: float = 1.0
     compression: float = 0.0
     spatial: bool = False
 
@@ -54,17 +52,17 @@ class Row:
 ROWS = {
     "DLRT, budget 75 %, Muon": Row("DLRT", "muon", compression=0.75),
     "dense, Muon": Row("dense", "muon"),
-    "plain factors, 75 %, Muon": Row("factors", "muon", share=0.19),
+    "plain factors, 75 %, Muon": Row("factors", "muon", compression=0.75),
     "dense, half the width, Muon": Row("dense", "muon", channels=8),
     "dense, SGD": Row("dense"),
     "DLRT, budget 75 %, SGD": Row("DLRT", compression=0.75),
-    "plain factors, 75 %, SGD": Row("factors", share=0.19),
+    "plain factors, 75 %, SGD": Row("factors", compression=0.75),
     "dense, half the width, SGD": Row("dense", channels=8),
     "DLRT, budget 43 %, Muon": Row("DLRT", "muon", compression=0.43),
     "DLRT, budget 90 %, Muon": Row("DLRT", "muon", compression=0.90),
     "DLRT, budget 90 %, spatially separable, Muon": Row("DLRT", "muon", compression=0.90, spatial=True),
-    "plain factors, 43 %, Muon": Row("factors", "muon", share=0.48),
-    "plain factors, 43 %, SGD": Row("factors", share=0.48),
+    "plain factors, 43 %, Muon": Row("factors", "muon", compression=0.43),
+    "plain factors, 43 %, SGD": Row("factors", compression=0.43),
 }
 
 
@@ -73,16 +71,15 @@ def make(
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Network and optimizer for so many steps in all."""
     model = ResNet8(shape, channels=row.channels)
-    if row.kind != "dense":
-        model = to_low_rank(model, rank=row.share, skip=DENSE, spatial=row.spatial)
     if row.kind == "DLRT":
+        model = to_low_rank(model, skip=DENSE, spatial=row.spatial)
         budget = {"compression": row.compression, "ramp": round(0.6 * steps)}
         nesterov = row.update == "muon"
         optimizer = DLRT(
             model, torch.optim.SGD, update=row.update, nesterov=nesterov, **budget, **COMMON, **setting
         )
     else:
-        model = plain_factors(model) if row.kind == "factors" else model
+        model = plain_factors(model, row.compression, DENSE) if row.kind == "factors" else model
         hidden = [m for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and name not in DENSE]
         if row.update == "muon":
             optimizer = Muon(model.parameters(), hidden, nesterov=True, **COMMON, **setting)

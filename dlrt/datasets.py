@@ -93,13 +93,13 @@ def digits(folder: Path | None, seed: int) -> Dataset:
 
 
 def digits32(folder: Path | None, seed: int) -> Dataset:
-    """500 of the bundled digits in the shape of CIFAR-10, 3 x 32 x 32, to try its networks; needs no folder.
+    """250 of the bundled digits in the shape of CIFAR-10, 3 x 32 x 32, to try its networks; needs no folder.
 
-    300 / 100 / 100; the last 100 are the test.
+    150 / 50 / 50; the last 50 are the test.
     """
-    images, labels, test_images, test_labels = _bundled_digits(32, test=100)
-    images, test_images = (part.expand(-1, 3, -1, -1) for part in (images[:400], test_images))
-    return _split("digits32", (images, labels[:400], test_images, test_labels), seed, validation=100)
+    images, labels, test_images, test_labels = _bundled_digits(32, test=50)
+    images, test_images = (part.expand(-1, 3, -1, -1) for part in (images[:200], test_images))
+    return _split("digits32", (images, labels[:200], test_images, test_labels), seed, validation=50)
 
 
 def _bundled_digits(size: int, test: int) -> Arrays:

@@ -11,7 +11,6 @@ from torch import nn
 from dlrt.convert import replace_layers
 from dlrt.convolutions import LowRankConv2d, SpatialLowRankConv2d
 from dlrt.layers import LowRankLayer
-from dlrt.lowrank import LowRank
 
 
 def export(model: nn.Module) -> nn.Module:
@@ -22,31 +21,11 @@ def export(model: nn.Module) -> nn.Module:
     module that occurs twice stays one. The copy shares no memory with the model; hooks that sat on a low-rank
     layer are left behind.
     """
-    return replace_layers(deepcopy(model), _plain)
+    return replace_layers(deepcopy(model), plain_layer)
 
 
-@torch.no_grad()
-def plain_factors(model: nn.Module) -> nn.Module:
-    """As `export`, but with U √S and V √S as the two thin layers: plain factors, for any optimizer."""
-    balanced = deepcopy(model)
-    pairs = {}
-
-    def balance(layer: LowRankLayer) -> nn.Module:
-        P, sigma, Qh = torch.linalg.svd(layer.S)
-        layer.factors = LowRank(layer.U @ P, sigma.diag(), layer.V @ Qh.mT)
-        plain = _plain(layer)
-        if isinstance(plain, nn.Sequential):
-            pairs[plain] = sigma.sqrt()
-        return plain
-
-    balanced = replace_layers(balanced, balance)
-    for (first, second), root in pairs.items():
-        first.weight.div_(root.view(-1, *[1] * (first.weight.dim() - 1)))
-        second.weight.mul_(root.view(1, -1, *[1] * (second.weight.dim() - 2)))
-    return balanced
-
-
-def _plain(layer: LowRankLayer) -> nn.Module:
+def plain_layer(layer: LowRankLayer) -> nn.Module:
+    """Two thin layers with the weights S Vᵀ and U, or a dense one where they would cost as much."""
     (m, n), r = layer.shape, layer.rank
     if r * (m + n) >= m * n:
         return layer.to_dense()

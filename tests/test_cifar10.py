@@ -1,4 +1,4 @@
-"""The scripts of CIFAR-10, on 500 bundled digits of its shape."""
+"""The scripts of CIFAR-10, on 250 bundled digits of its shape."""
 
 import json
 

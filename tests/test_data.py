@@ -150,11 +150,11 @@ def test_digits_need_no_folder_and_keep_the_last_360_for_the_test():
     assert not torch.equal(dataset.validation.labels, other.validation.labels)
 
 
-def test_500_digits_have_the_shape_of_cifar10():
+def test_250_digits_have_the_shape_of_cifar10():
     dataset = digits32(None, 0)
     assert dataset.shape == (3, 32, 32)
-    assert [len(split) for split in (dataset.train, dataset.validation, dataset.test)] == [300, 100, 100]
-    assert torch.equal(dataset.test.labels, digits(None, 0).test.labels[-100:])
+    assert [len(split) for split in (dataset.train, dataset.validation, dataset.test)] == [150, 50, 50]
+    assert torch.equal(dataset.test.labels, digits(None, 0).test.labels[-50:])
     assert not dataset.flip
 
 

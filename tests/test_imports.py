@@ -9,8 +9,9 @@ ORDER = [
     ["lowrank", "ranks"],
     ["integrators", "layers", "curvature"],
     ["velocity", "fields", "convolutions", "costs", "settings"],
-    ["convert", "distributed", "muon"],
+    ["convert", "distributed"],
     ["averaging", "export", "optimizer"],
+    ["baselines"],
     [
         "models",
         "models.alexnet",

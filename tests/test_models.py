@@ -77,6 +77,6 @@ def test_resnets_take_parameter_free_shortcuts(network):
 def test_alexnet_tells_pictures_apart_before_training(rank, least):
     """It has no norms: where its logits do not vary it begins on a plateau that it never leaves."""
     torch.manual_seed(0)
-    model = AlexNet() if rank is None else dlrt.to_low_rank(AlexNet(), rank=rank)
+    model = AlexNet() if rank is None else dlrt.to_low_rank(AlexNet(), rank=rank, skip=["fc2"])
     with torch.no_grad():
         assert model(torch.randn(64, 3, 32, 32)).std(0).mean() > least

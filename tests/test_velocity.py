@@ -8,7 +8,7 @@ from torch import nn
 
 import dlrt
 from dlrt import DLRT, LowRank, LowRankLayer, LowRankLinear
-from dlrt.muon import Muon
+from dlrt.baselines import Muon
 from dlrt.velocity import Tangent, muon, tangent_at
 
 pytestmark = pytest.mark.usefixtures("float64")

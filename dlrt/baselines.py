@@ -1,0 +1,133 @@
+"""What DLRT is compared with: Muon on dense weights, and plain factors W = A B with any optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from dlrt.convert import replace_layers, to_low_rank
+from dlrt.costs import budget_between
+from dlrt.export import plain_layer
+from dlrt.layers import LowRankLayer
+from dlrt.lowrank import LowRank, svd
+from dlrt.ranks import parameters
+from dlrt.velocity import muon
+
+SHARES = tuple(k / 200 for k in range(200, 0, -1))  # of the full rank
+
+
+class Muon(torch.optim.Optimizer):
+    """SGD with momentum, but weights of the given modules (matrices, kernels) move by √max(1, m/n) msign(M).
+
+    M is their momentum buffer as a matrix (m, n), the step size is update_lr (0.3 lr by default), and their
+    weight decay is decoupled. `DLRT(update="muon")` is this at full rank. Jordan et al. 2024.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        modules: Iterable[nn.Module],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        update_lr: float | None = None,
+    ) -> None:
+        weights = [module.weight for module in modules]
+        theirs = {id(weight) for weight in weights}
+        rest = [p for p in parameters if id(p) not in theirs]
+        share = 0.3 if update_lr is None else update_lr / lr
+        options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
+        self.inner = torch.optim.SGD([{"params": rest}], **options)
+        groups = [*self.inner.param_groups, {"params": weights, "update_share": share}]
+        super().__init__(groups, self.inner.defaults)
+        self.inner.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step; gives the closure's loss, if there is a closure."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.inner.param_groups = [group for group in self.param_groups if "update_share" not in group]
+        self.inner.step()
+        for group in self.param_groups:
+            for W in group["params"] if "update_share" in group else ():
+                if W.grad is not None:
+                    self._move(W, group)
+        return loss
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self.inner.state = self.state
+
+    def _move(self, W: Tensor, group: dict) -> None:
+        state = self.state[W]
+        M = state["velocity"] = group["momentum"] * state.get("velocity", 0) + W.grad
+        N = (W.grad + group["momentum"] * M if group["nesterov"] else M).flatten(1)
+        h = group["lr"] * group["update_share"] * max(1, N.shape[0] / N.shape[1]) ** 0.5
+        W.mul_(1 - group["lr"] * group["weight_decay"]).sub_(h * muon(N, {}, {}).view_as(W))
+
+
+class Factors(nn.Sequential):
+    """Two thin layers in the place of one; as matrices B (r, n) and then A (m, r)."""
+
+
+@torch.no_grad()
+def plain_factors(model: nn.Module, compression: float, skip: Iterable[str] = ()) -> nn.Module:
+    """Replace a dense model's layers, in place, by A = U √Σ and B = √Σ Vᵀ of their truncated SVD.
+
+    All have one share of their full rank, up to rounding, the largest at which the whole model meets the
+    compression, a fraction. A layer whose factors would not be smaller stays dense; so does what skip names,
+    and what `to_low_rank` leaves dense. Give the model back. ValueError for a compression out of reach.
+    """
+    model = to_low_rank(model, skip=skip)
+    layers = list(dict.fromkeys(m for m in model.modules() if isinstance(m, LowRankLayer)))
+    _, budget = budget_between(model, layers, compression, min_rank=1)
+
+    def cost(ranks: list[int]) -> int:
+        return sum(parameters(r, layer.shape) for r, layer in zip(ranks, layers, strict=True))
+
+    uniform = ([max(1, int(share * min(layer.shape))) for layer in layers] for share in SHARES)
+    ranks = next(ranks for ranks in uniform if cost(ranks) <= budget)
+    for i, layer in enumerate(layers):  # what is left over lets some have one more
+        more = [*ranks[:i], min(ranks[i] + 1, *layer.shape), *ranks[i + 1 :]]
+        ranks = more if cost(more) <= budget else ranks
+    for layer, r in zip(layers, ranks, strict=True):
+        P, sigma, Qh = svd(layer.S)
+        root = sigma[:r].sqrt()
+        layer.factors = LowRank(layer.U @ P[:, :r] * root, torch.eye(r).to(root), layer.V @ Qh[:r].mT * root)
+    return replace_layers(model, _factors_of)
+
+
+def _factors_of(layer: LowRankLayer) -> nn.Module:
+    plain = plain_layer(layer)
+    return Factors(*plain) if isinstance(plain, nn.Sequential) else plain
+
+
+def product_decay(optimizer: torch.optim.Optimizer, model: nn.Module, decay: float) -> None:
+    """Let each step first shrink the products A B, as weight decay shrinks dense weights, and not A and B.
+
+    Frobenius decay, of ‖A B‖² / 2, whose gradients are A (B Bᵀ) and (Aᵀ A) B; decoupled, by lr times decay.
+    The optimizer's own weight decay then leaves the factors out. Khodak et al. 2021.
+    """
+    pairs = [module for module in model.modules() if isinstance(module, Factors)]
+    factors = {id(layer.weight) for pair in pairs for layer in pair}
+    for group in list(optimizer.param_groups):
+        theirs = [p for p in group["params"] if id(p) in factors]
+        if theirs:
+            group["params"] = [p for p in group["params"] if id(p) not in factors]
+            optimizer.add_param_group({**group, "params": theirs, "weight_decay": 0.0})
+
+    def shrink(*_) -> None:
+        lr = optimizer.param_groups[0]["lr"]
+        for pair in pairs:
+            B, A = (layer.weight.detach().flatten(1) for layer in pair)
+            of_A, of_B = A @ (B @ B.mT), (A.mT @ A) @ B
+            A.sub_(of_A, alpha=lr * decay)
+            B.sub_(of_B, alpha=lr * decay)
+
+    optimizer.register_step_pre_hook(shrink)

@@ -1,0 +1,61 @@
+"""What DLRT is compared with is what it is said to be."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from dlrt import compression
+from dlrt.baselines import Factors, Muon, plain_factors, product_decay
+from dlrt.models import ResNet8
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def products(model):
+    pairs = (pair for pair in model.modules() if isinstance(pair, Factors))
+    return [pair[1].weight.flatten(1) @ pair[0].weight.flatten(1) for pair in pairs]
+
+
+@pytest.mark.parametrize("wanted", [0.3, 0.6, 0.9])
+def test_plain_factors_meet_a_compression_and_are_the_truncated_svd_in_two_even_shares(wanted):
+    dense = ResNet8()
+    model = plain_factors(copy.deepcopy(dense), wanted, skip=["conv1", "linear"])
+    whole = compression(dense).dense_parameters
+    assert wanted <= 1 - compression(model).dense_parameters / whole < wanted + 0.01
+    for name, pair in model.named_modules():
+        if isinstance(pair, Factors):
+            W, B, A = (
+                layer.weight.detach().flatten(1) for layer in (dense.get_submodule(name), pair[0], pair[1])
+            )
+            assert torch.linalg.svdvals(W)[len(B) :].norm() == pytest.approx(float((A @ B - W).norm()), rel=1e-9)
+            assert torch.allclose(A.mT @ A, B @ B.mT, atol=1e-12)
+    x = torch.randn(2, 3, 32, 32)
+    assert model(x).shape == dense(x).shape
+    with pytest.raises(ValueError, match=r"compression must be at most 0\.9"):
+        plain_factors(ResNet8(), 0.99, skip=["conv1", "linear"])
+
+
+@pytest.mark.parametrize("kind", ["sgd", "muon"])
+def test_product_decay_is_the_gradient_flow_of_the_norm_of_the_product(kind):
+    model = plain_factors(nn.Sequential(nn.Linear(12, 9), nn.Linear(9, 8)), 0.3)
+    layers = [layer for pair in model for layer in pair]
+    if kind == "sgd":
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, weight_decay=5.0)
+    else:
+        optimizer = Muon(model.parameters(), layers, lr=1e-3, weight_decay=5.0)
+    product_decay(optimizer, model, decay=0.5)
+    before, biases = products(model), [pair[1].bias.detach().clone() for pair in model]
+    gradients = []
+    for pair in model:
+        loss = (pair[1].weight @ pair[0].weight).square().sum() / 2
+        gradients += torch.autograd.grad(loss, [pair[0].weight, pair[1].weight])
+    expected = [layer.weight - 5e-4 * g for layer, g in zip(layers, gradients, strict=True)]
+    for pair in model:
+        pair[1].bias.grad = torch.zeros_like(pair[1].bias)
+    optimizer.step()
+    for layer, weight in zip(layers, expected, strict=True):
+        assert torch.allclose(layer.weight, weight, atol=1e-14)
+    assert all(after.norm() < W.norm() for after, W in zip(products(model), before, strict=True))
+    assert all(torch.allclose(pair[1].bias, 0.995 * b) for pair, b in zip(model, biases, strict=True))
