@@ -51,6 +51,7 @@ class Row:
 
 ROWS = {
     "DLRT, budget 75 %, Muon": Row("DLRT", "muon", compression=0.75),
+    "DLRT, budget 75 %, spatially separable, Muon": Row("DLRT", "muon", compression=0.75, spatial=True),
     "dense, Muon": Row("dense", "muon"),
     "plain factors, 75 %, Muon": Row("factors", "muon", compression=0.75),
     "dense, half the width, Muon": Row("dense", "muon", channels=8),
