@@ -47,6 +47,15 @@ def check_orthonormal(name: str, *bases: Tensor) -> None:
             )
 
 
+def check_whole(name: str, S: Tensor) -> None:
+    """Raise ValueError where a layer's factor is a shard, or a view into a buffer of many parameters."""
+    if not isinstance(S, torch.nn.Parameter) or hasattr(S, "placements") or S.dim() != 2:
+        raise ValueError(
+            f"the factors of {name} must be whole parameters, got {type(S).__name__} {tuple(S.shape)}: FSDP "
+            "shards what a step needs in one piece, use DistributedDataParallel or dlrt.distributed"
+        )
+
+
 def check_compression(compression: float | None) -> None:
     """Raise ValueError unless compression is a fraction (None stands for no budget)."""
     if compression is not None and not 0 < compression < 1:

@@ -244,7 +244,7 @@ def take_over(layer: LowRankLayer, dense: nn.Module) -> LowRankLayer:
 
 def give_back(layer: LowRankLayer, dense: nn.Module) -> nn.Module:
     """The reverse of `take_over`."""
-    dense.weight = nn.Parameter(layer.weight.detach(), requires_grad=layer.S.requires_grad)
+    dense.weight = nn.Parameter(layer.weight.detach().contiguous(), requires_grad=layer.S.requires_grad)
     dense.bias = layer.bias
     return dense.train(layer.training)
 

@@ -51,7 +51,8 @@ class LowRank:
         check_rank(rank, *A.shape)
         check_real(A)
         P, sigma, Q = truncated_svd(A, tau, max_rank=rank)
-        return cls(P, sigma.diag(), Q)
+        U, V = (basis.clone(memory_format=torch.contiguous_format) for basis in (P, Q))  # not all of the SVD
+        return cls(U, sigma.diag(), V)
 
 
 def svd(S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
