@@ -11,7 +11,7 @@ from torch import nn
 from dlrt.convert import replace_layers
 from dlrt.convolutions import LowRankConv2d, SpatialLowRankConv2d
 from dlrt.layers import LowRankLayer
-from dlrt.lowrank import LowRank
+from dlrt.lowrank import truncate
 
 
 def export(model: nn.Module) -> nn.Module:
@@ -32,11 +32,10 @@ def plain_factors(model: nn.Module) -> nn.Module:
     pairs = {}
 
     def balance(layer: LowRankLayer) -> nn.Module:
-        P, sigma, Qh = torch.linalg.svd(layer.S)
-        layer.factors = LowRank(layer.U @ P, sigma.diag(), layer.V @ Qh.mT)
+        layer.factors = truncate(layer.factors)
         plain = _plain(layer)
         if isinstance(plain, nn.Sequential):
-            pairs[plain] = sigma.sqrt()
+            pairs[plain] = layer.S.diagonal().sqrt()
         return plain
 
     balanced = replace_layers(balanced, balance)
