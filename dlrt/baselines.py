@@ -11,7 +11,7 @@ from dlrt.convert import replace_layers, to_low_rank
 from dlrt.costs import budget_between
 from dlrt.export import plain_layer
 from dlrt.layers import LowRankLayer
-from dlrt.lowrank import LowRank, svd
+from dlrt.lowrank import LowRank, truncate
 from dlrt.ranks import parameters
 from dlrt.velocity import muon
 
@@ -97,9 +97,9 @@ def plain_factors(model: nn.Module, compression: float, skip: Iterable[str] = ()
         more = [*ranks[:i], min(ranks[i] + 1, *layer.shape), *ranks[i + 1 :]]
         ranks = more if cost(more) <= budget else ranks
     for layer, r in zip(layers, ranks, strict=True):
-        P, sigma, Qh = svd(layer.S)
-        root = sigma[:r].sqrt()
-        layer.factors = LowRank(layer.U @ P[:, :r] * root, torch.eye(r).to(root), layer.V @ Qh[:r].mT * root)
+        Y = truncate(layer.factors, max_rank=r)
+        root = Y.S.sqrt()
+        layer.factors = LowRank(Y.U @ root, torch.eye(r).to(root), Y.V @ root)
     return replace_layers(model, _factors_of)
 
 

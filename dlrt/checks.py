@@ -6,10 +6,21 @@ import torch
 from torch import Tensor
 
 
-def check_real(A: Tensor) -> None:
+def check_real(*matrices: Tensor) -> None:
     """Raise TypeError for complex numbers: transposes here are not conjugated."""
-    if A.is_complex():
-        raise TypeError(f"weights must be real, got {A.dtype}: take real and imaginary parts apart")
+    for A in matrices:
+        if A.is_complex():
+            raise TypeError(f"weights must be real, got {A.dtype}: take real and imaginary parts apart")
+
+
+def check_precision(name: str, A: Tensor) -> None:
+    """Raise ValueError for half precision, in which no basis is orthonormal."""
+    check_real(A)
+    if A.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{name} must be float32 or float64, got {A.dtype}: call .float(), and let torch.autocast do the "
+            "rest"
+        )
 
 
 def check_rank(rank: int | None, rows: int, columns: int) -> None:
@@ -45,6 +56,16 @@ def check_orthonormal(name: str, *bases: Tensor) -> None:
                 f"the bases of {name} must be orthonormal, got ‖Uᵀ U - I‖ = {float(off):.2g}: change dense "
                 "weights (dlrt.to_dense, dlrt.average) and call dlrt.to_low_rank on them again"
             )
+
+
+def check_factors(name: str, S: Tensor) -> None:
+    """Raise ValueError where a layer's factor is a shard, a view of many parameters or half precision."""
+    if not isinstance(S, torch.nn.Parameter) or hasattr(S, "placements") or S.dim() != 2:
+        raise ValueError(
+            f"the factors of {name} must be whole parameters, got {type(S).__name__} {tuple(S.shape)}: FSDP "
+            "shards what a step needs in one piece, use DistributedDataParallel or dlrt.distributed"
+        )
+    check_precision(f"the factors of {name}", S)
 
 
 def check_compression(compression: float | None) -> None:

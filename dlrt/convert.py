@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
-from dlrt.checks import check_compression, check_tolerance
+from dlrt.checks import check_compression, check_real, check_tolerance
 from dlrt.convolutions import LowRankConv2d, SpatialLowRankConv2d
 from dlrt.costs import compression as cost_of
 from dlrt.curvature import Terms, kronecker_factors, terms
@@ -150,6 +150,7 @@ def _cut(
     """The layers at the ranks asked for, in the norm of the loss where there are inputs."""
     kinds = [_kind(layer, spatial) for layer in layers]
     weights = [kind.as_matrix(layer.weight.detach()) for kind, layer in zip(kinds, layers, strict=True)]
+    check_real(*weights)
     ranks = [_rank(W, rank) for W in weights]
     if inputs is None and compression is None:
         return [kind.from_dense(layer, r, tau) for kind, layer, r in zip(kinds, layers, ranks, strict=True)]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dlrt.layers import LowRankLayer
+from dlrt.lowrank import at_least_single
 from dlrt.ranks import budget_for, parameters
 
 
@@ -73,7 +74,7 @@ def singular_values(model: nn.Module) -> dict[str, Tensor]:
     values = {}
     for name, module in model.named_modules():
         if isinstance(module, LowRankLayer):
-            values[name] = torch.linalg.svdvals(module.S.detach())
+            values[name] = torch.linalg.svdvals(at_least_single(module.S.detach()))
         elif type(module) in (nn.Linear, nn.Conv2d):
-            values[name] = torch.linalg.svdvals(module.weight.detach().flatten(1))
+            values[name] = torch.linalg.svdvals(at_least_single(module.weight.detach().flatten(1)))
     return values

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dlrt.lowrank import LowRank, svd
+from dlrt.lowrank import LowRank, at_least_single, svd
 from dlrt.watching import watching
 
 BATCH_SIZE = 16  # the patches of more inputs would fill the memory
@@ -103,7 +103,7 @@ def _used_rows(layer: nn.Conv2d, height: int) -> list[int]:
 def _rows(x: Tensor, channels: int) -> Tensor:
     """A row of channels for all else, in single precision at least: products of halves would overflow."""
     x = x.movedim(channels, -1)
-    return x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
+    return at_least_single(x.reshape(-1, x.shape[-1]))
 
 
 @dataclass(frozen=True, eq=False)

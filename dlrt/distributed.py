@@ -98,9 +98,14 @@ def reduce_gradients(model: nn.Module) -> None:
         gradient.is_sum = True
 
 
-def check_ranks_may_move(gradient: Tensor | None, name: str) -> None:
-    """RuntimeError where several processes train and it is not `reduce_gradients` that keeps them alike."""
-    if world_size() > 1 and gradient is not None and not hasattr(gradient, "is_sum"):
+def check_ranks_may_move(S: Tensor, name: str) -> None:
+    """RuntimeError where other processes would not follow: all but those that call `reduce_gradients`."""
+    if S.device.type == "cpu" and S.is_shared():
+        raise RuntimeError(
+            f"the rank of {name} would change, and its factors are in memory shared with other processes: "
+            'keep ranks (s_steps=1, tau=0, max_rank="initial"), or train a copy.deepcopy of the model'
+        )
+    if world_size() > 1 and S.grad is not None and not hasattr(S.grad, "is_sum"):
         raise RuntimeError(
             f"the rank of {name} would change, and DistributedDataParallel cannot follow: keep ranks "
             '(tau=0, max_rank="initial"), or call dlrt.distributed.reduce_gradients(model) before each step'

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from dlrt.integrators import Operator, augment, galerkin
-from dlrt.lowrank import LowRank, truncate
+from dlrt.lowrank import LowRank, qr, truncate
 
 Field = Callable[[float, LowRank], Operator]
 
 
 def bug(Y: LowRank, F: Field, t: float, h: float) -> LowRank:
     """The basis-update & Galerkin integrator at fixed rank, from t to t + h. Ceruti & Lubich 2022."""
-    U1 = torch.linalg.qr(k_step(Y, F, t, h)).Q
-    V1 = torch.linalg.qr(k_step(Y.T, transposed(F), t, h)).Q
+    U1, _ = qr(k_step(Y, F, t, h))
+    V1, _ = qr(k_step(Y.T, transposed(F), t, h))
     projected = LowRank(U1, (U1.mT @ Y.U) @ Y.S @ (Y.V.mT @ V1), V1)
     return LowRank(U1, s_step(projected, F, t, h), V1)
 
@@ -43,9 +43,9 @@ def projector_splitting(Y: LowRank, F: Field, t: float, h: float, adjoint: bool 
     """Projector splitting KSL, or LSK with adjoint=True, from t to t + h. Lubich & Oseledets 2014."""
     if adjoint:
         return projector_splitting(Y.T, transposed(F), t, h).T
-    U1, S_hat = torch.linalg.qr(k_step(Y, F, t, h))
+    U1, S_hat = qr(k_step(Y, F, t, h))
     S_tilde = s_step(LowRank(U1, S_hat, Y.V), F, t, h, sign=-1)  # the S-step goes back
-    V1, S1t = torch.linalg.qr(k_step(LowRank(U1, S_tilde, Y.V).T, transposed(F), t, h))
+    V1, S1t = qr(k_step(LowRank(U1, S_tilde, Y.V).T, transposed(F), t, h))
     return LowRank(U1, S1t.mT, V1)
 
 

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dlrt.lowrank import LowRank, complement, truncate
+from dlrt.lowrank import LowRank, complement, qr, truncate
 
 
 class Operator(Protocol):
@@ -79,9 +79,9 @@ def projector_splitting(Y: LowRank, F: Operator, h: float = 1.0, adjoint: bool =
     if adjoint:
         return projector_splitting(Y.T, F.T, h).T
     FV = F @ Y.V
-    U1, S_hat = torch.linalg.qr(Y.U @ Y.S + h * FV)
+    U1, S_hat = qr(Y.U @ Y.S + h * FV)
     S_tilde = S_hat - h * (U1.mT @ FV)  # the S-step goes back in time
-    V1, S1t = torch.linalg.qr(Y.V @ S_tilde.mT + h * (F.T @ U1))
+    V1, S1t = qr(Y.V @ S_tilde.mT + h * (F.T @ U1))
     return LowRank(U1, S1t.mT, V1)
 
 
@@ -148,8 +148,8 @@ def augment(Y: LowRank, FV: Tensor, FtU: Tensor) -> LowRank:
 
 def update_bases(Y: LowRank, FV: Tensor, FtU: Tensor, h: float) -> LowRank:
     """The K- and the L-step at fixed rank: Y projected onto bases of K1 = U S + h F V, L1 = V Sᵀ + h Fᵀ U."""
-    U1 = torch.linalg.qr(Y.U @ Y.S + h * FV).Q
-    V1 = torch.linalg.qr(Y.V @ Y.S.mT + h * FtU).Q
+    U1, _ = qr(Y.U @ Y.S + h * FV)
+    V1, _ = qr(Y.V @ Y.S.mT + h * FtU)
     return LowRank(U1, (U1.mT @ Y.U) @ Y.S @ (Y.V.mT @ V1), V1)
 
 

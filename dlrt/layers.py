@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dlrt.checks import check_orthonormal, check_rank, check_real
-from dlrt.lowrank import LowRank
+from dlrt.lowrank import LowRank, at_least_single
 
 
 class DenseWeight(torch.autograd.Function):
@@ -101,8 +101,8 @@ class LowRankLayer(nn.Module):
         """Random orthonormal bases and equal singular values; the norms are those of torch's dense layers."""
         (rows, columns), rank = self.shape, self.rank
         fan_in = rows * columns / self.outputs
-        nn.init.orthogonal_(self.U)
-        nn.init.orthogonal_(self.V)
+        for basis in (self.U, self.V):
+            basis.copy_(nn.init.orthogonal_(at_least_single(basis)))
         # torch draws entries of variance 1 / (3 fan_in)
         self.S.copy_(torch.eye(rank) * math.sqrt(self.outputs / (3 * rank)))
         if self.bias is not None:
@@ -244,7 +244,7 @@ def take_over(layer: LowRankLayer, dense: nn.Module) -> LowRankLayer:
 
 def give_back(layer: LowRankLayer, dense: nn.Module) -> nn.Module:
     """The reverse of `take_over`."""
-    dense.weight = nn.Parameter(layer.weight.detach(), requires_grad=layer.S.requires_grad)
+    dense.weight = nn.Parameter(layer.weight.detach().contiguous(), requires_grad=layer.S.requires_grad)
     dense.bias = layer.bias
     return dense.train(layer.training)
 

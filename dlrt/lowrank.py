@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dlrt.checks import check_rank, check_rank_bounds, check_real, check_tolerance
+from dlrt.checks import check_precision, check_rank, check_rank_bounds, check_real, check_tolerance
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,7 @@ class LowRank:
         shapes = [tuple(factor.shape) for factor in (self.U, self.S, self.V)]
         if any(len(shape) != 2 for shape in shapes) or (shapes[0][1], shapes[2][1]) != shapes[1]:
             raise ValueError(f"U S Vᵀ needs shapes (m, k), (k, l), (n, l), got {', '.join(map(str, shapes))}")
-        check_real(self.S)
+        check_real(self.U, self.S, self.V)
 
     @property
     def rank(self) -> int:
@@ -51,24 +51,42 @@ class LowRank:
         check_rank(rank, *A.shape)
         check_real(A)
         P, sigma, Q = truncated_svd(A, tau, max_rank=rank)
-        return cls(P, sigma.diag(), Q)
+        U, V = (basis.clone(memory_format=torch.contiguous_format) for basis in (P, Q))  # not all of the SVD
+        return cls(U, sigma.diag(), V)
+
+
+def at_least_single(A: Tensor) -> Tensor:
+    """A in float32 where it is half precision, of which no matrix can be decomposed."""
+    return A.to(torch.promote_types(A.dtype, torch.float32))
 
 
 def svd(S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The reduced singular value decomposition S = P diag(sigma) Qh (Qh is transposed already).
 
-    LAPACK's divide and conquer fails to converge on rare matrices; those are decomposed again in float64.
+    Of half precision in float32. LAPACK's divide and conquer fails to converge on rare matrices; those are
+    decomposed again in float64.
     """
+    S = at_least_single(S)
     try:
         return torch.linalg.svd(S, full_matrices=False)
     except torch.linalg.LinAlgError:
         return tuple(factor.to(S.dtype) for factor in torch.linalg.svd(S.double(), full_matrices=False))
 
 
+def qr(A: Tensor) -> tuple[Tensor, Tensor]:
+    """The reduced QR decomposition A = Q R. ValueError for half precision."""
+    check_precision("matrices", A)
+    return torch.linalg.qr(A)
+
+
+def relative(sigma: Tensor) -> Tensor:
+    """Singular values, which descend, over the largest: their squares neither overflow nor vanish."""
+    return sigma / sigma[0].clamp(min=torch.finfo(sigma.dtype).tiny)
+
+
 def rank_within(sigma: Tensor, tau: float) -> int:
     """The smallest r with ‖sigma[r:]‖ ≤ tau ‖sigma‖, for singular values that descend."""
-    shares = sigma / sigma[0]  # their squares neither overflow nor vanish
-    tail = shares.square().flip(0).cumsum(0).flip(0).sqrt()  # tail[j] = ‖sigma[j:]‖ / sigma[0]
+    tail = relative(sigma).square().flip(0).cumsum(0).flip(0).sqrt()  # tail[j] = ‖sigma[j:]‖ / sigma[0]
     return int((tail > tau * tail[0]).sum())
 
 
@@ -85,7 +103,7 @@ def truncated_svd(
     P, sigma, Qh = svd(S)
     rank = len(sigma) if tau is None else max(min_rank, rank_within(sigma, tau))
     rank = min(rank, len(sigma), max_rank or len(sigma))
-    return P[:, :rank], sigma[:rank], Qh[:rank].mT
+    return tuple(factor.to(S.dtype) for factor in (P[:, :rank], sigma[:rank], Qh[:rank].mT))
 
 
 def truncate(Y: LowRank, tau: float | None = None, min_rank: int = 1, max_rank: int | None = None) -> LowRank:
@@ -104,8 +122,8 @@ def truncate_to(Y: LowRank, rank: int) -> LowRank:
     It starts from the first columns of S, which an augmented step has changed little, and is exact where Y
     has that rank: P = orth(S[:, :r]), Q R = Sᵀ P. Two thin QR, where singular values take ten times as long.
     """
-    P = torch.linalg.qr(Y.S[:, :rank]).Q
-    Q, R = torch.linalg.qr(Y.S.mT @ P)
+    P, _ = qr(Y.S[:, :rank])
+    Q, R = qr(Y.S.mT @ P)
     return LowRank(rotate(Y.U, P), R.mT, rotate(Y.V, Q))
 
 
@@ -118,7 +136,7 @@ def complement(U: Tensor, A: Tensor) -> Tensor:
     Householder's QR of [U A] does it, which adds arbitrary ones.
     """
     A = A[:, : len(U) - U.shape[1]]  # as many directions as there are outside U complete it, whatever A is
-    A = A / torch.linalg.vector_norm(A, dim=0).clamp(min=torch.finfo(A.dtype).tiny)
+    A = A / A.abs().amax(0).clamp(min=torch.finfo(A.dtype).tiny)  # squares neither overflow nor vanish
     if 4 * A.shape[1] < len(A):
         B = A
         for _ in range(2):
@@ -131,7 +149,7 @@ def complement(U: Tensor, A: Tensor) -> Tensor:
         else:
             if torch.linalg.vector_norm(gram.diagonal() - 1) < 0.5:  # then the second pass has finished it
                 return B
-    return torch.linalg.qr(torch.cat([U, A], dim=1)).Q[:, U.shape[1] :]
+    return qr(torch.cat([U, A], dim=1))[0][:, U.shape[1] :]
 
 
 def rotate(U: Tensor, P: Tensor) -> Tensor:

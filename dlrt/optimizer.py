@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dlrt.checks import check_orthonormal, check_tolerance
+from dlrt.checks import check_factors, check_orthonormal, check_tolerance
 from dlrt.costs import budget_between
 from dlrt.distributed import check_ranks_may_move
 from dlrt.integrators import Operator, augment, galerkin, parallel_step, update_bases
@@ -128,6 +128,8 @@ class DLRT(torch.optim.Optimizer):
 
     def _layers_with_gradient(self) -> list[LowRankLayer]:
         """The layers that took part; FloatingPointError where their gradients are not finite."""
+        for layer, name in self.names.items():
+            check_factors(name, layer.S)
         layers = [layer for layer in self.names if layer.S.grad is not None]
         gradients = [[p.grad for p in (L.U, L.S, L.V) if p.grad is not None] for L in layers]
         largest = torch._foreach_norm([g for of in gradients for g in of], float("inf")) if layers else []
@@ -288,7 +290,7 @@ class DLRT(torch.optim.Optimizer):
     def _set(self, layer: LowRankLayer, Y1: LowRank, M: Operator | None) -> None:
         """Give a layer new factors, and its velocity the products with them; old gradients are not theirs."""
         if Y1.S.shape != layer.S.shape:
-            check_ranks_may_move(layer.S.grad, self.names[layer])
+            check_ranks_may_move(layer.S, self.names[layer])
         factors = (layer.U, layer.S, layer.V)
         for factor in factors:
             factor.grad = None

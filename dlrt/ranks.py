@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dlrt.checks import check_compression
+from dlrt.lowrank import relative
 
 Shape = tuple[int, int]
 
@@ -46,8 +47,8 @@ def falling_budget(start: int, end: int, ramp: int, step: int) -> int:
 
 def worths(coefficients: Sequence[Tensor]) -> list[list[float]]:
     """What the directions of each S (k, l) are worth, descending: σ² / ‖S‖², whatever the layer's norm."""
-    spectra = [torch.linalg.svdvals(S.float()) for S in coefficients]
-    return [(sigma / sigma.norm().clamp(min=1e-38)).square().tolist() for sigma in spectra]
+    spectra = [relative(torch.linalg.svdvals(S)).square() for S in coefficients]
+    return [(squares / squares.sum().clamp(min=1)).tolist() for squares in spectra]
 
 
 def allot(

@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from dlrt.checks import check_compression, check_orthonormal, check_rank_bounds, check_tolerance
+from dlrt.checks import (
+    check_compression,
+    check_factors,
+    check_orthonormal,
+    check_rank_bounds,
+    check_tolerance,
+)
 from dlrt.layers import LowRankLayer
 
 INTEGRATORS = ("parallel", "augmented", "bug")
@@ -37,12 +43,8 @@ def low_rank_layers(model: nn.Module) -> dict[LowRankLayer, str]:
             "the model has no low-rank layer: call dlrt.to_low_rank(model) first, and skip fewer layers"
         )
     for layer, name in names.items():
+        check_factors(name, layer.S)
         check_orthonormal(name, layer.U, layer.V)
-        if layer.S.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"the factors of {name} must be float32 or float64, got {layer.S.dtype}: call model.float(), "
-                "and let torch.autocast do the rest"
-            )
     return names
 
 

@@ -222,6 +222,14 @@ def test_a_network_with_frozen_parameters_can_be_explained(method, resnet):
     np.testing.assert_array_equal(maps.raw, explain(model, x, method=method).raw)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_network_of_half_precision_is_explained_in_float32(dtype, resnet):
+    half = dlrt.to_low_rank(deepcopy(resnet[0]), rank=0.5).to(dtype)
+    maps, single = explain(half, resnet[1]), explain(deepcopy(half).float(), resnet[1])
+    np.testing.assert_array_equal(maps.raw, single.raw)
+    assert {p.dtype for p in half.parameters()} == {dtype}
+
+
 def test_a_relu_in_place_does_not_change_what_its_layer_gave():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(144, 3)).eval()

@@ -6,8 +6,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ORDER = [
     ["checks", "clutter", "timing", "watching", "records"],
-    ["lowrank", "ranks"],
-    ["integrators", "layers", "curvature"],
+    ["lowrank"],
+    ["ranks", "integrators", "layers", "curvature"],
     ["velocity", "fields", "convolutions", "costs", "settings"],
     ["convert", "distributed"],
     ["averaging", "export", "optimizer"],

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
+import dlrt
 from dlrt import LowRank, truncate
 from dlrt.lowrank import complement, rotate
 
@@ -77,6 +79,27 @@ def test_impossible_arguments_are_refused_with_what_is_allowed():
         LowRank.from_dense(torch.randn(8, 5), rank=6)
     with pytest.raises(ValueError, match=r"\(m, k\), \(k, l\), \(n, l\)"):
         LowRank(Y.U, Y.S[:1], Y.V)
+
+
+@pytest.mark.parametrize("factor", range(3))
+def test_complex_factors_are_refused(factor):
+    Y = with_singular_values(2.0, 1.0)
+    factors = [Y.U, Y.S, Y.V]
+    factors[factor] = factors[factor].to(torch.complex128)
+    with pytest.raises(TypeError, match=r"must be real, got torch\.complex128"):
+        LowRank(*factors)
+    with pytest.raises(TypeError, match=r"must be real, got torch\.complex128"):
+        LowRank.from_dense(factors[factor])
+
+
+@pytest.mark.filterwarnings("error:Casting complex")
+@pytest.mark.parametrize("options", [{}, {"tau": 0.1}, {"compression": 0.3}, {"spatial": True}], ids=str)
+def test_a_complex_network_is_refused_and_stays_as_it_was(options):
+    for last in (nn.Linear(8, 4, dtype=torch.complex64), nn.Conv2d(8, 4, 3, dtype=torch.complex64)):
+        model = nn.Sequential(nn.Linear(4, 8), last)
+        with pytest.raises(TypeError, match=r"must be real, got torch\.complex64"):
+            dlrt.to_low_rank(model, **options)
+        assert type(model[0]) is nn.Linear
 
 
 @pytest.mark.parametrize(

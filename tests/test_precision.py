@@ -1,19 +1,23 @@
-"""Autocast rounds the maps and never the factors; a loss scale leaves the step what it is."""
+"""Autocast rounds the maps and never the factors; types and scales of numbers leave a step what it is."""
 
 import copy
 
 import pytest
 import torch
-from test_optimizer import batch, low_rank_layers, network
+from test_optimizer import batch, closure_of, low_rank_layers, network
 from test_training import BrokenOff, assert_equal_weights, dataset, one_thread, train
 from torch.amp import GradScaler
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from dlrt import DLRT, LowRank, LowRankLinear, cli, to_low_rank
+import dlrt
+from dlrt import DLRT, LowRank, LowRankLinear, cli, integrators, to_low_rank
+from dlrt.lowrank import truncate
 from dlrt.models import MLP
+from dlrt.ranks import worths
 from dlrt.runs import Run
 from dlrt.training import Recipe, fit, train_epoch
+from dlrt.velocity import muon
 
 __all__ = ["dataset", "one_thread"]  # fixtures
 
@@ -148,3 +152,89 @@ def test_amp_names_a_type_and_is_bfloat16_where_it_names_none(capsys):
     with pytest.raises(SystemExit):
         amp("--amp", "float16", "--integrator", "bug")
     assert "a loss scale one: --amp bfloat16" in capsys.readouterr().err
+
+
+def assert_near(A, B, tolerance):
+    assert (A.double() - B.double()).norm() <= tolerance * B.double().norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"rank": 0.5}, {"tau": 0.3}, {"compression": 0.4}, {"rank": 0.5, "spatial": True}],
+    ids=str,
+)
+def test_half_precision_weights_are_decomposed_in_float32(options, dtype):
+    torch.manual_seed(0)
+    half, x = network().to(dtype), batch()[0]
+    single = to_low_rank(copy.deepcopy(half).float(), **options)
+    half = to_low_rank(half, **options)
+    assert dlrt.compression(half).ranks == dlrt.compression(single).ranks
+    rounding = 20 * torch.finfo(dtype).eps
+    for name, sigma in dlrt.singular_values(half).items():
+        assert_near(sigma, dlrt.singular_values(single)[name], rounding)
+    dense = dlrt.to_dense(copy.deepcopy(half))
+    for its in (half, dense, dlrt.export(half), dlrt.average([half, half])):
+        assert {p.dtype for p in its.parameters()} == {dtype}
+        assert_near(its(x.to(dtype)), single(x), rounding)
+
+
+def test_a_step_in_half_precision_is_refused_in_one_line():
+    model = to_low_rank(network(), rank=3)
+    optimizer = DLRT(model, torch.optim.SGD, lr=0.1)
+    for dtype in (torch.bfloat16, torch.float16):
+        half = copy.deepcopy(model).to(dtype)
+        refused = pytest.raises(ValueError, match=f"must be float32 or float64, got {dtype}")
+        with refused:
+            DLRT(half, torch.optim.SGD, lr=0.1)
+        with refused:
+            model.to(dtype)
+            optimizer.step()
+        Y, F = half[5].factors, torch.ones(half[5].shape, dtype=dtype)
+        for step in (integrators.parallel_bug, integrators.bug, integrators.projector_splitting):
+            with refused:
+                step(Y, F)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("options", [{"s_steps": 2}, {"update": "muon", "integrator": "augmented"}], ids=str)
+def test_a_model_keeps_its_type_whatever_the_default_one(options, dtype, default):
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    try:
+        model, (x, y) = network(), batch()
+        torch.set_default_dtype(default)
+        optimizer = DLRT(to_low_rank(model, tau=0.3), torch.optim.SGD, lr=0.1, momentum=0.9, **options)
+        for _ in range(3):
+            optimizer.step(closure_of(model, optimizer, x, y))
+        velocities = [state["velocity"] for state in optimizer.state.values() if "velocity" in state]
+        made = dlrt.export(model).parameters()
+        assert {tensor.dtype for tensor in (*model.parameters(), *velocities, *made)} == {dtype}
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-24, 1e20, 1e22])
+def test_scale_changes_neither_ranks_nor_directions_in_float32(scale):
+    torch.manual_seed(0)
+    A = torch.randn(60, 12) @ torch.diag(0.5 ** torch.arange(12)) @ torch.randn(12, 40)
+    F, Y = 0.1 * torch.randn(60, 40), LowRank.from_dense(A, 4)
+    for step in (
+        lambda c: LowRank.from_dense(c * A, tau=0.1),
+        lambda c: truncate(LowRank.from_dense(c * A), 0.1),
+        *(
+            lambda c, step=step, options=options: step(LowRank(Y.U, c * Y.S, Y.V), c * F, **options)
+            for step, options in (
+                (integrators.parallel_bug, {"tau": 0.1}),
+                (integrators.augmented_bug, {"tau": 0.1}),
+                (integrators.bug, {}),
+                (integrators.projector_splitting, {}),
+            )
+        ),
+    ):
+        scaled, plain = step(scale), step(1)
+        assert scaled.rank == plain.rank
+        assert_near(scaled.dense().double() / scale, plain.dense(), 1e-4)
+    assert worths([scale * Y.S])[0] == pytest.approx(worths([Y.S])[0], rel=1e-4)
+    assert_near(muon(scale * F, {}, {}), muon(F, {}, {}), 1e-3)

@@ -68,6 +68,36 @@ def test_fifty_full_rank_steps_are_those_of_torchs_sgd(name, options):
     assert difference <= 1e-10
 
 
+@pytest.mark.parametrize(
+    ("optimizer_class", "update"),
+    [
+        (torch.optim.SGD, "sgd"),
+        (torch.optim.SGD, "muon"),
+        (torch.optim.Adam, "adam"),
+        (torch.optim.AdamW, "adam"),
+    ],
+)
+@pytest.mark.parametrize(
+    "options", [{}, {"s_steps": 2}, {"integrator": "augmented", "weight_decay": 0.1}], ids=str
+)
+def test_to_maximize_a_loss_is_to_minimize_its_negative(options, optimizer_class, update):
+    (make, shape, _), models = NETS["two layers"], []
+    x, net = torch.randn(shape), make()
+    for sign in (1, -1):
+        models.append(dlrt.to_low_rank(copy.deepcopy(net), rank=3))
+        optimizer = DLRT(models[-1], optimizer_class, lr=0.01, update=update, maximize=sign == -1, **options)
+
+        def closure(model=models[-1], optimizer=optimizer, sign=sign):
+            optimizer.zero_grad()
+            loss = sign * model(x).square().mean()
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            optimizer.step(closure)
+    assert apart(dlrt.to_dense(models[0]), models[1]) <= 1e-10
+
+
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_full_rank_muon_is_muon_on_the_dense_weight(name, nesterov):

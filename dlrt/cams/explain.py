@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,6 +66,8 @@ def explain(
     check_options(method, aug_smooth, eigen_smooth)
     smoothing = {"eigen_smooth": eigen_smooth} | ({"aug_smooth": True} if aug_smooth else {})
     parameter = next(model.parameters())
+    if parameter.dtype.itemsize < 4:  # numpy, with which maps are made, has no bfloat16
+        model, parameter = deepcopy(model).float(), parameter.float()
     images = images.to(parameter.device, parameter.dtype)
     if method == "fullgrad" and any(isinstance(module, LowRankLayer) for module in model.modules()):
         model = dlrt.export(model)  # it looks for the biases of torch's own layers
