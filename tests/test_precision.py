@@ -28,8 +28,8 @@ def test_autocast_trains_about_as_well_as_float32(dataset, tmp_path):
         torch.manual_seed(0)
         model = to_low_rank(MLP(width=64), rank=0.5, skip=["fc5"])
         optimizer = DLRT(model, torch.optim.SGD, lr=0.03, momentum=0.9)
-        scheduler = CosineAnnealingLR(optimizer, T_max=10)  # without it the last epochs differ by chance
-        recipe = Recipe(epochs=10, batch_size=32, tau=0.05, amp=amp)
+        scheduler = CosineAnnealingLR(optimizer, T_max=6)  # without it the last epochs differ by chance
+        recipe = Recipe(epochs=6, batch_size=32, tau=0.05, amp=amp)
         run = Run(tmp_path / str(amp))
         run.folder.mkdir()
         metrics = fit(model, optimizer, scheduler, dataset, recipe, run, {}, quiet=True)
