@@ -132,7 +132,10 @@ def recorded(path: Path) -> pd.DataFrame:
 
 def best_settings(runs: pd.DataFrame) -> dict[str, dict]:
     """For each row the setting that is best on the validation pictures with seed 0."""
-    tuned = runs[runs["seed"] == 0].sort_values("validation_accuracy").groupby("row").last()
+    tuned = runs[runs["seed"] == 0]
+    tuned = tuned.loc[tuned.groupby("row")["validation_accuracy"].idxmax()].set_index(
+        "row"
+    )  # the first of equals
     return {name: json.loads(setting) for name, setting in tuned["setting"].items()}
 
 
@@ -146,13 +149,15 @@ def table(runs: pd.DataFrame) -> str:
     ]
     for name in (name for name in ROWS if name in best):
         of = chosen[chosen["row"] == name]
-        spread = [
-            f"{of[c].mean():.2f} ± {of[c].std(ddof=0):.2f}" for c in ("validation_accuracy", "test_accuracy")
-        ]
+        spread = [mean_and_spread(of[c]) for c in ("validation_accuracy", "test_accuracy")]
         setting = ", ".join(f"{key} {value}" for key, value in json.loads(best[name]).items())
         cells = [name, str(len(of)), f"{of['compression'].mean():.1f}", *spread, setting]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def mean_and_spread(values: pd.Series) -> str:
+    return f"{values.mean():.2f}" + (f" ± {values.std(ddof=0):.2f}" if len(values) > 1 else "")
 
 
 def main() -> None:

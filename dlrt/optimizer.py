@@ -217,6 +217,8 @@ class DLRT(torch.optim.Optimizer):
             N.append(torch.add(g, M[-1], alpha=beta) if group["nesterov"] and g is not None else M[-1])
             if keep and beta and g is not None:
                 self.state[factor]["velocity"] = M[-1]
+        if group["update"] != "adam":  # which takes its squares of them
+            layer.U.grad = layer.V.grad = None
         return Tangent(G.U, G.V, *M), Tangent(G.U, G.V, *N)
 
     @property
