@@ -5,10 +5,10 @@ import io
 
 import pytest
 import torch
+from test_optimizer import closure_of
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import init_device_mesh
-from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import dlrt
@@ -37,15 +37,7 @@ def network():
 
 
 def closure_for(model, optimizer):
-    x, y = torch.randn(16, 3, 8, 8), torch.arange(16) % 10
-
-    def closure():
-        optimizer.zero_grad()
-        loss = cross_entropy(model(x), y)
-        loss.backward()
-        return loss
-
-    return closure
+    return closure_of(model, optimizer, torch.randn(16, 3, 8, 8), torch.arange(16) % 10)
 
 
 def trained(steps=4, spatial=False, optimizer_class=torch.optim.SGD, **options):
