@@ -15,9 +15,10 @@ from dlrt.checks import (
     check_tolerance,
 )
 from dlrt.layers import LowRankLayer
+from dlrt.velocity import RULES
 
 INTEGRATORS = ("parallel", "augmented", "bug")
-UPDATES = ("sgd", "muon", "adam")
+UPDATES = tuple(RULES)
 UPDATE_OF = {torch.optim.SGD: "sgd", torch.optim.Adam: "adam", torch.optim.AdamW: "adam"}
 MUON_LR = 0.3  # its step size as a share of lr
 
@@ -56,6 +57,8 @@ def low_rank_group(defaults: dict[str, Any], update: str, update_lr: float | Non
     if update_lr is not None:
         share = update_lr / defaults["lr"]
     decoupled = update == "muon" or defaults.get("decoupled_weight_decay", False)
+    if not {"momentum", "betas"} & defaults.keys():
+        raise ValueError("the torch class must have momentum or betas: use SGD, Adam or AdamW")
     betas = {} if "momentum" in defaults else {"betas": defaults["betas"]}
     if update == "adam" and not betas:
         raise ValueError('update="adam" takes its betas from torch.optim.Adam or AdamW: use one of them')

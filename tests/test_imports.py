@@ -8,8 +8,8 @@ ORDER = [
     ["checks", "clutter", "timing", "watching", "records"],
     ["lowrank"],
     ["ranks", "integrators", "layers", "curvature"],
-    ["velocity", "fields", "convolutions", "costs", "settings"],
-    ["convert", "distributed"],
+    ["velocity", "fields", "convolutions", "costs"],
+    ["convert", "distributed", "settings"],
     ["averaging", "export", "optimizer"],
     ["baselines"],
     [

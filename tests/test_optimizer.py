@@ -375,6 +375,9 @@ def test_mistakes_are_named():
         DLRT(model, torch.optim.SGD, lr=0.1, tau=-0.1)
     with pytest.raises(ValueError, match="got 4 and 3"):
         DLRT(model, torch.optim.SGD, lr=0.1, min_rank=4, max_rank=3)
+    for kind in (torch.optim.Adagrad, torch.optim.Rprop, torch.optim.ASGD, torch.optim.LBFGS):
+        with pytest.raises(ValueError, match=r"must have momentum or betas: use SGD"):
+            DLRT(model, kind, lr=0.1, update="sgd")
     for kind in (torch.optim.Rprop, torch.optim.LBFGS):
         with pytest.raises(ValueError, match=r"sgd, muon, adam \(SGD, Adam and AdamW have their own\)"):
             DLRT(model, kind, lr=0.1)
