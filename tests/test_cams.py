@@ -5,18 +5,19 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from pytorch_grad_cam.base_cam import BaseCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, relu, silu
 
 import dlrt
 from dlrt.cams import CLASSLESS, METHODS, check_options, default_layer, explain, spatial_layers
 from dlrt.cams.compare import in_boxes, similarity, top
 from dlrt.cams.faithfulness import faithfulness
 from dlrt.cams.methods import NOT_SMOOTHED
-from dlrt.cams.pictures import read, read_labels
+from dlrt.cams.pictures import PictureError, read, read_labels
 from dlrt.cams.targets import class_number, of_classes
 from dlrt.clutter import clutter
 from dlrt.loading import load_network
@@ -230,14 +231,91 @@ def test_a_network_of_half_precision_is_explained_in_float32(dtype, resnet):
     assert {p.dtype for p in half.parameters()} == {dtype}
 
 
-def test_a_relu_in_place_does_not_change_what_its_layer_gave():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(144, 3)).eval()
-    other = deepcopy(model)
-    other[1].inplace = False
-    x = torch.randn(2, 1, 8, 8)
-    np.testing.assert_array_equal(explain(model, x, layer="0").raw, explain(other, x, layer="0").raw)
-    assert (explain(model, x, layer="0", method="layercam").raw != 0).any()
+class Called(nn.Module):
+    """A network whose feature maps a function changes, after its input was doubled, in place or not."""
+
+    def __init__(self, function, in_place):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.linear = nn.Conv2d(3, 6, 3), nn.Linear(6, 4)
+        self.function, self.in_place = function, in_place
+
+    def forward(self, x):
+        x = x.mul_(2) if self.in_place else 2 * x
+        y = self.conv(x)
+        y = self.function(y if self.in_place else y.clone())
+        return self.linear(y.mean((2, 3)))
+
+
+IN_PLACE = {
+    "relu": lambda y: relu(y, inplace=True),
+    "silu": lambda y: silu(y, inplace=True),
+    "module": nn.ELU(inplace=True),
+    "method": lambda y: y.clamp_(min=0),
+    "sum": lambda y: y.add_(1),
+    "part": lambda y: (y[:, :3].mul_(0.5), y)[1],
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+@pytest.mark.parametrize("method", METHODS)
+def test_what_comes_in_place_after_a_layer_does_not_change_its_map(method, name):
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    before, layer = x.clone(), None if method == "fullgrad" else "conv"
+    one, other = (
+        explain(Called(IN_PLACE[name], in_place).eval(), x, method=method, layer=layer)
+        for in_place in (True, False)
+    )
+    np.testing.assert_allclose(one.raw, other.raw, rtol=1e-4, atol=1e-5 * np.abs(other.raw).max())
+    assert torch.equal(x, before)
+
+
+class Permuted(nn.Module):
+    """A network with the same feature maps in both layouts, of as many channels as they are wide or not."""
+
+    def __init__(self, channels, size=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.last, self.first = nn.Conv2d(3, channels, 3), nn.Linear(channels, channels), Permute()
+        self.head = nn.Linear(channels * size, 4) if size else nn.Linear(channels, 4)
+        self.size = size
+
+    def forward(self, x):
+        y = self.first(self.last(self.conv(x).permute(0, 2, 3, 1)))
+        return self.head(y.relu().flatten(1) if self.size else y.relu().mean((2, 3)))
+
+
+class Permute(nn.Module):
+    def forward(self, y):
+        return y.permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "fixed"),
+    [
+        (6, (8, 8), False),
+        (8, (8, 8), False),
+        (8, (8, 8), True),
+        (6, (6, 12), False),
+        (12, (12, 6), True),
+    ],
+)
+@pytest.mark.parametrize(
+    "method", [name for name in METHODS if name not in ("fullgrad", "ablationcam", "sess")]
+)
+def test_channels_last_maps_are_explained_as_those_that_are_permuted(method, channels, size, fixed):
+    height, width = size
+    model = Permuted(channels, height * width if fixed else None).eval()
+    x = torch.randn(2, 3, height + 2, width + 2)
+    assert spatial_layers(model, x[:1]) == dict.fromkeys(("conv", "last", "first"), size)
+    assert default_layer(model, x[:1]) == "first"
+    last, first = (explain(model, x, method=method, layer=layer) for layer in ("last", "first"))
+    np.testing.assert_allclose(last.raw, first.raw, rtol=1e-4, atol=1e-5 * np.abs(first.raw).max())
+
+
+def test_channels_last_maps_are_refused_where_a_method_cannot_take_them():
+    with pytest.raises(ValueError, match=r"needs maps \(N, C, H, W\), got channels-last ones from last"):
+        explain(Permuted(6).eval(), torch.randn(1, 3, 8, 8), method="ablationcam", layer="last")
 
 
 def test_a_map_without_anything_positive_is_undefined():
@@ -344,6 +422,49 @@ def test_a_picture_of_fractions_is_not_black(tmp_path):
     np.testing.assert_allclose(read(tmp_path / "heights.tiff").pixels()[..., 0], values, atol=1 / 255)
     Image.fromarray(8 * values).save(tmp_path / "metres.tiff")  # what exceeds 1 is scaled by its largest
     np.testing.assert_allclose(read(tmp_path / "metres.tiff").pixels()[..., 0], values, atol=1 / 255)
+
+
+def damaged(tags, rng):
+    """The bytes of EXIF with some of them replaced, and cut at times; the orientation may be among them."""
+    tags = bytearray(tags)
+    for place in rng.integers(6, len(tags), rng.integers(1, 7)):
+        tags[place] = rng.integers(256)
+    return bytes(tags[: rng.integers(6, len(tags))] if rng.random() < 0.3 else tags)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+def test_damaged_metadata_do_not_keep_a_picture_from_being_shown(kind, tmp_path):
+    rng, tags = np.random.default_rng(0), Image.Exif()
+    tags[ExifTags.Base.Orientation], tags[ExifTags.Base.Make] = 6, "maker"
+    tags[ExifTags.IFD.Exif] = {0x9286: b"x" * 20}
+    tags[ExifTags.IFD.GPSInfo] = {1: "N", 2: (1.0, 2.0, 3.0)}
+    image = Image.fromarray(rng.integers(256, size=(5, 7, 3), dtype=np.uint8))
+    for _ in range(150):
+        image.save(tmp_path / "picture", kind, exif=damaged(tags.tobytes(), rng))
+        assert sorted(read(tmp_path / "picture").image.size) == [5, 7]
+
+
+def test_a_wrong_checksum_of_metadata_is_passed_over_and_missing_pixels_are_told(tmp_path):
+    path, about = tmp_path / "picture.png", PngInfo()
+    about.add_text("comment", "nothing much")
+    Image.effect_noise((40, 40), 50).save(path, pnginfo=about)
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"nothing much", b"nothing mush"))
+    assert read(path).image.size == (40, 40)
+    for part in (whole[: len(whole) // 2], whole[:20], whole[:100] + bytes(200) + whole[300:], b""):
+        path.write_bytes(part)
+        with pytest.raises(PictureError, match=r"picture\.png cannot be read"):
+            read(path)
+
+
+@pytest.mark.parametrize("tag", range(10))
+def test_a_picture_is_turned_as_its_tag_says(tag, tmp_path):
+    tags = Image.Exif()
+    tags[ExifTags.Base.Orientation] = tag
+    image = Image.fromarray(np.arange(105, dtype=np.uint8).reshape(5, 7, 3))
+    image.save(tmp_path / "picture.png", exif=tags)
+    turned = ImageOps.exif_transpose(Image.open(tmp_path / "picture.png"))
+    np.testing.assert_array_equal(read(tmp_path / "picture.png").image, turned)
 
 
 def test_labels_are_read_as_a_spreadsheet_writes_them(tmp_path):

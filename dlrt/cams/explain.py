@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import dlrt
 from dlrt.cams.methods import METHODS, NOT_SMOOTHED, PROGRESS_BARS, Record, inner, make
-from dlrt.cams.spatial import default_layer
+from dlrt.cams.spatial import default_layer, feature_maps
 from dlrt.cams.targets import SumOfTargets, Target, finer, per_picture
 from dlrt.layers import LowRankLayer
 
@@ -73,13 +73,16 @@ def explain(
         model = dlrt.export(model)  # it looks for the biases of torch's own layers
     # ShapleyCAM differentiates gradients, of which a frozen network has no graph
     with _undisturbed(model, trainable=method == "shapleycam"), torch.enable_grad():
-        target_layer = model if method == "fullgrad" else _module(model, layer, images[:1])
-        logits = _logits(model, images, target_layer)
+        target_layer, channels_last = model, False
+        if method != "fullgrad":
+            target_layer, channels_last = _target(model, layer, images[:1], method)
+        with torch.no_grad():
+            logits = model(images)
         lists = per_picture(targets, logits)
         if method == "finercam":
             lists = finer(lists, logits)
         summed, record = [SumOfTargets(its) for its in lists], Record(images.device)
-        with _hooked(model, target_layer, method, record) as explainer, _random_numbers(seed):
+        with _hooked(model, target_layer, channels_last, method, record) as explainer, _random_numbers(seed):
             displayed, raw = _maps(explainer, images, summed, method, record, smoothing)
     displayed = np.where(_defined(raw)[:, None, None], displayed, np.nan).astype(np.float32)
     return Maps(
@@ -90,33 +93,28 @@ def explain(
     )
 
 
-def _module(model: nn.Module, layer: str | None, image: Tensor) -> nn.Module:
-    """The module of that name, or the default one; ValueError where there is none."""
+def _target(model: nn.Module, layer: str | None, image: Tensor, method: str) -> tuple[nn.Module, bool]:
+    """The module of that name, or the default one, and whether its maps are channels-last.
+
+    ValueError where there is none, where it does not give feature maps, or not once.
+    """
     name, modules = layer or default_layer(model, image), dict(model.named_modules())
     if name not in modules:
         raise ValueError(
             f"{type(model).__name__} has no layer {name!r}; the last are {', '.join([*modules][1:][-12:])}"
         )
-    return modules[name]
-
-
-def _logits(model: nn.Module, images: Tensor, layer: nn.Module) -> Tensor:
-    """What the network says of images; ValueError where its layer does not give feature maps, or not once."""
-    outputs = []
-    handle = layer.register_forward_hook(lambda module, x, y: outputs.append(y))
-    try:
-        with torch.no_grad():
-            logits = model(images)
-    finally:
-        handle.remove()
-    if layer is not model and not (
-        len(outputs) == 1 and torch.is_tensor(outputs[0]) and outputs[0].dim() == 4
-    ):
+    maps = feature_maps(model, image).get(name)
+    if maps is None:
         raise ValueError(
-            f"the layer must be called once and give feature maps, got {type(layer).__name__}: "
+            f"the layer must be called once and give feature maps, got {type(modules[name]).__name__}: "
             "dlrt.cams.spatial_layers names those that can be explained"
         )
-    return logits
+    if maps.channels_last and method == "ablationcam":
+        raise ValueError(
+            f"ablationcam needs maps (N, C, H, W), got channels-last ones from {name}: take another method, "
+            "or a layer that permutes them"
+        )
+    return maps.module, maps.channels_last
 
 
 def _maps(
@@ -163,18 +161,30 @@ def check_options(method: str, aug_smooth: bool = False, eigen_smooth: bool = Fa
 
 
 @contextlib.contextmanager
-def _hooked(model: nn.Module, layer: nn.Module, method: str, record: Record) -> Iterator[object]:
-    """An explainer whose hooks are released whatever happens.
+def _hooked(
+    model: nn.Module, layer: nn.Module, channels_last: bool, method: str, record: Record
+) -> Iterator[object]:
+    """An explainer whose hooks are released whatever happens; it sees channels-last maps as (N, C, H, W).
 
     The package's own `with` swallows every IndexError inside it, so it is not used.
     """
     handles = [model.register_forward_hook(lambda *_: record.lap("forward"))]
-    through_all = method in ("fullgrad", "shapleycam")  # they need the gradient of the image itself
-    if not through_all:
-        handles.append(layer.register_forward_hook(lambda module, x, y: y.detach().requires_grad_()))
+
+    def given(module: nn.Module, x: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        y = y.permute(0, 3, 1, 2) if channels_last else y
+        # ShapleyCAM needs the gradient of the image itself, and its package detaches what it kept in place
+        return y.clone() if method == "shapleycam" else y.detach().requires_grad_()
+
+    if method != "fullgrad":
+        handles.append(layer.register_forward_hook(given))
     explainer = None
     try:
         explainer = make(method, model, layer, record)
+        # what comes after the layer may change its output in place, and gets a copy of what was kept
+        for target in inner(explainer).target_layers:
+            handles.append(target.register_forward_hook(lambda module, x, y: y.clone()))
+        if channels_last:
+            handles.append(layer.register_forward_hook(lambda module, x, y: y.permute(0, 2, 3, 1)))
         yield explainer
     finally:
         if explainer is not None:
@@ -188,15 +198,16 @@ def _hooked(model: nn.Module, layer: nn.Module, method: str, record: Record) -> 
 
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module, trainable: bool) -> Iterator[None]:
-    """Evaluation mode, parameters trainable or frozen, nothing in place; then all is as it was.
+    """Evaluation mode, parameters trainable or frozen, no module in place; then all is as it was.
 
-    A ReLU in place after the target layer would change the activations that were kept. AblationCAM puts
-    another module in the layer's place, and leaves it there if it fails.
+    A network that changes its input in place changes a copy. AblationCAM puts another module in the layer's
+    place, and leaves it there if it fails.
     """
     modules = list(model.modules())
     modes = [(module, module.training, getattr(module, "inplace", None)) for module in modules]
     children = [(module, dict(module._modules)) for module in modules]
     gradients = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    copying = model.register_forward_pre_hook(lambda module, inputs: tuple(x.clone() for x in inputs))
     try:
         model.eval()
         model.requires_grad_(trainable)
@@ -205,6 +216,7 @@ def _undisturbed(model: nn.Module, trainable: bool) -> Iterator[None]:
                 module.inplace = False
         yield
     finally:
+        copying.remove()
         for module, its in children:
             module._modules.update(its)
         for module, training, inplace in modes:

@@ -22,7 +22,7 @@ class _OneOutput(nn.Module):
         self.network, self.target = network, target
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.target(self.network(x)).reshape(len(x), 1)
+        return self.target(self.network(x.clone())).reshape(len(x), 1)
 
 
 def guided_gradients(model: nn.Module, images: Tensor, targets: Sequence[Sequence[Target]]) -> np.ndarray:

@@ -80,6 +80,10 @@ def _recording(kind: type[BaseCAM], record: Record) -> type[BaseCAM]:
     component = kind.__name__.lower() in COMPONENTS
 
     class Recording(kind):
+        def save_activation(self, module, x, output) -> None:
+            """AblationCAM's hook; a function in place may change the output afterwards."""
+            super().save_activation(module, x, output.clone())
+
         def get_cam_weights(self, *arguments) -> np.ndarray:
             if self.weights is None:
                 self.weights = super().get_cam_weights(*arguments)

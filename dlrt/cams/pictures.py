@@ -11,12 +11,21 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageFile
 from pytorch_grad_cam.utils.image import show_cam_on_image
 from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 DEEP = ("I", "F")  # modes with more than eight bits, which PIL would cut off and not scale
+TURNS = {  # by the value of the tag
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels; right and bottom are outside
 Labels = dict[str, tuple[tuple[int, ...], tuple[Box, ...]]]  # classes and boxes, by the name of a file
 
@@ -51,16 +60,37 @@ class Picture:
 
 
 def read(path: Path) -> Picture:
-    """A picture from a file, upright, transparency on white. PictureError where it cannot be read."""
+    """A picture from a file, upright, transparency on white. PictureError where it cannot be read.
+
+    Damaged metadata are passed over, damaged pixels are not.
+    """
     try:
-        with warnings.catch_warnings(), Image.open(path) as file:
+        with warnings.catch_warnings(), _open(path) as file:
             warnings.simplefilter("ignore")  # of odd metadata; a picture that is shown is good enough
-            image = ImageOps.exif_transpose(file)
-            image.load()
-            return Picture(path.name, _plain(image))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            file.load()
+            return Picture(path.name, _plain(_upright(file)))
+    except Exception as error:  # of damaged files Pillow raises errors of every kind
         reason = " ".join(str(error).replace(str(path), "the file").split())
         raise PictureError(f"{path} cannot be read ({reason}): it is left out") from error
+
+
+def _open(path: Path) -> Image.Image:
+    """Open a file whatever the checksums of its metadata; pixels are checked when they are loaded."""
+    strict = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = True
+    try:
+        return Image.open(path)
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = strict
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its tag says, or as it is where the tags cannot be read."""
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # as above
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def _plain(image: Image.Image) -> Image.Image:
