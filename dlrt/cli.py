@@ -82,11 +82,14 @@ def percent(text: str) -> float:
 
 
 def folder_name(text: str) -> str:
-    """An argparse type: the name of one folder."""
+    """An argparse type: the name of one folder, which every file system and terminal takes."""
     if text in ("", ".", "..") or Path(text).name != text:
         raise argparse.ArgumentTypeError(
             f"must name one folder, got {text!r}: --output-dir says where it goes"
         )
+    if not text.isprintable() or len(text.encode()) > 200:
+        told = f"at most 200 bytes of printable characters, got {len(text)} characters, {text[:20]!r} ..."
+        raise argparse.ArgumentTypeError(f"must be {told}: take a shorter or plainer one")
     return text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -146,15 +147,37 @@ def layers(model: nn.Module) -> pd.DataFrame:
 
 def markdown(table: pd.DataFrame, caption: str = "") -> str:
     """A table in Markdown with aligned columns, its caption below."""
-    rows = [list(table.columns), *table.astype(str).to_numpy().tolist()]
+    rows = [list(table.columns), *([MARKDOWN.sub(r"\\\g<0>", cell) for cell in row] for row in _cells(table))]
     widths = [max(len(row[column]) for row in rows) for column in range(len(table.columns))]
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     lines.insert(1, " | ".join("-" * width for width in widths))
     return "\n".join(f"| {line} |" for line in lines) + (f"\n\n{caption}" if caption else "") + "\n"
 
 
+def _cells(table: pd.DataFrame) -> list[list[str]]:
+    """The cells as text of one line each; what cannot be printed as an escape sequence."""
+    return [
+        ["".join(map(_printable, " ".join(cell.split()))) for cell in row]
+        for row in table.astype(str).to_numpy().tolist()
+    ]
+
+
+def _printable(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
+
+
+# what Markdown would take for markup: an underscore within a word it does not
+MARKDOWN = re.compile(r"[\\`*<|~$&\[]|(?<![^\W_])_|_(?![^\W_])")
 LATEX = str.maketrans(
     {
+        "\\": r"\textbackslash{}",
+        "{": r"\{",
+        "}": r"\}",
+        "$": r"\$",
+        "~": r"\textasciitilde{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        '"': r"\char34{}",
         "%": r"\%",
         "&": r"\&",
         "_": r"\_",
@@ -167,14 +190,15 @@ LATEX = str.maketrans(
         "ᵀ": r"$^\top$",
     }
 )
-
+# else -- is a dash, '' a quotation mark, and the first cell an argument of the line break before it
+APART = re.compile(r"([-'`])(?=[-'`])|^(?=[\[*])")
 
 WIDE = 8  # columns that a page holds
 
 
 def latex(table: pd.DataFrame, caption: str = "") -> str:
     """A table environment in LaTeX; it needs the package booktabs, and graphicx where the table is wide."""
-    rows = [[cell.translate(LATEX) for cell in row] for row in table.astype(str).to_numpy().tolist()]
+    rows = [[APART.sub(r"\1{}", cell.translate(LATEX)) for cell in row] for row in _cells(table)]
     head = " & ".join(column.translate(LATEX) for column in table.columns)
     wide = len(table.columns) > WIDE
     lines = [
@@ -196,6 +220,6 @@ def latex(table: pd.DataFrame, caption: str = "") -> str:
 def write(table: pd.DataFrame, folder: Path, caption: str = "", name: str = "table") -> None:
     """name.csv, name.md and name.tex in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    table.to_csv(folder / f"{name}.csv", index=False)
-    (folder / f"{name}.md").write_text(markdown(table, caption))
-    (folder / f"{name}.tex").write_text(latex(table, caption))
+    table.to_csv(folder / f"{name}.csv", index=False, encoding="utf-8", errors="backslashreplace")
+    (folder / f"{name}.md").write_text(markdown(table, caption), encoding="utf-8")
+    (folder / f"{name}.tex").write_text(latex(table, caption), encoding="utf-8")
