@@ -18,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from dlrt.records import one_line
+
 # Okabe & Ito's palette, which colour-blind readers can tell apart; line styles do it in grey print
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 STYLES = ["-", "--", "-.", ":"]
@@ -34,7 +36,7 @@ LOOK = {
 
 def label(name: str, longest: int = 80) -> str:
     """A name as a text of a figure: on one line, its middle left out where it is long, and literally."""
-    name, half = " ".join(name.split()), longest // 2
+    name, half = one_line(name), longest // 2
     if len(name) > longest:
         name = f"{name[: half - 1]}…{name[-half:]}"
     hidden = name.startswith("_")  # a legend would leave it out

@@ -9,7 +9,7 @@ import pandas as pd
 from torch import nn
 
 from dlrt.costs import compression, singular_values
-from dlrt.records import same_option
+from dlrt.records import one_line, same_option
 
 COUNTED = "Weights only, biases and norms left out; a layer of rank r counts r (m + n), a dense one m n."
 
@@ -155,15 +155,7 @@ def markdown(table: pd.DataFrame, caption: str = "") -> str:
 
 
 def _cells(table: pd.DataFrame) -> list[list[str]]:
-    """The cells as text of one line each; what cannot be printed as an escape sequence."""
-    return [
-        ["".join(map(_printable, " ".join(cell.split()))) for cell in row]
-        for row in table.astype(str).to_numpy().tolist()
-    ]
-
-
-def _printable(character: str) -> str:
-    return character if character.isprintable() else character.encode("unicode_escape").decode()
+    return [[one_line(cell) for cell in row] for row in table.astype(str).to_numpy().tolist()]
 
 
 # what Markdown would take for markup: an underscore within a word it does not

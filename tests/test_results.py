@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
+import sys
 from argparse import ArgumentTypeError, Namespace
 
 import numpy as np
@@ -245,23 +247,22 @@ def test_a_table_says_every_name_literally_and_in_a_cell_of_its_own(tmp_path):
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_figure_shows_every_name_literally_and_leaves_room_for_its_curves(tmp_path):
-    names = [name for name in NAMES if name.isascii() and name != "\x07"]  # the font has no other ones
+def test_a_figure_shows_every_name_literally_and_leaves_room_for_its_curves():
     rows = pd.DataFrame(
         {"epoch": [1, 2], "validation_accuracy": [90.0, 95.0], "evaluation_compression": 50.0}
     )
     points = pd.DataFrame({"compression": [50.0], "accuracy": [98.0], "accuracy_std": [0.1]})
     for number, figure in enumerate((
-        plots.learning_curves(dict.fromkeys(names, rows)),
-        plots.accuracy_against_compression(dict.fromkeys(names, points), {}, {}),
-        plots.accuracy_against_compression({}, dict.fromkeys(names, points), dict.fromkeys(names, 99.0)),
-        plots.singular_values(dict.fromkeys(names, torch.tensor([2.0, 1.0]))),
+        plots.learning_curves(dict.fromkeys(NAMES, rows)),
+        plots.accuracy_against_compression(dict.fromkeys(NAMES, points), {}, {}),
+        plots.accuracy_against_compression({}, dict.fromkeys(NAMES, points), dict.fromkeys(NAMES, 99.0)),
+        plots.singular_values(dict.fromkeys(NAMES, torch.tensor([2.0, 1.0]))),
     )):  # fmt: skip
-        plots.save(figure, [tmp_path], f"{number}")
+        figure.draw_without_rendering()
         shown = [text.get_text() for text in figure.legends[0].get_texts()]
-        assert len(shown) == len(names) * (2 if number == 2 else 1)
+        assert len(shown) == len(NAMES) * (2 if number == 2 else 1)
         assert all(text.count("$") == text.count(r"\$") for text in shown)  # no mathematics
-        for text, name in zip(shown, names * 2, strict=False):
+        for text, name in zip(shown, NAMES * 2, strict=False):
             parts = text.replace(r"\$", "$").strip().split("…")
             assert one_line(name).startswith(parts[0])
             assert one_line(name).endswith(parts[-1])
@@ -277,9 +278,36 @@ def test_a_name_of_a_folder_is_taken_as_it_is_or_refused(name):
             cli.folder_name(name)
 
 
-def test_a_run_of_one_epoch_is_seen(tmp_path):
+def test_a_run_of_one_epoch_is_seen():
     rows = pd.DataFrame({"epoch": [1], "validation_accuracy": [90.0], "evaluation_compression": [50.0]})
     axes = plots.learning_curves({"one": rows, "two": pd.concat([rows, rows.assign(epoch=2)])}).axes
     plots.bands(axes[0], [rows, rows], "validation_accuracy", "mean", 0)
     for line in (line for its in axes for line in its.lines):
         assert len(line.get_xdata()) > 1 or line.get_marker() not in ("None", "", None)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_output_ends_quietly_whatever_the_terminal_encodes_and_whoever_reads(name, encoding, monkeypatch):
+    read, write = os.pipe()
+    stream = os.fdopen(write, "w", encoding=encoding)
+    for of in (name, f"__{name}__"):
+        monkeypatch.setattr(sys, of, stream)
+    cli.Parser().parse_args([])
+    output = getattr(sys, name)
+    print("τ ± 中 \ud800", file=output, flush=True)
+    assert os.read(read, 99) == "τ ± 中 \ud800\n".encode(encoding, "replace")
+    os.close(read)
+    for _ in range(3):
+        print("τ" * 100_000, file=output, flush=True)
+    output.close()
+    stream.close()
+
+
+def test_files_are_utf_8_and_one_module_chooses_the_backend_of_figures():
+    for path in (*ROOT.glob("dlrt/**/*.py"), *ROOT.glob("[!.t]*/*.py"), *ROOT.glob("timings/*.py")):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"(read|write)_text\((?!.*encoding=)", text), path
+        assert path.name == "plots.py" or not re.search(r"^(import|from) matplotlib", text, re.MULTILINE), (
+            path
+        )
