@@ -5,14 +5,11 @@ python UV_vanilla/produce_results.py
 
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from factored import AS_IN_THE_PAPER
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from dlrt import plots, results, tables
+from dlrt.plots import Figure, MaxNLocator, plt
 from dlrt.records import chosen_epoch, read_metrics
 
 # Schotthöfer et al. 2022: test accuracy after epoch 1, and after epoch 20
@@ -71,7 +68,7 @@ def table(of_setting: dict[tuple[str, float, float], list[pd.DataFrame]]) -> pd.
 def draw(of_setting: dict[tuple[str, float, float], list[pd.DataFrame]]) -> Figure:
     """Training loss and test accuracy over the epochs, a column of axes per decay."""
     decays = sorted({decay for _, decay, _ in of_setting})
-    with rc_context(plots.LOOK):
+    with plt.rc_context(plots.LOOK):
         figure, axes = plt.subplots(2, len(decays), figsize=(9, 5), sharex=True, sharey="row", squeeze=False)
         for (method, decay, lr), metrics in of_setting.items():
             number = 1 if method == "U Vᵀ" else 0 if lr == AS_IN_THE_PAPER["lr"] else 2

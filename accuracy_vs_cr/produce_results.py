@@ -6,9 +6,9 @@ python accuracy_vs_cr/produce_results.py
 from pathlib import Path
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from dlrt import plots, records, results, tables
+from dlrt.plots import Figure
 
 # Schotthöfer et al. 2022: dense, and at these tolerances after some hundred epochs more at fixed rank
 PUBLISHED = pd.DataFrame({

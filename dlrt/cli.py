@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,10 +25,39 @@ S_STEPS, RAMP = 10, 0.6
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake costs one line and not the whole usage."""
+    """argparse, but a mistake costs one line and not the whole usage, and no output stops the program."""
+
+    def parse_known_args(self, *args: Any, **options: Any) -> Any:
+        for name in ("stdout", "stderr"):
+            _never_stops(name)
+        return super().parse_known_args(*args, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (--help lists all options)\n")
+
+
+class _Pipe(io.FileIO):
+    """Output of which the rest is dropped once nobody reads it any more, as with `| head`."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return len(data)
+
+
+def _never_stops(name: str) -> None:
+    """Replace what sys.stdout or sys.stderr cannot encode, and let a pipe be closed at its other end."""
+    stream = getattr(sys, name)
+    if not isinstance(stream, io.TextIOWrapper):  # a notebook's
+        return
+    stream.reconfigure(errors="replace")
+    if stream is getattr(sys, f"__{name}__") and not stream.isatty():
+        stream.flush()
+        pipe = io.BufferedWriter(_Pipe(stream.fileno(), "w", closefd=False))
+        lines = stream.line_buffering or stream.write_through
+        setattr(sys, name, io.TextIOWrapper(pipe, stream.encoding, "replace", line_buffering=lines))
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -82,11 +113,14 @@ def percent(text: str) -> float:
 
 
 def folder_name(text: str) -> str:
-    """An argparse type: the name of one folder."""
+    """An argparse type: the name of one folder, which every file system and terminal takes."""
     if text in ("", ".", "..") or Path(text).name != text:
         raise argparse.ArgumentTypeError(
             f"must name one folder, got {text!r}: --output-dir says where it goes"
         )
+    if not text.isprintable() or len(text.encode()) > 200:
+        told = f"at most 200 bytes of printable characters, got {len(text)} characters, {text[:20]!r} ..."
+        raise argparse.ArgumentTypeError(f"must be {told}: take a shorter or plainer one")
     return text
 
 

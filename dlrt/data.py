@@ -62,6 +62,21 @@ class Dataset:
         """(channels, height, width) of an image."""
         return tuple(self.train.images.shape[1:])
 
+    def check(self) -> None:
+        """ValueError where a split is empty, or has labels out of range or pixels that are not finite."""
+        for name in ("train", "validation", "test"):
+            split, told = getattr(self, name), f"{self.name}, {name} split"
+            if len(split) == 0:
+                raise ValueError(f"training needs samples in every split, {self.name} has none for {name}")
+            low, high = int(split.labels.min()), int(split.labels.max())
+            if low < 0 or high >= self.classes:
+                raise ValueError(
+                    f"{told}: labels must lie in [0, {self.classes}), got {low} to {high}: number the "
+                    "classes of the training split from 0"
+                )
+            if not split.images.isfinite().all():
+                raise ValueError(f"{told}: pixels must be finite, got NaN or infinity: look at the images")
+
     def to(self, device: torch.device | str) -> Dataset:
         splits = {name: getattr(self, name).to(device) for name in ("train", "validation", "test")}
         return replace(self, **splits)

@@ -140,8 +140,16 @@ def _split(name: str, arrays: Arrays, seed: int, validation: int) -> Dataset:
             raise DataError(f"{name}: as many labels as images are needed, got {len(of)} for {len(part)}")
     if len(images) <= validation:
         raise DataError(f"{name}: more than {validation} training images are needed, got {len(images)}")
+    if len(test_images) == 0:
+        raise DataError(f"{name}: test images are needed, got none")
+    _check(name, arrays)
     pixels = images.float() / 255
     mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))
+    if std.min() < 1e-5:  # of a constant one it is at rounding
+        raise DataError(
+            f"{name}: every channel must vary over the training images, channel {int(std.argmin())} does "
+            "not: leave it out, or look at how the file was made"
+        )
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
 
     def split(part: Tensor, of: Tensor) -> Split:
@@ -161,6 +169,36 @@ def _split(name: str, arrays: Arrays, seed: int, validation: int) -> Dataset:
     )
 
 
+def _check(name: str, arrays: Arrays) -> None:
+    """DataError where arrays are no pictures of one shape, or not every class has one to train on."""
+    images, labels, test_images, test_labels = arrays
+    for kind, part, of in (("training", images, labels), ("test", test_images, test_labels)):
+        told = f"{name}, {kind} data"
+        if part.shape[1] not in (1, 3):
+            raise DataError(
+                f"{told}: images must have 1 channel or 3, which come last in an .npz file, got "
+                f"{part.shape[1]}: transpose them"
+            )
+        if part.dtype != torch.uint8 or part.shape[1:] != images.shape[1:]:
+            raise DataError(
+                f"{told}: pixels must be uint8 from 0 to 255 in images of {tuple(images.shape[1:])} as in "
+                f"training, got {part.dtype} and {tuple(part.shape[1:])}: convert them"
+            )
+        if of.is_floating_point() or of.is_complex():
+            raise DataError(f"{told}: labels must be whole numbers, got {of.dtype}: convert them")
+    classes, tested = (set(of.tolist()) for of in (labels, test_labels))
+    if classes != set(range(len(classes))):
+        raise DataError(
+            f"{name}: training labels must be 0, 1, 2, ... without a gap, got {len(classes)} classes from "
+            f"{min(classes)} to {max(classes)}: number them anew"
+        )
+    if unknown := sorted(tested - classes):
+        raise DataError(
+            f"{name}: classes of the test need training images, got none of {', '.join(map(str, unknown))}: "
+            "add some, or leave these classes out"
+        )
+
+
 def _read(reader: Callable, path: Path):
     try:
         return reader(str(path))
@@ -172,17 +210,28 @@ def _read(reader: Callable, path: Path):
 def _read_npz(path: Path) -> Arrays:
     """x_train, y_train, x_test, y_test as Keras writes them: (N, H, W[, C]) uint8, labels (N,) or (N, 1)."""
 
-    def read(name: str) -> Arrays:
+    def read(name: str) -> list[Tensor]:
         with np.load(name) as file:
-            arrays = [torch.from_numpy(file[key]) for key in ("x_train", "y_train", "x_test", "y_test")]
-        for i in (0, 2):
-            arrays[i] = arrays[i][:, None] if arrays[i].dim() == 3 else arrays[i].permute(0, 3, 1, 2)
-            arrays[i + 1] = arrays[i + 1].flatten()
-        return tuple(arrays)
+            return [torch.from_numpy(file[key]) for key in ("x_train", "y_train", "x_test", "y_test")]
 
     if not zipfile.is_zipfile(path):
         raise DataError(f"{path} is damaged (not an .npz file, or cut short): delete it and fetch it again")
-    return _read(read, path)
+    arrays = _read(read, path)
+    for i, key in ((0, "train"), (2, "test")):
+        images, labels = arrays[i : i + 2]
+        if (
+            images.dim() not in (3, 4)
+            or 0 in images.shape[1:]
+            or labels.dim() == 0
+            or labels.shape[1:] not in ((), (1,))
+        ):
+            raise DataError(
+                f"{path}: x_{key} must be (N, height, width[, channels]) and y_{key} (N,) or (N, 1), got "
+                f"{tuple(images.shape)} and {tuple(labels.shape)}: reshape them"
+            )
+        arrays[i] = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
+        arrays[i + 1] = labels.flatten()
+    return tuple(arrays)
 
 
 def _download(fetch: Callable, needed: str) -> None:

@@ -21,6 +21,12 @@ def same_option(name: str, one: Any, other: Any) -> bool:
     return one == other or not (one or other)
 
 
+def one_line(text: str) -> str:
+    """A text on one line; what cannot be printed as an escape sequence."""
+    signs = " ".join(text.split())
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in signs)
+
+
 def read_runs(results: Path) -> pd.DataFrame:
     """A row per run below a folder: its options, the metrics of its chosen epoch, and the folder's name.
 
@@ -81,7 +87,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.exists() and not (folder / "metrics.csv").exists():
         return {}
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
         return {**config, "options": dict(config["options"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(path) from error

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from dlrt import plots, tables
 from dlrt.cli import ROOT, HelpFormatter, Parser
+from dlrt.plots import Figure
 from dlrt.records import RunError, read_runs
 
 DATA = {"mnist": "MNIST", "cifar10": "CIFAR-10"}

@@ -168,12 +168,11 @@ def _commit(folder: Path) -> str | None:
     """
     command = ["git", "--no-optional-locks", "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
     try:
-        lines = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False).stdout
+        told = subprocess.run(command, cwd=folder, capture_output=True, check=False).stdout
     except FileNotFoundError:  # no git here
         return None
-    header, changes = (
-        [line for line in lines.splitlines() if line.startswith("#") == told] for told in (True, False)
-    )
+    lines = told.decode(errors="replace").splitlines()
+    header, changes = ([line for line in lines if line.startswith("#") == of] for of in (True, False))
     commits = [line.split()[-1] for line in header if line.startswith("# branch.oid") and "(" not in line]
     return commits[0][:12] + ("-dirty" if changes else "") if commits else None
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pandas as pd
 from torch import nn
 
 from dlrt.costs import compression, singular_values
-from dlrt.records import same_option
+from dlrt.records import one_line, same_option
 
 COUNTED = "Weights only, biases and norms left out; a layer of rank r counts r (m + n), a dense one m n."
 
@@ -146,15 +147,29 @@ def layers(model: nn.Module) -> pd.DataFrame:
 
 def markdown(table: pd.DataFrame, caption: str = "") -> str:
     """A table in Markdown with aligned columns, its caption below."""
-    rows = [list(table.columns), *table.astype(str).to_numpy().tolist()]
+    rows = [list(table.columns), *([MARKDOWN.sub(r"\\\g<0>", cell) for cell in row] for row in _cells(table))]
     widths = [max(len(row[column]) for row in rows) for column in range(len(table.columns))]
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     lines.insert(1, " | ".join("-" * width for width in widths))
     return "\n".join(f"| {line} |" for line in lines) + (f"\n\n{caption}" if caption else "") + "\n"
 
 
+def _cells(table: pd.DataFrame) -> list[list[str]]:
+    return [[one_line(cell) for cell in row] for row in table.astype(str).to_numpy().tolist()]
+
+
+# what Markdown would take for markup: an underscore within a word it does not
+MARKDOWN = re.compile(r"[\\`*<|~$&\[]|(?<![^\W_])_|_(?![^\W_])")
 LATEX = str.maketrans(
     {
+        "\\": r"\textbackslash{}",
+        "{": r"\{",
+        "}": r"\}",
+        "$": r"\$",
+        "~": r"\textasciitilde{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        '"': r"\char34{}",
         "%": r"\%",
         "&": r"\&",
         "_": r"\_",
@@ -167,14 +182,15 @@ LATEX = str.maketrans(
         "ᵀ": r"$^\top$",
     }
 )
-
+# else -- is a dash, '' a quotation mark, and the first cell an argument of the line break before it
+APART = re.compile(r"([-'`])(?=[-'`])|^(?=[\[*])")
 
 WIDE = 8  # columns that a page holds
 
 
 def latex(table: pd.DataFrame, caption: str = "") -> str:
     """A table environment in LaTeX; it needs the package booktabs, and graphicx where the table is wide."""
-    rows = [[cell.translate(LATEX) for cell in row] for row in table.astype(str).to_numpy().tolist()]
+    rows = [[APART.sub(r"\1{}", cell.translate(LATEX)) for cell in row] for row in _cells(table)]
     head = " & ".join(column.translate(LATEX) for column in table.columns)
     wide = len(table.columns) > WIDE
     lines = [
@@ -196,6 +212,6 @@ def latex(table: pd.DataFrame, caption: str = "") -> str:
 def write(table: pd.DataFrame, folder: Path, caption: str = "", name: str = "table") -> None:
     """name.csv, name.md and name.tex in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    table.to_csv(folder / f"{name}.csv", index=False)
-    (folder / f"{name}.md").write_text(markdown(table, caption))
-    (folder / f"{name}.tex").write_text(latex(table, caption))
+    table.to_csv(folder / f"{name}.csv", index=False, encoding="utf-8", errors="backslashreplace")
+    (folder / f"{name}.md").write_text(markdown(table, caption), encoding="utf-8")
+    (folder / f"{name}.tex").write_text(latex(table, caption), encoding="utf-8")

@@ -64,12 +64,11 @@ def fit(
     The optimizer is a DLRT for a low-rank network, any other for a dense one. After every epoch the
     checkpoint holds all that a continuation needs, the weights of the chosen epoch so far ("chosen") and
     `about`, which says what the network is. Each epoch draws from a generator of its own, so that a resumed
-    run ends as an uninterrupted one. FloatingPointError where the loss is not finite, ValueError where a
-    split is empty. Of several processes, the first alone reads and writes the run's folder.
+    run ends as an uninterrupted one. FloatingPointError where the loss is not finite, ValueError where
+    `Dataset.check` finds the data wrong. Of several processes, the first alone reads and writes the run's
+    folder.
     """
-    for name in ("train", "validation", "test"):
-        if len(getattr(dataset, name)) == 0:
-            raise ValueError(f"training needs samples in every split, {dataset.name} has none for {name}")
+    dataset.check()
     scaler = GradScaler(dataset.train.images.device.type, enabled=recipe.amp == "float16")
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
     rows, chosen = _continued(parts, run)

@@ -27,7 +27,7 @@ def main() -> None:
         name = f"digit_{number:03d}.png"
         Image.fromarray(image).save(args.folder / name)
         lines.append(f"{name},{label},box={' '.join(map(str, box))}")
-    table.write_text("\n".join(lines) + "\n")
+    table.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(args.folder)
 
 

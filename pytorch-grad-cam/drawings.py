@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 
+from dlrt import plots
 from dlrt.cams.pictures import overlay
-from dlrt.plots import LOOK, style
+from dlrt.plots import LOOK, Axes, Figure, mpl, plt, style
 
 GRID_PICTURES = 4
-DIFFERENCES = Normalize(-1, 1)  # of maps that are scaled to [0, 1]
+DIFFERENCES = plt.Normalize(-1, 1)  # of maps that are scaled to [0, 1]
 PANELS = {
     "pearson": "similarity to the dense map\n(Pearson's correlation)",
     "road": "faithfulness: ROAD",
@@ -43,7 +38,7 @@ def grid(folder: Path, summary: pd.DataFrame) -> Figure:
         for index, (name, pixels) in enumerate(pictures.items()):
             above, below = axes[2 * index], axes[2 * index + 1]
             above[0].imshow(pixels)
-            above[0].set_title(_short(name), fontsize=7)
+            above[0].set_title(plots.label(name, longest=20), fontsize=7)
             for column, row in enumerate(drawn.itertuples(), start=1):
                 of_dense = dense[index] if column > 1 else None
                 _pair(above[column], below[column], pixels, maps[row.network][index], of_dense)
@@ -54,15 +49,9 @@ def grid(folder: Path, summary: pd.DataFrame) -> Figure:
             ax.spines[:].set_visible(False)
         if columns > 2:
             label = "map - dense map,\nboth scaled to [0, 1]"
-            bar = ScalarMappable(DIFFERENCES, "RdBu_r")
+            bar = mpl.cm.ScalarMappable(DIFFERENCES, "RdBu_r")
             figure.colorbar(bar, ax=axes, location="right", aspect=30, shrink=0.5, label=label)
     return figure
-
-
-def _short(name: str, longest: int = 20) -> str:
-    """A name with its middle left out where it is wider than a picture."""
-    half = longest // 2
-    return name if len(name) <= longest else f"{name[: half - 1]}…{name[-half:]}"
 
 
 def _pair(above: Axes, below: Axes, pixels: np.ndarray, shown: np.ndarray, dense: np.ndarray | None) -> None:

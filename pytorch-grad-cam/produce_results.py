@@ -125,7 +125,7 @@ def main() -> None:
     studied, figures = [], {}
     for folder in sorted(path.parent for path in args.results.glob("*/config.json")):
         try:
-            config = json.loads((folder / "config.json").read_text())["options"]
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["options"]
             summary, times = summarise(read_study(folder)), read_times(folder)
             grid = drawings.grid(folder, summary)
         except DAMAGE as error:

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torchvision.datasets as tv
 
-from dlrt.data import Split, augmented_batch
-from dlrt.datasets import DataError, cifar10, digits, digits32, load, mnist
+from dlrt.data import Dataset, Split, augmented_batch
+from dlrt.datasets import DataError, _read_npz, _split, cifar10, digits, digits32, load, mnist
 
 SAMPLES = 10_050  # MNIST's validation split takes 10,000 of them
 IDX_FILES = {
@@ -214,6 +214,62 @@ def test_too_few_images_and_too_few_labels_are_told_with_their_numbers(tmp_path)
     np.savez(tmp_path / "mnist.npz", **parts | {"y_train": parts["y_train"][:7]})
     with pytest.raises(DataError, match="got 7 for 20"):
         mnist(tmp_path, 0)
+
+
+PIXELS, CLASSES = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8), np.arange(60) % 2
+SOUND = {"x_train": PIXELS[:40], "y_train": CLASSES[:40], "x_test": PIXELS[40:], "y_test": CLASSES[40:]}
+
+
+def of_both(change):
+    return {key: change(SOUND[key]) for key in ("x_train", "x_test")}
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"y_test": CLASSES[40:] + 1}, "classes of the test need training images, got none of 2: add some"),
+        ({"y_test": CLASSES[40:] - 1}, "got none of -1"),
+        ({"y_train": CLASSES[:40] * 2}, "without a gap, got 2 classes from 0 to 2"),
+        ({"y_train": CLASSES[:40] - 1}, "from -1 to 0"),
+        ({"y_train": CLASSES[:40] + 1}, "from 1 to 2"),
+        ({"y_train": np.append(CLASSES[:39], 255).astype(np.uint16)}, "from 0 to 255"),
+        ({"y_train": CLASSES[:40] / 2}, "whole numbers, got torch.float64"),
+        ({"y_train": np.eye(2)[CLASSES[:40]]}, r"\(40, 2\): reshape"),
+        ({"y_test": np.array(1)}, "reshape"),
+        ({"x_train": PIXELS[:40] * np.uint8([1, 0, 1]) + np.uint8([0, 7, 0])}, "channel 1 does not"),
+        ({"x_train": 0 * PIXELS[:40, ..., 0], "x_test": PIXELS[40:, ..., 0]}, "channel 0 does not"),
+        (of_both(lambda x: x.transpose(0, 3, 1, 2)), "1 channel or 3, .* got 8: transpose"),
+        (of_both(lambda x: x[..., [0, 1, 2, 2]]), "1 channel or 3, .* got 4"),
+        (of_both(lambda x: x[:, :0]), "reshape"),
+        (of_both(lambda x: x / 255), r"uint8 from 0 to 255 .* got torch.float64"),
+        (of_both(lambda x: x.reshape(len(x), -1)), "reshape"),
+        ({"x_test": PIXELS[40:, :5]}, r"\(3, 8, 8\) as in training, got torch.uint8 and \(3, 5, 8\)"),
+        ({"x_test": PIXELS[40:, ..., 0]}, r"and \(1, 8, 8\)"),
+        ({"x_test": PIXELS[:0], "y_test": CLASSES[:0]}, "test images are needed, got none"),
+        ({"x_train": PIXELS[:0], "y_train": CLASSES[:0]}, "more than 10 training images are needed, got 0"),
+        ({"x_test": PIXELS[:9]}, "as many labels as images are needed, got 20 for 9"),
+    ],
+)
+def test_arrays_that_are_no_data_set_are_told_in_a_line_that_fits(tmp_path, changed, told):
+    np.savez(tmp_path / "own.npz", **{**SOUND, **changed})
+    with pytest.raises(DataError, match=told) as error:
+        _split("own", _read_npz(tmp_path / "own.npz"), 0, validation=10)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("part", "of", "told"),
+    [
+        (torch.zeros(0, 1, 2, 2), [], "has none for test"),
+        (torch.zeros(2, 1, 2, 2), [0, 2], r"labels must lie in \[0, 2\), got 0 to 2"),
+        (torch.zeros(2, 1, 2, 2), [-1, 0], "got -1 to 0"),
+        (torch.full((2, 1, 2, 2), torch.nan), [0, 1], "pixels must be finite"),
+    ],
+)
+def test_a_data_set_made_by_hand_is_checked(part, of, told):
+    good, bad = small_split(2), Split(part, torch.tensor(of, dtype=torch.int64))
+    with pytest.raises(ValueError, match=told):
+        Dataset("own", good, good, bad, 2, (0.0,), (1.0,), 1, False).check()
 
 
 @pytest.mark.parametrize(

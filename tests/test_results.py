@@ -2,14 +2,18 @@
 
 import importlib.util
 import json
+import os
+import re
 import shutil
-from argparse import Namespace
+import sys
+from argparse import ArgumentTypeError, Namespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from dlrt import grid, plots, results, tables
+from dlrt import cli, grid, plots, results, tables
 from dlrt.cli import ROOT
 from dlrt.records import read_runs
 
@@ -195,3 +199,115 @@ def test_cifar10_has_a_table_of_its_own_pictures_beside_several_dense_runs(run_s
     table = pd.read_csv(tmp_path / "out" / "table.csv", keep_default_na=False).set_index("τ")
     assert list(table.loc["dense", "lr"]) == [0.1, 0.2]
     assert table.loc["0.2", "below dense"] == "9.00"
+
+
+NAMES = [
+    *("$x_1$", "a$b", "\\$ \\alpha", "{a}_{b}^2", "100 % & #1 ~", "a|b", 'it\'s "quoted"', "a\nb\r\nc"),
+    *(
+        "n" * 300,
+        "_hidden_",
+        "<b>",
+        "a--b``c",
+        "[x](y)",
+        "*b*",
+        "&lt;",
+        "a,b;c",
+        "\x07",
+        "\ud800",
+        "{0} %s \\N",
+    ),
+]
+
+
+def one_line(name):
+    return " ".join(name.split()).encode("utf-8", "backslashreplace").decode().replace("\x07", "\\x07")
+
+
+def test_a_table_says_every_name_literally_and_in_a_cell_of_its_own(tmp_path):
+    tables.write(pd.DataFrame({"name": NAMES, "value": range(len(NAMES))}), tmp_path)
+    csv, md, tex = (tmp_path / f"table.{kind}" for kind in ("csv", "md", "tex"))
+    assert list(pd.read_csv(csv)["name"]) == [name.replace("\ud800", "\\ud800") for name in NAMES]
+    rows = md.read_text(encoding="utf-8").splitlines()[2:]
+    cells = [re.split(r"(?<!\\) \| ", row.removeprefix("| "))[0].rstrip() for row in rows]
+    assert [re.sub(r"\\([^a-z0-9])", r"\1", cell) for cell in cells] == list(map(one_line, NAMES))
+    assert not any(re.search(r"(?<!\\)[*<|$&`]", cell) for cell in cells)
+    body = re.search(r"\\midrule\n(.*)\\bottomrule", tex.read_text(encoding="utf-8"), re.DOTALL)[1]
+    assert [row.split(" & ")[-1] for row in body.splitlines()] == [rf"{i} \\" for i in range(len(NAMES))]
+    words = {
+        r"\textbackslash{}": "\\",
+        r"\textasciitilde{}": "~",
+        r"\textasciicircum{}": "^",
+        r"\char34{}": '"',
+    }
+    words |= {r"\textless{}": "<", r"\textgreater{}": ">", r"\textbar{}": "|", "{}": ""}
+    words |= {f"\\{sign}": sign for sign in "{}$%&#_"}
+    read = re.compile("|".join(map(re.escape, words)))
+    cells = [read.sub(lambda found: words[found[0]], row.rsplit(" & ", 1)[0]) for row in body.splitlines()]
+    assert cells == list(map(one_line, NAMES))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_figure_shows_every_name_literally_and_leaves_room_for_its_curves():
+    rows = pd.DataFrame(
+        {"epoch": [1, 2], "validation_accuracy": [90.0, 95.0], "evaluation_compression": 50.0}
+    )
+    points = pd.DataFrame({"compression": [50.0], "accuracy": [98.0], "accuracy_std": [0.1]})
+    for number, figure in enumerate((
+        plots.learning_curves(dict.fromkeys(NAMES, rows)),
+        plots.accuracy_against_compression(dict.fromkeys(NAMES, points), {}, {}),
+        plots.accuracy_against_compression({}, dict.fromkeys(NAMES, points), dict.fromkeys(NAMES, 99.0)),
+        plots.singular_values(dict.fromkeys(NAMES, torch.tensor([2.0, 1.0]))),
+    )):  # fmt: skip
+        figure.draw_without_rendering()
+        shown = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert len(shown) == len(NAMES) * (2 if number == 2 else 1)
+        assert all(text.count("$") == text.count(r"\$") for text in shown)  # no mathematics
+        for text, name in zip(shown, NAMES * 2, strict=False):
+            parts = text.replace(r"\$", "$").strip().split("…")
+            assert one_line(name).startswith(parts[0])
+            assert one_line(name).endswith(parts[-1])
+        assert figure.axes[0].get_position().width > 0.2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_of_a_folder_is_taken_as_it_is_or_refused(name):
+    if name.isprintable() and len(name) < 200:
+        assert cli.folder_name(name) == name
+    else:
+        with pytest.raises(ArgumentTypeError, match="printable characters"):
+            cli.folder_name(name)
+
+
+def test_a_run_of_one_epoch_is_seen():
+    rows = pd.DataFrame({"epoch": [1], "validation_accuracy": [90.0], "evaluation_compression": [50.0]})
+    axes = plots.learning_curves({"one": rows, "two": pd.concat([rows, rows.assign(epoch=2)])}).axes
+    plots.bands(axes[0], [rows, rows], "validation_accuracy", "mean", 0)
+    for line in (line for its in axes for line in its.lines):
+        assert len(line.get_xdata()) > 1 or line.get_marker() not in ("None", "", None)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_output_ends_quietly_whatever_the_terminal_encodes_and_whoever_reads(name, encoding, monkeypatch):
+    read, write = os.pipe()
+    stream = os.fdopen(write, "w", encoding=encoding)
+    for of in (name, f"__{name}__"):
+        monkeypatch.setattr(sys, of, stream)
+    cli.Parser().parse_args([])
+    output = getattr(sys, name)
+    print("τ ± 中 \ud800", file=output, flush=True)
+    assert os.read(read, 99) == "τ ± 中 \ud800\n".encode(encoding, "replace")
+    os.close(read)
+    for _ in range(3):
+        print("τ" * 100_000, file=output, flush=True)
+    output.close()
+    stream.close()
+
+
+def test_files_are_utf_8_and_one_module_chooses_the_backend_of_figures():
+    for path in (*ROOT.glob("dlrt/**/*.py"), *ROOT.glob("[!.t]*/*.py"), *ROOT.glob("timings/*.py")):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"(read|write)_text\((?!.*encoding=)", text), path
+        assert path.name == "plots.py" or not re.search(r"^(import|from) matplotlib", text, re.MULTILINE), (
+            path
+        )

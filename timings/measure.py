@@ -131,7 +131,8 @@ def device_name(device: str) -> str:
         return torch.cuda.get_device_name(device)
     name, linux = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if linux.exists():
-        models = re.findall(r"^model name\s*:\s*(.+)$", linux.read_text(), flags=re.MULTILINE)
+        text = linux.read_text(encoding="utf-8", errors="replace")
+        models = re.findall(r"^model name\s*:\s*(.+)$", text, flags=re.MULTILINE)
         name = models[0] if models else name
     name = " ".join(re.sub(r"\((R|TM)\)|@", " ", name).split())
     threads = torch.get_num_threads()

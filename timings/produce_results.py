@@ -6,17 +6,15 @@ python timings/produce_results.py
 import math
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
 
 from dlrt import plots, results
+from dlrt.plots import Axes, Figure, mpl, plt
 from dlrt.records import read_config, read_metrics
 from dlrt.settings import INTEGRATORS
 
+SubFigure = mpl.figure.SubFigure
 # Schotthöfer et al. 2022, the same net
 PUBLISHED = pd.DataFrame({
     "device": ["published, other hardware"] * 2,
@@ -132,13 +130,13 @@ def by_device(rows: pd.DataFrame, height: float) -> tuple[Figure, list[tuple[Sub
     figure = plt.figure(figsize=(11, height * len(devices)))
     parts = figure.subfigures(len(devices), 1, squeeze=False)[:, 0]
     for part, (device, _) in zip(parts, devices, strict=True):
-        part.suptitle(device)
+        part.suptitle(device.replace("$", r"\$"))
     return figure, [(part, of) for part, (_, of) in zip(parts, devices, strict=True)]
 
 
 def times(rows: pd.DataFrame) -> Figure:
     """Training, adaptive and at fixed rank, and inference."""
-    with rc_context(plots.LOOK):
+    with plt.rc_context(plots.LOOK):
         figure, devices = by_device(rows, height=4.6)
         for part, of in devices:
             panels = {
@@ -166,7 +164,7 @@ def shares(rows: pd.DataFrame) -> Figure:
     rows = rows[rows["phase"] == "training"]
     groups = max(of.groupby(SETTING).ngroups for _, of in rows.groupby("device"))
     columns, lines = min(4, groups), math.ceil(groups / 4)
-    with rc_context({**plots.LOOK, "axes.grid": False}):
+    with plt.rc_context({**plots.LOOK, "axes.grid": False}):
         figure, devices = by_device(rows, height=1 + 2.4 * lines)
         for part, of in devices:
             grid = part.subplots(lines, columns, sharey=True, squeeze=False)
