@@ -2,6 +2,8 @@
 
 import copy
 import io
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -74,6 +76,34 @@ def test_gradients_are_those_of_the_dense_layer():
             assert torch.allclose(layer.bias.grad, dense.bias.grad, atol=1e-11), name
         assert layer.U.grad is None
         assert layer.V.grad is None
+
+
+GEOMETRIES = """
+import random, torch
+from dlrt import LowRankConv2d, SpatialLowRankConv2d
+
+random.seed(0)
+torch.set_num_threads(1)
+for number in range(40):
+    kernel = (1, 1) if number % 2 else random.choices((1, 2, 3), k=2)
+    stride, padding = random.choices((1, 2, 3), k=2), random.choice((0, 0, 1))
+    channels, filters, count = random.randint(1, 9), random.choice((1, 4, 48)), random.choice((1, 4))
+    for kind in (LowRankConv2d, SpatialLowRankConv2d):
+        for rank in (1, min(kind.as_matrix(torch.empty(filters, channels, *kernel)).shape)):
+            layer = kind(channels, filters, kernel, rank, stride, padding)
+            layer.to(memory_format=torch.channels_last)
+            layer.trains_bases = True
+            x = torch.randn(count, channels, 12, 9).to(memory_format=torch.channels_last).requires_grad_()
+            for _ in range(3):
+                layer(x).square().mean().backward()
+            rest = [torch.empty(random.randint(1, 400)) for _ in range(50)]
+"""
+
+
+def test_no_geometry_of_a_convolution_harms_the_heap():
+    """Channels-last, torch's gradient of a strided 1 x 1 kernel with few channels writes out of bounds."""
+    done = subprocess.run([sys.executable, "-c", GEOMETRIES], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_bases_are_orthonormal_from_the_start():
