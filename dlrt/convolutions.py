@@ -127,6 +127,9 @@ class LowRankConv2d(LowRankLayer):
     or that of the model where that is channels-last. ValueError where the rank is impossible.
     """
 
+    groups, transposed, output_padding = 1, False, (0, 0)  # for whoever reads them as of nn.Conv2d
+    _conv_forward = nn.Conv2d._conv_forward  # a dense layer's `forward` that was taken before calls it
+
     def __init__(
         self,
         in_channels: int,
@@ -148,8 +151,9 @@ class LowRankConv2d(LowRankLayer):
             setattr(self, name, getattr(dense, name))
         # a kernel of one pixel with a stride only leaves pixels out, which are left out before
         self._every = tuple(s if k == 1 else 1 for k, s in zip(self.kernel_size, self.stride, strict=True))
+        self._reversed_padding_repeated_twice = list(dense._reversed_padding_repeated_twice)
         pads_itself = padding_mode == "zeros" and not isinstance(padding, str) and self._every == (1, 1)
-        self._pad_before = None if pads_itself else list(dense._reversed_padding_repeated_twice)
+        self._pad_before = None if pads_itself else self._reversed_padding_repeated_twice
         stride = tuple(s // every for s, every in zip(self.stride, self._every, strict=True))
         inner_padding = self.padding if pads_itself else (0, 0)
         self._channels_last = False  # whether outputs are so, whatever inputs are
@@ -196,8 +200,7 @@ class LowRankConv2d(LowRankLayer):
         if x.dim() == 3:
             return self.forward(x[None])[0]
         as_channels_last = self._channels_last or is_channels_last(x)
-        if x.requires_grad:
-            x = with_gradient_laid_out(x)
+        x = with_gradient_laid_out(x)
         if self._pad_before is not None:
             x = F.pad(x, self._pad_before, "constant" if self.padding_mode == "zeros" else self.padding_mode)
         if self._every != (1, 1):

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from dlrt import DLRT, LowRankConv2d, LowRankLinear, SpatialLowRankConv2d
 
@@ -175,6 +176,36 @@ def test_forward_and_full_backward_hooks_fire():
     layer.register_full_backward_hook(lambda module, gx, gy: seen.append(gx[0].shape))
     layer(torch.randn(5, 4, requires_grad=True)).sum().backward()
     assert seen == [(5, 3), (5, 4)]
+
+
+NORMALISERS = {
+    "spectral_norm": nn.utils.spectral_norm,
+    "weight_norm": lambda layer, name: nn.utils.weight_norm(layer, name, dim=None),
+    "parametrizations.spectral_norm": parametrizations.spectral_norm,
+    "parametrizations.weight_norm": parametrizations.weight_norm,
+    "parametrizations.orthogonal": parametrizations.orthogonal,
+    "l1_unstructured": lambda layer, name: prune.l1_unstructured(layer, name, 0.5),
+    "ln_structured": lambda layer, name: prune.ln_structured(layer, name, 0.5, 2, 0),
+    "assignment": lambda layer, name: setattr(layer, name, torch.zeros(5, 6)),
+    "registration": lambda layer, name: layer.register_parameter(name, nn.Parameter(torch.zeros(5, 6))),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("what", NORMALISERS)
+def test_what_normalises_or_prunes_or_sets_a_weight_is_refused(what):
+    for layer, x in (
+        (LowRankLinear(6, 5, 3), torch.randn(4, 6)),
+        (LowRankConv2d(2, 5, 3, 3), torch.randn(2, 2, 4, 4)),
+    ):
+        expected, state = layer(x), set(layer.state_dict())
+        for name in ("weight", "S", "V"):
+            if name != "weight" and what in ("assignment", "registration"):
+                continue  # S is a parameter that may be set
+            with pytest.raises(TypeError, match="leave this layer dense"):
+                NORMALISERS[what](layer, name)
+            assert set(layer.state_dict()) == state
+            assert name != "weight" or torch.equal(layer(x), expected)
 
 
 def test_second_derivatives_exist():
