@@ -8,12 +8,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from dlrt.checks import check_compression, check_real, check_tolerance
 from dlrt.convolutions import LowRankConv2d, SpatialLowRankConv2d
 from dlrt.costs import compression as cost_of
 from dlrt.curvature import Terms, kronecker_factors, terms
-from dlrt.layers import LowRankLayer, LowRankLinear
+from dlrt.layers import LowRankLayer, LowRankLinear, become
 from dlrt.lowrank import rank_within
 from dlrt.ranks import allot, budget_for
 
@@ -34,9 +38,10 @@ def to_low_rank(
     compression: float | None = None,
     spatial: bool = False,
 ) -> nn.Module:
-    """Replace every nn.Linear and nn.Conv2d of a model, in place, by its truncated SVD; give the model back.
+    """Make every nn.Linear and nn.Conv2d of a model, in place, its truncated SVD; give the model back.
 
-    A model that is itself such a layer is left as it is, and what is given back is for its place.
+    The layers stay the same objects, so that whatever else holds one, as a list or a closure, trains it, too.
+    A module that uses `layer.weight` without calling the layer trains it as well.
     rank is an int (in a layer too small for it, that layer's full rank), a share in (0, 1] of each layer's
     full rank, or None for the full rank; tau drops singular values up to that share of each weight's norm.
     Instead of both, compression is the evaluation compression, a fraction, that the model has at least: the
@@ -48,56 +53,74 @@ def to_low_rank(
     A kernel is a matrix (out_channels, in_channels * height * width), or with spatial the matrix
     (out_channels * height, in_channels * width), see `dlrt.SpatialLowRankConv2d`. Full rank then has more
     parameters than the kernel: with as many channels in as out half of it has as many, a fifth 60 % fewer.
-    skip names the modules that stay dense, with all that they contain. Grouped convolutions, layers that
-    share their weight with another module, recurrent layers and nn.MultiheadAttention stay dense with a
-    warning, other kinds of modules (embeddings, convolutions that are not two-dimensional) without. Make the
+    skip names the modules that stay dense, with all that they contain. A warning names each layer that stays
+    as it is: grouped convolutions, weights that two modules share, recurrent layers, nn.MultiheadAttention,
+    layers with hooks, parametrized and lazy ones, subclasses and others with a weight matrix of their own,
+    and low-rank ones. Embeddings and convolutions that are not two-dimensional stay so without. Make the
     optimizer afterwards: S is a new parameter. ValueError for an impossible rank, tau or compression, for
     inputs of what is no classifier, or where skip names no module.
     """
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     _check(model, rank, tau, skip, compression)
-    root = nn.Module()
-    root._modules[""] = model  # so that a model which is a layer itself has a parent, too
-    places = _places(root, skip)
-    layers = list(dict.fromkeys(layer for _, _, layer in places))
-    made = _cut(model, layers, rank, tau, inputs, compression, spatial)
-    made_of = dict(zip(layers, made, strict=True))  # a module that occurs twice stays one module
-    for parent, name, layer in places:
-        setattr(parent, name, made_of[layer])
-    return root._modules[""]
+    layers = _layers(model, skip)
+    for layer, made in zip(layers, _cut(model, layers, rank, tau, inputs, compression, spatial), strict=True):
+        become(layer, made)
+    return model
 
 
-def _places(root: nn.Module, skip: tuple[str, ...]) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Where layers become low-rank: parent, name in it, layer. Warns of those that unexpectedly do not."""
-    owners = Counter(id(p) for module in root.modules() for p in module._parameters.values())
-    places = []
-    for path, parent in root.named_modules():
-        for name, child in parent._modules.items():  # named_children leaves repetitions out
-            whole = f"{path}.{name}" if path else name
-            if any(f"{whole}.".startswith(f"{stem}.") for stem in skip):
-                continue
-            if reason := _stays_dense(child, owners):
-                warnings.warn(f"{whole or type(child).__name__} stays dense: {reason}", stacklevel=3)
-            elif type(child) in LOW_RANK_TYPES:
-                places.append((parent, name, child))
-    return places
+def _layers(model: nn.Module, skip: tuple[str, ...]) -> list[nn.Linear | nn.Conv2d]:
+    """What becomes low-rank. Warns of what unexpectedly does not."""
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    skipped = {module for stem in skip for module in model.get_submodule(stem).modules()}
+    layers = []
+    for name, module in model.named_modules():
+        if module in skipped:
+            continue
+        if reason := _stays(module, owners):
+            warnings.warn(f"{name or type(module).__name__} stays {reason}", stacklevel=3)
+        elif type(module) in LOW_RANK_TYPES:
+            layers.append(module)
+    return layers
 
 
-def _stays_dense(module: nn.Module, owners: Counter[int]) -> str | None:
-    """Why a layer cannot become low-rank, if so; owners counts the modules that each parameter belongs to."""
-    if type(module) is nn.Conv2d and module.groups > 1:
-        return "it is a grouped convolution"
-    if type(module) in LOW_RANK_TYPES and owners[id(module.weight)] > 1:
-        return "another module shares its weight"
+def _stays(module: nn.Module, owners: Counter[int]) -> str | None:
+    """Why a layer stays as it is, if so; owners counts the modules that each parameter belongs to."""
+    if isinstance(module, LowRankLayer):
+        return "as it is: it is low-rank already, and dlrt.to_dense comes before another conversion"
+    for kind, reason in OTHER_KINDS.items():
+        if isinstance(module, kind):
+            return f"dense: {reason}"
+    if type(module) is NonDynamicallyQuantizableLinear:
+        return None  # a part of nn.MultiheadAttention, which is named
+    for kind in LOW_RANK_TYPES:
+        if isinstance(module, kind):
+            reason = _no_plain_layer(module, kind, owners)
+            return reason and f"dense: {reason}"
+    weight = module._parameters.get("weight")
+    own = not type(module).__module__.startswith("torch.") and not isinstance(module, nn.Embedding)
+    if own and weight is not None and not is_lazy(weight) and weight.dim() == 2:
+        return f"dense: {type(module).__name__} has a weight matrix, but is no nn.Linear"
+    return None
+
+
+def _no_plain_layer(module: nn.Linear | nn.Conv2d, kind: type, owners: Counter[int]) -> str | None:
+    if is_parametrized(module):
+        return "it is parametrized, as by spectral_norm or weight_norm"
+    if isinstance(module, LazyModuleMixin):
+        return "it is lazy and has no shape yet: run a batch through the model first"
+    if type(module) is not kind:
+        return f"{type(module).__name__} is a subclass of nn.{kind.__name__}, and may compute something else"
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    if type(module) in LOW_RANK_TYPES and any(hooks):
-        return "it has hooks, as of spectral_norm or pruning, which would be lost: register them afterwards"
-    return next((reason for kind, reason in OTHER_KINDS.items() if isinstance(module, kind)), None)
+    if any(hooks):
+        return "it has hooks, as of pruning, which would be lost: register those of other kinds afterwards"
+    if getattr(module, "groups", 1) > 1:
+        return "it is a grouped convolution"
+    return "another module shares its weight" if owners[id(module.weight)] > 1 else None
 
 
 def _check(
@@ -184,39 +207,28 @@ def _ranks_for(
 
 
 def to_dense(model: nn.Module) -> nn.Module:
-    """Replace every low-rank layer of a model, in place, by the same map dense; give the model back."""
+    """Make every low-rank layer of a model, in place, the same map dense; give the model back."""
     return replace_layers(model, lambda layer: layer.to_dense())
 
 
 def replace_layers(model: nn.Module, make: Callable[[LowRankLayer], nn.Module]) -> nn.Module:
-    """Put make(layer) in the place of every low-rank layer; one that occurs twice is made once."""
-    if isinstance(model, LowRankLayer):
-        return make(model)
-    made: dict[nn.Module, nn.Module] = {}
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):  # named_children leaves repetitions out
-            if isinstance(child, LowRankLayer):
-                if child not in made:
-                    made[child] = make(child)
-                setattr(parent, name, made[child])
+    """Make every low-rank layer what make(layer) is; it stays the same object for whoever holds it."""
+    for layer in list(model.modules()):
+        if isinstance(layer, LowRankLayer):
+            become(layer, make(layer))
     return model
 
 
 def load_factors(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     """Load the state_dict of a low-rank network into the dense one that it was made of; give the model back.
 
-    Layers that have factors in the state become low-rank, of the rank there, without a decomposition; what is
-    given back is for the place of a model that is itself such a layer. RuntimeError where the state belongs
-    to another network, as from load_state_dict.
+    Layers that have factors in the state become low-rank, of the rank there, without a decomposition.
+    RuntimeError where the state belongs to another network, as from load_state_dict.
     """
-    if type(model) in LOW_RANK_TYPES and "S" in state:
-        model = _kind(model, _is_spatial(model, state["U"])).in_place_of(model)
-    made: dict[nn.Module, LowRankLayer] = {}
-    for name, dense in list(model.named_modules(remove_duplicate=False)):
-        if type(dense) in LOW_RANK_TYPES and f"{name}.S" in state:
-            if dense not in made:
-                made[dense] = _kind(dense, _is_spatial(dense, state[f"{name}.U"])).in_place_of(dense)
-            model.set_submodule(name, made[dense])
+    for name, dense in list(model.named_modules()):
+        U = state.get(f"{name}.U" if name else "U")
+        if type(dense) in LOW_RANK_TYPES and U is not None:
+            become(dense, _kind(dense, _is_spatial(dense, U)).in_place_of(dense))
     model.load_state_dict(state)
     return model
 

@@ -65,12 +65,19 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Pictures (N, C, H, W) in memory as (N, H, W, C), with strides that say so even where C = 1.
+    """Pictures (N, C, H, W) in memory as (N, H, W, C), with strides that say so even where a size is 1.
 
-    vmap knows no `contiguous` with a memory format.
+    vmap knows no `contiguous` with a memory format, and torch fails at other strides of such sizes.
     """
-    rows = x.squeeze(1).unsqueeze(-1) if x.shape[1] == 1 else x.permute(0, 2, 3, 1)
-    return rows.contiguous().permute(0, 3, 1, 2)
+    rows = x.permute(0, 2, 3, 1).contiguous()
+    return rows.flatten().view(rows.shape).permute(0, 3, 1, 2)
+
+
+def with_gradient_laid_out(x: Tensor) -> Tensor:
+    """x itself, whose gradient comes out in the memory format of x: what is before may call `view` on it."""
+    if is_channels_last(x):
+        return with_gradient_laid_out(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return x.flatten(1).unflatten(1, x.shape[1:])  # backwards a reshape, which makes rows contiguous
 
 
 def total(g: Tensor) -> Tensor:
@@ -120,6 +127,9 @@ class LowRankConv2d(LowRankLayer):
     or that of the model where that is channels-last. ValueError where the rank is impossible.
     """
 
+    groups, transposed, output_padding = 1, False, (0, 0)  # for whoever reads them as of nn.Conv2d
+    _conv_forward = nn.Conv2d._conv_forward  # a dense layer's `forward` that was taken before calls it
+
     def __init__(
         self,
         in_channels: int,
@@ -141,8 +151,9 @@ class LowRankConv2d(LowRankLayer):
             setattr(self, name, getattr(dense, name))
         # a kernel of one pixel with a stride only leaves pixels out, which are left out before
         self._every = tuple(s if k == 1 else 1 for k, s in zip(self.kernel_size, self.stride, strict=True))
+        self._reversed_padding_repeated_twice = list(dense._reversed_padding_repeated_twice)
         pads_itself = padding_mode == "zeros" and not isinstance(padding, str) and self._every == (1, 1)
-        self._pad_before = None if pads_itself else list(dense._reversed_padding_repeated_twice)
+        self._pad_before = None if pads_itself else self._reversed_padding_repeated_twice
         stride = tuple(s // every for s, every in zip(self.stride, self._every, strict=True))
         inner_padding = self.padding if pads_itself else (0, 0)
         self._channels_last = False  # whether outputs are so, whatever inputs are
@@ -189,6 +200,7 @@ class LowRankConv2d(LowRankLayer):
         if x.dim() == 3:
             return self.forward(x[None])[0]
         as_channels_last = self._channels_last or is_channels_last(x)
+        x = with_gradient_laid_out(x)
         if self._pad_before is not None:
             x = F.pad(x, self._pad_before, "constant" if self.padding_mode == "zeros" else self.padding_mode)
         if self._every != (1, 1):

@@ -8,6 +8,7 @@ their ordinary `.grad`: all that a step along the manifold needs (Schotthöfer e
 from __future__ import annotations
 
 import math
+import weakref
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +71,34 @@ class LinearMap(torch.autograd.Function):
         )
 
 
+FACTORS = ("U", "S", "V")
+
+
+class LowRankParameters(dict):
+    """The parameters of a low-rank layer. What would normalise or prune a weight is told that it cannot."""
+
+    def __contains__(self, name: object) -> bool:
+        if name == "weight":
+            self._refuse()
+        return super().__contains__(name)
+
+    def __missing__(self, name: str) -> None:
+        if name not in self:  # which refuses the weight
+            raise KeyError(name)
+
+    def __delitem__(self, name: str) -> None:
+        if name in self and name in FACTORS:
+            self._refuse()
+        super().__delitem__(name)
+
+    @staticmethod
+    def _refuse() -> None:
+        raise TypeError(
+            "the weight of a low-rank layer is no parameter, and U, S and V must not be normalised, pruned "
+            "or replaced: leave this layer dense, with skip of dlrt.to_low_rank"
+        )
+
+
 class LowRankLayer(nn.Module):
     """What the low-rank layers share: the factors of W (m, n), the bias, the forward pass.
 
@@ -86,6 +115,7 @@ class LowRankLayer(nn.Module):
     ) -> None:
         check_rank(rank, rows, columns)
         super().__init__()
+        self._parameters = LowRankParameters()
         options = {"device": device, "dtype": dtype}
         self.U = nn.Parameter(torch.empty(rows, rank, **options), requires_grad=False)
         self.S = nn.Parameter(torch.empty(rank, rank, **options))
@@ -94,6 +124,7 @@ class LowRankLayer(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.empty(outputs, **options)) if bias else None)
         self.outputs = outputs
         self._trains_bases = False
+        self.owner: weakref.ref | None = None  # to the DLRT that was made of this layer last
         self.reset_parameters()
 
     @torch.no_grad()
@@ -182,9 +213,14 @@ class LowRankLayer(nn.Module):
                 errors.append(str(error))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name.startswith(("weight", *(f"{factor}_" for factor in FACTORS))):  # as pruning does
+            self._parameters._refuse()
+        super().register_parameter(name, param)
+
     def __getstate__(self) -> dict:
         """A copy belongs to no optimizer."""
-        return {**self.__dict__, "_trains_bases": False}
+        return {**self.__dict__, "_trains_bases": False, "owner": None}
 
 
 class LowRankLinear(LowRankLayer):
@@ -247,6 +283,11 @@ def give_back(layer: LowRankLayer, dense: nn.Module) -> nn.Module:
     dense.weight = nn.Parameter(layer.weight.detach().contiguous(), requires_grad=layer.S.requires_grad)
     dense.bias = layer.bias
     return dense.train(layer.training)
+
+
+def become(module: nn.Module, other: nn.Module) -> None:
+    """Give a module class and contents of another one; it stays the same object for whoever holds it."""
+    module.__class__, module.__dict__ = type(other), other.__dict__
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -41,7 +42,8 @@ class DLRT(torch.optim.Optimizer):
     "initial" stands for what it is now. With s_steps = n the bases are updated in every n-th step only, and
     S is trained in the augmented bases in between.
 
-    ValueError for an impossible option and for bases that are not orthonormal.
+    A layer belongs to the last DLRT that was made of it; an earlier one refuses to step. ValueError for an
+    impossible option and for bases that are not orthonormal.
     """
 
     def __init__(
@@ -83,6 +85,8 @@ class DLRT(torch.optim.Optimizer):
         for layer in names:
             rows, columns = layer.S.shape  # differ where another DLRT has yet to truncate: bases rest
             layer.trains_bases = layer in self.names and rows == columns
+        for layer in self.names:
+            layer.owner = weakref.ref(self)
 
     @property
     def group(self) -> dict[str, Any]:
@@ -105,6 +109,7 @@ class DLRT(torch.optim.Optimizer):
         FloatingPointError where a gradient is not finite; nothing has moved then, but the bases where it is
         the second pass.
         """
+        self._check_owner()
         two_passes = self.integrator != "parallel" and not self.group["frozen"]
         if two_passes and closure is None:
             raise RuntimeError(
@@ -125,6 +130,16 @@ class DLRT(torch.optim.Optimizer):
         self.inner.step()
         self._move(layers, two_passes)
         return loss
+
+    def _check_owner(self) -> None:
+        """RuntimeError where a layer is another DLRT's by now: velocity and progress here are not its own."""
+        for layer, name in self.names.items():
+            owner = getattr(layer, "owner", None)
+            if owner is None or owner() is not self:
+                raise RuntimeError(
+                    f"{name} must belong to the DLRT that steps, but was converted or given to a later DLRT: "
+                    "step that one, or make a new one"
+                )
 
     def _layers_with_gradient(self) -> list[LowRankLayer]:
         """The layers that took part; FloatingPointError where their gradients are not finite."""
@@ -320,6 +335,7 @@ class DLRT(torch.optim.Optimizer):
 
         RuntimeError where a gradient for the present bases still waits for its step.
         """
+        self._check_owner()
         for layer, name in self.names.items():
             if not layer.trains_bases and layer.S.grad is not None and not self.group["frozen"]:
                 raise RuntimeError(

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 import dlrt
 from dlrt.models import MLP, LeNet5
@@ -113,15 +114,18 @@ def test_grouped_convolutions_stay_dense_and_it_says_so():
         (lambda: nn.Conv2d(2, 4, 3), True),
     ],
 )
-def test_a_model_that_is_one_layer_is_given_back_as_one(make, spatial):
-    dense, x = make(), torch.randn(3, 6) if isinstance(make(), nn.Linear) else torch.randn(3, 2, 5, 5)
-    model = dlrt.to_low_rank(dense, rank=2, spatial=spatial)
+def test_a_model_that_is_one_layer_is_converted_in_place_too(make, spatial):
+    model = make()
+    x = torch.randn(3, 6) if type(model) is nn.Linear else torch.randn(3, 2, 5, 5)
+    assert dlrt.to_low_rank(model, rank=2, spatial=spatial) is model
     assert list(dlrt.compression(model).ranks.values()) == [2]
-    other = dlrt.load_factors(make(), model.state_dict())
+    other = make()
+    assert dlrt.load_factors(other, model.state_dict()) is other
     assert type(other) is type(model)
     assert torch.equal(other(x), model(x))
-    assert type(dlrt.load_factors(make(), dense.state_dict())) is type(dense)
-    assert type(dlrt.to_dense(other)) is type(dense)
+    assert dlrt.to_dense(other) is other
+    assert type(other) is type(make())
+    assert type(dlrt.load_factors(make(), other.state_dict())) is type(other)
     optimizer = dlrt.DLRT(model.eval(), torch.optim.SGD, lr=0.1)
     model(x * float("nan")).sum().backward()
     with pytest.raises(FloatingPointError, match=f"the gradient of {type(model).__name__} is not finite"):
@@ -141,6 +145,111 @@ def test_layers_that_share_a_weight_stay_dense_and_it_says_so():
         dlrt.to_low_rank(network, rank=2)
     assert network["head"].weight is network["words"].weight
     assert isinstance(network["inner"], dlrt.LowRankLinear)
+
+
+class Uncalled(nn.Module):
+    """A layer that is used in other ways than by its name."""
+
+    def __init__(self, how, conv):
+        super().__init__()
+        self.how = how
+        self.layer = layer = nn.Conv2d(3, 6, 3, padding=1, stride=2) if conv else nn.Linear(8, 6)
+        self.held = [layer]
+        self.bound = layer.forward
+        self.closure = lambda x: layer(x)
+
+    def forward(self, x):
+        layer = self.layer
+        geometry = ("stride", "padding", "dilation", "groups") if x.dim() == 4 else ()
+        function = nn.functional.conv2d if x.dim() == 4 else nn.functional.linear
+        others = {
+            "called": layer,
+            "list": self.held[0],
+            "bound": self.bound,
+            "closure": self.closure,
+            "dtype": lambda x: layer(x.to(layer.weight.dtype)),
+            "functional": lambda x: function(
+                x, layer.weight, layer.bias, *(getattr(layer, name) for name in geometry)
+            ),
+        }
+        return others[self.how](x)
+
+
+USES = ("list", "bound", "closure", "dtype", "functional")
+OPTIONS = (
+    {"tau": 0.05},
+    {"update": "muon", "compression": 0.2, "ramp": 2, "allot_every": 1},
+    {"tau": 0.05, "s_steps": 2, "momentum": 0.9},
+    {"integrator": "augmented"},
+)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("kind", ["linear", "conv", "spatial"])
+def test_a_layer_that_is_used_without_being_called_trains_as_one_that_is(kind, options):
+    x = torch.randn(5, 8) if kind == "linear" else torch.randn(5, 3, 6, 6)
+
+    def losses(how):
+        torch.manual_seed(1)
+        model = dlrt.to_low_rank(Uncalled(how, kind != "linear"), rank=3, spatial=kind == "spatial")
+        optimizer = dlrt.DLRT(model, torch.optim.SGD, lr=0.05, **options)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = (model(x) - 1).square().mean()
+            loss.backward()
+            return loss
+
+        if options.get("integrator") == "augmented":
+            return [optimizer.step(closure).item() for _ in range(3)]
+        found = []
+        for _ in range(3):
+            found.append(closure().item())
+            optimizer.step()
+        return found
+
+    expected = losses("called")
+    for how in USES:
+        assert losses(how) == pytest.approx(expected, rel=1e-9), how
+
+
+def subclass():
+    return type("Conv2dSame", (nn.Conv2d,), {})(2, 4, 3)
+
+
+def transposed():
+    """As GPT-2's Conv1D, x W + b with W (inputs, outputs)."""
+    layer = type("Conv1D", (nn.Module,), {"__module__": "transformers.pytorch_utils"})()
+    layer.weight = nn.Parameter(torch.randn(4, 6))
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (subclass, "dense: Conv2dSame is a subclass of nn.Conv2d"),
+        (lambda: type("Linear8bit", (nn.Linear,), {})(4, 4), "dense: Linear8bit is a subclass of nn.Linear"),
+        (transposed, "dense: Conv1D has a weight matrix, but is no nn.Linear"),
+        (lambda: nn.LazyLinear(4), "dense: it is lazy"),
+        (lambda: nn.LazyConv2d(4, 3), "dense: it is lazy"),
+        (lambda: parametrizations.weight_norm(nn.Linear(4, 4)), "dense: it is parametrized"),
+        (lambda: parametrizations.spectral_norm(nn.Conv2d(2, 4, 3)), "dense: it is parametrized"),
+        (lambda: nn.utils.spectral_norm(nn.Linear(4, 4)), "dense: it has hooks"),
+        (lambda: prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5), "dense: it has hooks"),
+        (lambda: dlrt.LowRankLinear(4, 4, 2), "as it is: it is low-rank already"),
+        (lambda: nn.MultiheadAttention(4, 2), "dense: nn.MultiheadAttention packs"),
+    ],
+)
+def test_what_stays_as_it_is_is_named_once_with_the_reason(make, reason):
+    network = nn.ModuleDict({"one": make(), "plain": nn.Linear(4, 4), "words": nn.Embedding(5, 4)})
+    kept, kind = network["one"], type(network["one"])
+    with pytest.warns(UserWarning, match="stays") as told:
+        dlrt.to_low_rank(network, rank=2)
+    (warning,) = told
+    assert str(warning.message).startswith(f"one stays {reason}")
+    assert network["one"] is kept
+    assert type(kept) is kind
+    assert type(network["plain"]) is dlrt.LowRankLinear
 
 
 def test_mode_type_and_freezing_are_kept():

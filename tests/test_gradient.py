@@ -1,6 +1,7 @@
 """K-, L- and S-gradient are the ordinary .grad of U, V and S, for every geometry, whatever PyTorch does."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -70,17 +71,22 @@ def test_train_and_eval_mode_give_the_same_gradients():
         assert all(torch.equal(one, other) for one, other in zip(*found, strict=True)), name
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("rank", [2, None])
-def test_the_output_has_the_memory_format_of_the_input(rank):
+def test_the_output_and_the_gradient_have_the_memory_format_of_the_input(rank, memory_format):
+    """So that `x.view(len(x), -1)` works after a convolution, and backwards before it."""
     for name, _, layer, x in low_rank_pairs(rank):
         if x.dim() != 4:
             continue
-        for mode in (True, False):
-            owned(layer).train(mode)
-            y = layer(x)
-            y.view(len(y), -1)
-            y = layer(x.contiguous(memory_format=torch.channels_last))
-            assert y.is_contiguous(memory_format=torch.channels_last), name
+        for mode, own in itertools.product((True, False), repeat=2):
+            layer.train(mode).trains_bases = own
+            x = x.clone(memory_format=memory_format).requires_grad_()
+            before, gradients = x.abs(), []
+            before.register_hook(gradients.append)
+            y = layer(before)
+            y.sin().sum().backward()
+            for other in (y, *gradients):
+                assert other.is_contiguous(memory_format=memory_format), name
 
 
 def test_the_dense_weight_of_a_trained_layer_gives_the_same_gradients_as_its_map():

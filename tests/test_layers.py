@@ -2,10 +2,13 @@
 
 import copy
 import io
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from dlrt import DLRT, LowRankConv2d, LowRankLinear, SpatialLowRankConv2d
 
@@ -74,6 +77,34 @@ def test_gradients_are_those_of_the_dense_layer():
             assert torch.allclose(layer.bias.grad, dense.bias.grad, atol=1e-11), name
         assert layer.U.grad is None
         assert layer.V.grad is None
+
+
+GEOMETRIES = """
+import random, torch
+from dlrt import LowRankConv2d, SpatialLowRankConv2d
+
+random.seed(0)
+torch.set_num_threads(1)
+for number in range(40):
+    kernel = (1, 1) if number % 2 else random.choices((1, 2, 3), k=2)
+    stride, padding = random.choices((1, 2, 3), k=2), random.choice((0, 0, 1))
+    channels, filters, count = random.randint(1, 9), random.choice((1, 4, 48)), random.choice((1, 4))
+    for kind in (LowRankConv2d, SpatialLowRankConv2d):
+        for rank in (1, min(kind.as_matrix(torch.empty(filters, channels, *kernel)).shape)):
+            layer = kind(channels, filters, kernel, rank, stride, padding)
+            layer.to(memory_format=torch.channels_last)
+            layer.trains_bases = True
+            x = torch.randn(count, channels, 12, 9).to(memory_format=torch.channels_last).requires_grad_()
+            for _ in range(3):
+                layer(x).square().mean().backward()
+            rest = [torch.empty(random.randint(1, 400)) for _ in range(50)]
+"""
+
+
+def test_no_geometry_of_a_convolution_harms_the_heap():
+    """Channels-last, torch's gradient of a strided 1 x 1 kernel with few channels writes out of bounds."""
+    done = subprocess.run([sys.executable, "-c", GEOMETRIES], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_bases_are_orthonormal_from_the_start():
@@ -145,6 +176,36 @@ def test_forward_and_full_backward_hooks_fire():
     layer.register_full_backward_hook(lambda module, gx, gy: seen.append(gx[0].shape))
     layer(torch.randn(5, 4, requires_grad=True)).sum().backward()
     assert seen == [(5, 3), (5, 4)]
+
+
+NORMALISERS = {
+    "spectral_norm": nn.utils.spectral_norm,
+    "weight_norm": lambda layer, name: nn.utils.weight_norm(layer, name, dim=None),
+    "parametrizations.spectral_norm": parametrizations.spectral_norm,
+    "parametrizations.weight_norm": parametrizations.weight_norm,
+    "parametrizations.orthogonal": parametrizations.orthogonal,
+    "l1_unstructured": lambda layer, name: prune.l1_unstructured(layer, name, 0.5),
+    "ln_structured": lambda layer, name: prune.ln_structured(layer, name, 0.5, 2, 0),
+    "assignment": lambda layer, name: setattr(layer, name, torch.zeros(5, 6)),
+    "registration": lambda layer, name: layer.register_parameter(name, nn.Parameter(torch.zeros(5, 6))),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("what", NORMALISERS)
+def test_what_normalises_or_prunes_or_sets_a_weight_is_refused(what):
+    for layer, x in (
+        (LowRankLinear(6, 5, 3), torch.randn(4, 6)),
+        (LowRankConv2d(2, 5, 3, 3), torch.randn(2, 2, 4, 4)),
+    ):
+        expected, state = layer(x), set(layer.state_dict())
+        for name in ("weight", "S", "V"):
+            if name != "weight" and what in ("assignment", "registration"):
+                continue  # S is a parameter that may be set
+            with pytest.raises(TypeError, match="leave this layer dense"):
+                NORMALISERS[what](layer, name)
+            assert set(layer.state_dict()) == state
+            assert name != "weight" or torch.equal(layer(x), expected)
 
 
 def test_second_derivatives_exist():

@@ -414,6 +414,41 @@ def test_a_copy_of_the_optimizer_alone_is_refused():
         copy.deepcopy(DLRT(dlrt.to_low_rank(network()), torch.optim.SGD, lr=0.1))
 
 
+def test_a_layer_belongs_to_the_last_optimizer_that_was_made_of_it():
+    model = dlrt.to_low_rank(network(), rank=3)
+    first = DLRT(model, torch.optim.SGD, lr=0.1, momentum=0.9)
+    train(model, first, [batch()])
+    second = DLRT(nn.Sequential(model, nn.Linear(4, 4)), torch.optim.SGD, lr=0.1)
+    train(model, second, [batch()])
+    before = copy.deepcopy(model.state_dict())
+    for act in (first.step, first.truncate, first.freeze_bases):
+        with pytest.raises(RuntimeError, match=r"0 must belong to the DLRT that steps.*make a new one"):
+            act()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    optimizer = second
+    for _ in range(3):  # as where a cell of a notebook is run again
+        optimizer = DLRT(model, torch.optim.SGD, lr=0.1, momentum=0.9)
+        train(model, optimizer, [batch()])
+    with pytest.raises(ValueError, match="learning rate"):
+        DLRT(model, torch.optim.SGD, lr=-1.0)
+    other = copy.deepcopy(model)
+    train(other, DLRT(other, torch.optim.SGD, lr=0.1), [batch()])
+    train(model, optimizer, [batch()])
+    dlrt.to_dense(model)
+    with pytest.raises(RuntimeError, match="was converted"):
+        optimizer.step()
+
+
+def test_parts_of_a_model_may_have_optimizers_of_their_own():
+    model = dlrt.to_low_rank(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), rank=2)
+    optimizers = [DLRT(part, torch.optim.SGD, lr=0.1) for part in model]
+    before = [layer.weight.detach() for layer in model]
+    model(torch.randn(3, 6)).square().sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    assert not any(torch.equal(layer.weight, W) for layer, W in zip(model, before, strict=True))
+
+
 def test_without_a_low_rank_model_it_says_what_to_do():
     with pytest.raises(ValueError, match="to_low_rank"):
         DLRT(network(), torch.optim.SGD, lr=0.1)
