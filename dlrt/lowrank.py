@@ -122,6 +122,8 @@ def truncate_to(Y: LowRank, rank: int) -> LowRank:
     It starts from the first columns of S, which an augmented step has changed little, and is exact where Y
     has that rank: P = orth(S[:, :r]), Q R = Sᵀ P. Two thin QR, where singular values take ten times as long.
     """
+    if Y.S.shape == (rank, rank):
+        return Y
     P, _ = qr(Y.S[:, :rank])
     Q, R = qr(Y.S.mT @ P)
     return LowRank(rotate(Y.U, P), R.mT, rotate(Y.V, Q))

@@ -19,6 +19,8 @@ from dlrt.ranks import allot, falling_budget, worths
 from dlrt.settings import check_integration, low_rank_group, low_rank_layers, update_for
 from dlrt.velocity import RULES, Tangent, add_squares, tangent_at, turn_squares
 
+Moved = dict[LowRankLayer, tuple[LowRank, Operator | None]]
+
 
 class DLRT(torch.optim.Optimizer):
     """Train a model with low-rank layers: one `step()` after one ordinary forward and backward pass.
@@ -35,12 +37,12 @@ class DLRT(torch.optim.Optimizer):
     one pass and S by another (Ceruti, Kusch & Lubich 2022; Schotthöfer et al. 2022), and so does "bug", which
     keeps the rank (Ceruti & Lubich 2022): both call `step(closure)`, which evaluates the closure twice.
 
-    Ranks: tau (default 0.1, or 0 with a budget) is the share of ‖S‖ that a step may truncate, an attribute
-    that may change. compression, a fraction, is a budget for the parameters of the whole model: it falls
-    along a cubic from the present ranks over `ramp` steps, and every `allot_every` steps the singular
-    values of all layers compete for it. The smaller rank wins. min_rank and max_rank bound each layer's;
-    "initial" stands for what it is now. With s_steps = n the bases are updated in every n-th step only, and
-    S is trained in the augmented bases in between.
+    Ranks are decided in every `allot_every`-th step, and constant in between. tau (default 0.1, or 0 with a
+    budget) is the share of ‖S‖ that is truncated then, an attribute that may change. compression, a fraction,
+    is a budget for the parameters of the whole model: it falls along a cubic from the present ranks over
+    `ramp` steps, and the singular values of all layers compete for it. The smaller rank wins. min_rank and
+    max_rank bound each layer's; "initial" stands for what it is now. With s_steps = n the bases are updated
+    in every n-th step only, and S is trained in the augmented bases in between.
 
     A layer belongs to the last DLRT that was made of it; an earlier one refuses to step. ValueError for an
     impossible option and for bases that are not orthonormal.
@@ -161,7 +163,7 @@ class DLRT(torch.optim.Optimizer):
         group["steps"] += 1
         group["taken"] += 1
         rests = group["frozen"] or group["taken"] < self.s_steps
-        allots = not rests and "budget" in group and group["steps"] >= group["allot_at"]
+        decides = not rests and group["steps"] >= group["allot_at"]
         moved = {}
         with _full_precision(self.names):
             for layer in layers:
@@ -169,14 +171,12 @@ class DLRT(torch.optim.Optimizer):
                 Y_hat, M = self._s_step(layer) if s_step_alone else self._parallel_step(layer)
                 if rests:
                     self._rest(layer, Y_hat, M)
-                elif allots:
-                    moved[layer] = Y_hat, M
                 else:
-                    self._truncate(layer, Y_hat, M)
-            if allots:
-                self._allot(moved, group["steps"] + self.allot_every)
+                    moved[layer] = Y_hat, M
+            if decides:
+                group["allot_at"] = group["steps"] + self.allot_every
             if not rests:
-                self._end_rest()
+                self._truncate(moved, decides)
 
     def _parallel_step(self, layer: LowRankLayer) -> tuple[LowRank, Operator]:
         """The factors in augmented bases after K-, L- and S-step along the velocity; and the velocity."""
@@ -265,44 +265,71 @@ class DLRT(torch.optim.Optimizer):
         shrink = 1 - group["lr"] * group["weight_decay"] if group["decoupled"] else 1
         return LowRank(Y.U, shrink * Y.S, Y.V)
 
-    def _truncate(self, layer: LowRankLayer, Y_hat: LowRank, M: Operator, rank: int | None = None) -> None:
-        """Truncation, by tau and to that rank, and the layer as it is then; its bases train again."""
-        group, most = self.group, self.max_rank
-        if most == "initial":
-            most = group["initial_ranks"][list(self.names).index(layer)]
-        between = rank is None and "budget" in group
-        if between:
-            rank = layer.rank  # they are constant between two allotments
-        bounds = [bound for bound in (most, rank) if bound is not None]
-        most = min(bounds) if bounds else None
-        least = min(self.min_rank, *layer.shape, most or self.min_rank)
-        try:
-            if self.integrator == "bug":
-                Y1 = Y_hat
-            elif between and group["tau"] == 0:
-                Y1 = truncate_to(Y_hat, most)
-            else:
-                Y1 = truncate(Y_hat, group["tau"], least, most)
-        except torch.linalg.LinAlgError as error:
-            raise torch.linalg.LinAlgError(f"the SVD of S fails in {self.names[layer]}: {error}") from error
+    def _truncate(self, moved: Moved, decides: bool) -> None:
+        """Cut the layers that moved, and those whose bases rest: to new ranks, or to those that they keep."""
+        group = self.group
+        group["taken"] = 0
+        moved = moved | {L: self._at(L) for L in self.names if L not in moved and not L.trains_bases}
+        if decides and "budget" in group:
+            self._allot(moved, group["steps"] + self.allot_every)
+        else:
+            for layer, (Y_hat, M) in moved.items():
+                self._cut(layer, Y_hat, M, None if decides else self._kept_rank(layer), decides)
+
+    def _allot(self, moved: Moved, step: int) -> None:
+        """Cut all layers to the ranks that fit the budget of that step."""
+        now = {layer: moved.get(layer) or self._at(layer) for layer in self.names}
+        spectra = worths([Y_hat.S for Y_hat, _ in now.values()])
+        budget = falling_budget(*self.group["budget"], step)
+        ranks = allot(budget, spectra, [layer.shape for layer in now], self.min_rank)
+        for (layer, (Y_hat, M)), rank in zip(now.items(), ranks, strict=True):
+            if layer in moved or rank < layer.rank:
+                self._cut(layer, Y_hat, M, rank)
+
+    def _cut(
+        self, layer: LowRankLayer, Y_hat: LowRank, M: Operator, rank: int | None, decides: bool = True
+    ) -> None:
+        """Truncation to that rank, and by tau where it decides; the layer's bases train from now on."""
+        if self.integrator == "bug":
+            Y1 = Y_hat
+        elif decides:
+            bounds = [bound for bound in (self._max_rank(layer), rank) if bound is not None]
+            most = min(bounds) if bounds else None
+            least = min(self.min_rank, *layer.shape, most or self.min_rank)
+            try:
+                Y1 = truncate(Y_hat, self.tau, least, most)
+            except torch.linalg.LinAlgError as error:
+                raise torch.linalg.LinAlgError(
+                    f"the SVD of S fails in {self.names[layer]}: {error}"
+                ) from error
+        else:
+            Y1 = truncate_to(Y_hat, rank)
         turn_squares(self.state[layer.S], Y_hat.U.mT @ Y1.U, Y_hat.V.mT @ Y1.V)
         self._set(layer, Y1, M)
         layer.trains_bases = True
 
+    def _max_rank(self, layer: LowRankLayer) -> int | None:
+        if self.max_rank == "initial":
+            return self.group["initial_ranks"][list(self.names).index(layer)]
+        return self.max_rank
+
+    def _kept_rank(self, layer: LowRankLayer) -> int:
+        """The rank before the bases were augmented."""
+        kept = None if layer.trains_bases else self.state[layer.S].get("rank")
+        return kept or layer.rank
+
+    def _at(self, layer: LowRankLayer) -> tuple[LowRank, Operator | None]:
+        """Factors and velocity as they are."""
+        return layer.factors, self._past(layer)
+
     def _rest(self, layer: LowRankLayer, Y: LowRank, M: Operator | None) -> None:
         """Leave a layer in these bases, and of the velocity what lies in them."""
-        core = None if M is None else galerkin(M, Y)
+        core, rank = None if M is None else galerkin(M, Y), self._kept_rank(layer)
         self._set(layer, Y, None)
+        self.state[layer.S]["rank"] = rank
         layer.trains_bases = False
         if core is not None and self._beta:
             self.state[layer.S]["velocity"] = core
-
-    def _end_rest(self) -> None:
-        """Truncate the layers whose bases rest; then they train again."""
-        self.group["taken"] = 0
-        for layer in self.names:
-            if not layer.trains_bases and not self.group["frozen"]:
-                self._truncate(layer, layer.factors, self._past(layer))
 
     def _set(self, layer: LowRankLayer, Y1: LowRank, M: Operator | None) -> None:
         """Give a layer new factors, and its velocity the products with them; old gradients are not theirs."""
@@ -318,17 +345,6 @@ class DLRT(torch.optim.Optimizer):
             if at is not None:
                 self.state[factor]["velocity"] = getattr(at, name)
 
-    def _allot(self, moved: dict[LowRankLayer, tuple[LowRank, Operator]], step: int) -> None:
-        """Cut all layers to the ranks that fit the budget of that step."""
-        self.group["allot_at"] = step
-        now = {layer: moved.get(layer) or (layer.factors, self._past(layer)) for layer in self.names}
-        spectra = worths([Y_hat.S for Y_hat, _ in now.values()])
-        budget = falling_budget(*self.group["budget"], step)
-        ranks = allot(budget, spectra, [layer.shape for layer in now], self.min_rank)
-        for (layer, (Y_hat, M)), rank in zip(now.items(), ranks, strict=True):
-            if layer in moved or rank < layer.rank:
-                self._truncate(layer, Y_hat, M, rank)
-
     @torch.no_grad()
     def truncate(self) -> None:
         """Truncate now, before the last of `s_steps`, to evaluate in between. Then the bases train again.
@@ -343,7 +359,8 @@ class DLRT(torch.optim.Optimizer):
                     "call step() or zero_grad() first"
                 )
         with _full_precision(self.names):
-            self._end_rest()
+            if not self.group["frozen"]:
+                self._truncate({}, decides="budget" not in self.group)
 
     @torch.no_grad()
     def freeze_bases(self) -> None:
@@ -355,7 +372,7 @@ class DLRT(torch.optim.Optimizer):
             if "budget" in self.group:
                 self._allot({}, self.group["budget"][2])
             for layer in self.names:
-                self._rest(layer, layer.factors, self._past(layer))
+                self._rest(layer, *self._at(layer))
         self.group["frozen"] = True
 
     def __getstate__(self) -> None:

@@ -307,7 +307,7 @@ def test_min_rank_and_max_rank_bound_every_layer():
 def test_initial_ranks_are_the_largest_also_after_a_restart():
     model = dlrt.to_low_rank(network(), rank=5)
     largest = [layer.rank for layer in low_rank_layers(model)]
-    options = {"lr": 0.1, "max_rank": "initial"}
+    options = {"lr": 0.1, "max_rank": "initial", "allot_every": 1}
     optimizer = DLRT(model, torch.optim.SGD, tau=0.9, **options)
     train(model, optimizer, [batch()])
     smaller = [layer.rank for layer in low_rank_layers(model)]
@@ -322,6 +322,24 @@ def test_initial_ranks_are_the_largest_also_after_a_restart():
     assert {layer.rank for layer in low_rank_layers(ones)} == {1}
     with pytest.raises(ValueError, match="max_rank must be a whole number, \"initial\" or None, got 'all'"):
         DLRT(ones, torch.optim.SGD, lr=0.1, max_rank="all")
+
+
+@pytest.mark.parametrize("ranks", [{"tau": 0.2}, {"compression": 0.6, "ramp": 40}])
+@pytest.mark.parametrize("way", [{}, {"s_steps": 2}, {"integrator": "augmented"}])
+def test_ranks_are_decided_every_few_steps_and_constant_in_between(ranks, way):
+    model = dlrt.to_low_rank(network(), rank=9)
+    optimizer = DLRT(model, torch.optim.SGD, lr=0.1, momentum=0.9, allot_every=6, **ranks, **way)
+    found = [(0, [6, 9, 4])]
+    for step in range(24):
+        optimizer.tau = 0.02 * step if "tau" in ranks else 0
+        train(model, optimizer, [batch()])
+        if all(layer.trains_bases for layer in low_rank_layers(model)):
+            found.append((optimizer.group["steps"], [layer.rank for layer in low_rank_layers(model)]))
+    first = way.get("s_steps", 1)
+    decided = [step for (step, now), (_, then) in zip(found[1:], found, strict=False) if now != then]
+    assert len(found) == 1 + 24 // first
+    assert len(decided) > 1
+    assert all((step - first) % 6 == 0 for step in decided)
 
 
 def test_layers_that_take_no_part_or_are_frozen_stay_as_they_are():

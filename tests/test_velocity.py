@@ -147,7 +147,7 @@ def test_a_tangent_vector_is_an_operator_and_its_transport_the_orthogonal_projec
 def test_the_velocity_of_a_step_is_the_projection_of_the_one_before_while_ranks_change(nesterov):
     layer, x, y = LowRankLinear(9, 8, 3, bias=False), torch.randn(20, 9), torch.randn(20, 8)
     options = {"lr": 0.3, "momentum": 0.9, "nesterov": nesterov}
-    optimizer = DLRT(layer, torch.optim.SGD, tau=0.01, min_rank=1, **options)
+    optimizer = DLRT(layer, torch.optim.SGD, tau=0.01, min_rank=1, allot_every=3, **options)
     M, ranks = torch.zeros(8, 9), set()
     for _ in range(12):
         same = layer.to_dense()
