@@ -39,7 +39,7 @@ class Row:
 
     kind: str
     update: str = "sgd"
-    channels: int = 16
+    width: float = 1.0
     compression: float = 0.0
     spatial: bool = False
 
@@ -54,11 +54,11 @@ ROWS = {
     "DLRT, budget 75 %, spatially separable, Muon": Row("DLRT", "muon", compression=0.75, spatial=True),
     "dense, Muon": Row("dense", "muon"),
     "plain factors, 75 %, Muon": Row("factors", "muon", compression=0.75),
-    "dense, half the width, Muon": Row("dense", "muon", channels=8),
+    "dense, half the width, Muon": Row("dense", "muon", width=0.5),
     "dense, SGD": Row("dense"),
     "DLRT, budget 75 %, SGD": Row("DLRT", compression=0.75),
     "plain factors, 75 %, SGD": Row("factors", compression=0.75),
-    "dense, half the width, SGD": Row("dense", channels=8),
+    "dense, half the width, SGD": Row("dense", width=0.5),
     "DLRT, budget 43 %, Muon": Row("DLRT", "muon", compression=0.43),
     "DLRT, budget 90 %, Muon": Row("DLRT", "muon", compression=0.90),
     "DLRT, budget 90 %, spatially separable, Muon": Row("DLRT", "muon", compression=0.90, spatial=True),
@@ -71,7 +71,7 @@ def make(
     row: Row, shape: tuple[int, int, int], steps: int, setting: dict
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Network and optimizer for so many steps in all."""
-    model = ResNet8(shape, channels=row.channels)
+    model = ResNet8(shape, width=row.width)
     if row.kind == "DLRT":
         model = to_low_rank(model, skip=DENSE, spatial=row.spatial)
         budget = {"compression": row.compression, "ramp": round(0.6 * steps)}

@@ -13,8 +13,12 @@ from dlrt.models import ResNet20
 
 def main() -> None:
     defaults = {"dataset": "cifar10", "epochs": 30, "weight_decay": 5e-4}
-    parser = cli.training_parser(__doc__, low_rank=False, **defaults)
-    script.run(cli.parse(parser), ResNet20, Path(__file__).parent / "results" / "resnet20")
+    parser = cli.training_parser(__doc__, low_rank=False, skip=["conv1", "linear"], **defaults)
+    share = "of its channels that each hidden layer has"
+    parser.add_argument("--width", type=cli.POSITIVE, default=1.0, metavar="SHARE", help=share)
+    args = cli.parse(parser)
+    settings = {} if args.width == 1 else {"width": args.width}
+    script.run(args, ResNet20, Path(__file__).parent / "results" / "resnet20", settings)
 
 
 if __name__ == "__main__":

@@ -1,68 +1,174 @@
-"""The runs behind the tables of CIFAR-10: from scratch, and from trained weights, dense and over tolerances.
+"""The study behind the tables of CIFAR-10: ways to train a small network from scratch, at equal epochs.
 
-    python cifar10/run.py --weights resnet20-12fca82f.pt        about 3 hours on two CPU cores
+    python cifar10/run.py --jobs 2                         ResNet20; about 20 minutes a run and core
+    python cifar10/run.py --preset gpu --device cuda       all three networks, 30 to 60 epochs
 
-`--weights` is a file of a trained dense ResNet20. It is first trained on for `--adapt-epochs`, since the
-pictures and their normalisation may be others; from there DLRT begins, cut across space to each of the
-`--compressions` and with kernels as matrices to the first of them, and beside it the dense net goes on for as
-long. Without `--weights` there are the runs from scratch only, at each of the `--taus`.
+What is compared: the dense net, a narrower one and plain factors at the parameters of each budget, DLRT under
+that budget with kernels as matrices and spatially separable, each with SGD and with Muon; the trained dense
+net cut to the budget and trained on for a third of the epochs; and DLRT as published. Step sizes are those
+that validation chose for each way on a smaller network (probe.csv), and with `--tune EPOCHS` its half and its
+double are tried as well, in short runs of seed 0. The first seed's runs at the first budget come first.
 """
 
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import tarfile
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from probe import best_settings, recorded
 
 from dlrt import cli, grid
+from dlrt.grid import Plan
+from dlrt.records import epochs_done, read_metrics
 
 HERE = Path(__file__).parent
-NETWORKS = ("resnet20", "alexnet", "vgg16")
-GENTLE = {"lr": 0.02}  # more would first undo what dense weights have learned
-# what is cut at once has all epochs to heal
-COMPRESSING = {"ramp": 0.0, "spatial": True, "tau": 0.03, "tau_warmup": 0, "max_rank": "initial"}
-# as matrices (out, in * height * width) kernels lose much at once, and a larger step is the better one then
-MATRICES = {"ramp": 0.0, "spatial": False, "lr": 0.05, "tau": 0.1, "tau_warmup": 0, "max_rank": "initial"}
+EPOCHS = {  # of each network
+    "cpu": {"resnet20": 10},
+    "gpu": {"resnet20": 60, "vgg16": 30, "alexnet": 30},
+}
+JOBS = {"cpu": 2, "gpu": 8}  # runs at a time
+# of the probe's rows those whose step sizes the ways take; separable kernels were tried with Muon only
+WAYS = {
+    "matrices": "DLRT, budget 75 %, {}",
+    "separable": "DLRT, budget 75 %, {}",
+    "factors": "plain factors, 75 %, {}",
+    "narrow": "dense, half the width, {}",
+    "dense": "dense, {}",
+}
+RULES = {"muon": {"update": "muon", "nesterov": True}, "sgd": {"update": "sgd"}}
+SCALES = (0.5, 1.0, 2.0)  # of the probe's step size, with --tune
+Choice = tuple[str, str]  # a way and a rule
 
 
-def twins(name: str, options: dict, low_rank: dict[str, dict]) -> list[grid.Plan]:
-    """A dense run and low-rank ones, {end of the name: options}; name is "network/start"."""
-    network, seed = name.split("/")[0], options["seed"]
-    scripts = [HERE / f"{network}_cifar10{end}.py" for end in ("_baseline", "")]
-    plans = [grid.Plan(f"{name}_dense_seed{seed}", scripts[0], options)]
-    for end, more in low_rank.items():
-        plans.append(grid.Plan(f"{name}_{end}_seed{seed}", scripts[1], {**options, **more}))
-    return plans
+def step_sizes(way: str, rule: str, scale: float = 1.0) -> dict[str, float]:
+    """What validation chose in the probe for a way to train, times a scale."""
+    name = WAYS[way].format({"muon": "Muon", "sgd": "SGD"}[rule])
+    setting, scaled = (
+        best_settings(recorded(HERE / "probe.csv"))[name],
+        "update_lr" if rule == "muon" else "lr",
+    )
+    return {**setting, scaled: scale * setting[scaled]}
+
+
+def plan(network: str, way: str, rule: str, compression: float, common: dict, scale: float = 1.0) -> Plan:
+    """A run from scratch that ends at a compression, or that of the dense network."""
+    options = {**common, **RULES[rule], **step_sizes(way, rule, scale)}
+    options |= {
+        "dense": {},
+        "factors": {"factors": compression},
+        "narrow": {"width": round(16 * (1 - compression / 100) ** 0.5) / 16},
+        "matrices": {"compression": compression},
+        "separable": {"compression": compression, "spatial": True},
+    }[way]
+    size = "" if way == "dense" else f"{compression:g}"
+    return _named(network, f"{way}{size}_{rule}", options, low_rank=way in ("matrices", "separable"))
+
+
+def cuts(network: str, compression: float, common: dict[str, Any], results: Path) -> list[Plan]:
+    """The trained dense network cut to a budget, by singular values or by what the loss needs."""
+    options = {**common, **RULES["muon"], **step_sizes("matrices", "muon", 0.5)}
+    options |= {"epochs": -(-common["epochs"] // 3), "compression": compression, "ramp": 0.0}
+    options |= {"from_checkpoint": results / network / f"dense_muon_seed{common['seed']}"}
+    options |= {"tau": 0.0, "tau_warmup": 0, "max_rank": "initial", "s_steps": 1}
+    return [
+        _named(network, f"cut_by_{by}{compression:g}", {**options, "cut_by": by}, low_rank=True)
+        for by in ("weights", "loss")
+    ]
+
+
+def published(network: str, common: dict[str, Any]) -> Plan:
+    """A tolerance and two passes a step; momentum is 0, so that there is no velocity to carry."""
+    options = {"tau": 0.15, "tau_warmup": 0, "lr": 0.2, "momentum": 0.0, "integrator": "augmented"}
+    return _named(network, "published", {**common, **options}, low_rank=True)
+
+
+def _named(network: str, name: str, options: dict[str, Any], low_rank: bool) -> Plan:
+    script = HERE / f"{network}_cifar10{'' if low_rank else '_baseline'}.py"
+    return Plan(f"{network}/{name}_seed{options['seed']}", script, options)
+
+
+def choose_scales(network: str, args: argparse.Namespace, jobs: int) -> dict[Choice, float]:
+    """For each way and rule the scale of its step size that validates best in short runs of seed 0."""
+    common = {**cli.shared_options(args), "epochs": args.tune, "seed": 0}
+    tried: dict[Choice, dict[float, Plan]] = {(way, rule): {} for rule in RULES for way in WAYS}
+    for (way, rule), of in tried.items():
+        for scale in SCALES:
+            made = plan(network, way, rule, args.compressions[0], common, scale)
+            of[scale] = replace(made, name=f"{network}/tuning/{way}_{rule}_x{scale:g}")
+    results = args.output_dir
+    grid.make([made for of in tried.values() for made in of.values()], results, jobs, may_diverge=True)
+    best = {}
+    for choice, of in tried.items():
+        ended = {scale: made for scale, made in of.items() if epochs_done(results / made.name) == args.tune}
+        if not ended:
+            sys.exit(f"{network}: every step size diverges for {' with '.join(choice)}: add smaller ones")
+        best[choice] = max(
+            ended, key=lambda scale: read_metrics(results / ended[scale].name)["validation_accuracy"].iloc[-1]
+        )
+    return best
+
+
+def pack(results: Path, archive: Path) -> None:
+    """The records of all runs, without weights, in one archive."""
+    with tarfile.open(archive, "w:gz") as file:
+        for path in sorted((*results.glob("**/config.json"), *results.glob("**/metrics.csv"))):
+            file.add(path, path.relative_to(results))
+    print(f"records: {archive}")
+
+
+def stop(number: int, frame: FrameType | None) -> None:
+    sys.exit("the time is up; the same command goes on")
+
+
+def make(network: str, epochs: int, jobs: int, args: argparse.Namespace) -> None:
+    """All runs of a network, budget by budget and seed by seed."""
+    scales = choose_scales(network, args, jobs) if args.tune else {}
+
+    def of(common: dict[str, Any], compression: float, ways: list[str]) -> Iterator[Plan]:
+        for rule in RULES:
+            for way in ways:
+                yield plan(network, way, rule, compression, common, scales.get((way, rule), 1.0))
+
+    for compression in args.compressions:
+        for seed in range(args.seeds):
+            common = {**cli.shared_options(args), "epochs": epochs, "seed": seed}
+            then = cuts(network, compression, common, args.output_dir)
+            grid.make([*of(common, compression, ["dense"])], args.output_dir, jobs, True, then=then)
+            then += of(common, compression, [way for way in WAYS if way != "dense"])
+            if compression == args.compressions[0]:
+                then.append(published(network, common))
+            grid.make(then, args.output_dir, jobs, True)
 
 
 def main() -> None:
-    parser = cli.grid_parser(__doc__, HERE, epochs=12, seeds=1, taus=(0.15, 0.2))
-    parser.set_defaults(dataset="cifar10")
+    parser = cli.grid_parser(__doc__, HERE, epochs=None)
     add = parser.add_argument
-    add("--weights", type=Path, metavar="PATH", help="of a trained dense ResNet20, to begin with")
-    percent = {"type": cli.number(float, "(0, 100)"), "metavar": "PERCENT"}
-    add("--compressions", **percent, nargs="*", default=(60, 75), help="of what begins with --weights")
-    add("--adapt-epochs", type=cli.NATURAL, default=2, help="of the dense net, before all that begin with it")
-    add("--scratch-epochs", type=cli.NATURAL, default=5, help="of the runs from scratch")
-    networks = "to train from scratch; all but resnet20 want a GPU"
-    add("--networks", choices=NETWORKS, nargs="*", default=("resnet20",), help=networks)
+    add("--preset", choices=EPOCHS, default="cpu", help="networks, their epochs, runs at a time")
+    add("--networks", choices=EPOCHS["gpu"], nargs="+", help="to train; by default those of the preset")
+    percent = {"type": cli.percent, "metavar": "PERCENT", "nargs": "+"}
+    add("--compressions", **percent, default=[75.0, 60.0, 90.0], help="budgets, the most important first")
+    add("--tune", type=cli.COUNT, default=0, metavar="EPOCHS", help="of the runs that choose step sizes")
+    add("--minutes", type=cli.POSITIVE, help="stop after that time; the same command goes on")
+    add("--archive", type=Path, metavar="PATH", help="pack the records of all runs into this .tar.gz")
+    parser.set_defaults(dataset="cifar10", jobs=None)
     args = parser.parse_args()
-    if args.weights and not args.weights.is_file():
-        parser.error(f"--weights must be a file of trained weights, got {args.weights}, which is not there")
-    first, then = [], []
-    for seed in range(args.seeds):
-        options = {**cli.shared_options(args), "seed": seed}
-        if args.weights:
-            adapted = f"resnet20/adapted_seed{seed}"
-            script = HERE / "resnet20_cifar10_baseline.py"
-            begin = {"epochs": args.adapt_epochs, "from_checkpoint": args.weights.resolve()}
-            first.append(grid.Plan(adapted, script, {**options, **GENTLE, **begin}))
-            begin = {"epochs": args.epochs, "from_checkpoint": args.output_dir / adapted}
-            cuts = {f"compression{c:g}": {**COMPRESSING, "compression": float(c)} for c in args.compressions}
-            for c in args.compressions[:1]:
-                cuts[f"matrix_compression{c:g}"] = {**MATRICES, "compression": float(c)}
-            then += twins("resnet20/adapted", {**options, **GENTLE, **begin}, cuts)
-        options["epochs"] = args.scratch_epochs
-        for network in args.networks:
-            then += twins(f"{network}/scratch", options, {f"tau{tau}": {"tau": tau} for tau in args.taus})
-    grid.make(first, args.output_dir, args.jobs, then=then)
-    grid.make(then, args.output_dir, args.jobs)
+    epochs = EPOCHS["gpu"] | EPOCHS[args.preset]
+    if args.minutes:
+        signal.signal(signal.SIGALRM, stop)
+        signal.alarm(max(1, round(60 * args.minutes)))
+    try:
+        for network in args.networks or EPOCHS[args.preset]:
+            make(network, args.epochs or epochs[network], args.jobs or JOBS[args.preset], args)
+    finally:
+        if args.archive:
+            pack(args.output_dir, args.archive)
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def device(text: str) -> str:
 
 
 def training_parser(description: str, low_rank: bool, **defaults: Any) -> Parser:
-    """A parser with the flags that training scripts share; a dense script has no low-rank ones."""
+    """A parser with the flags that training scripts share; those of a dense one are for baselines."""
     parser = Parser(description=description, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--epochs", type=NATURAL, default=20, help="passes over the training split")
@@ -155,6 +155,7 @@ def training_parser(description: str, low_rank: bool, **defaults: Any) -> Parser
     add("--momentum", type=number(float, "[0, 1)"), default=0.9, help="of SGD; first beta of Adam")
     add("--weight-decay", type=number(float, "[0, inf)"), default=0.0, help="of S, biases and dense layers")
     add("--optimizer", choices=OPTIMIZERS, default="sgd", help="the inner one, of a low-rank network")
+    add("--nesterov", action=argparse.BooleanOptionalAction, default=False, help="momentum of SGD and muon")
     add("--schedule", choices=SCHEDULES, default="cosine", help="of lr over all epochs")
     smoothing = "share of the target that all classes get alike"
     add("--label-smoothing", type=TOLERANCE, default=0.1, help=smoothing)
@@ -164,8 +165,7 @@ def training_parser(description: str, low_rank: bool, **defaults: Any) -> Parser
     start += ", cut to --rank or --compression" if low_rank else ""
     where = "a dense run's folder or checkpoint, or a state dict"
     add("--from-checkpoint", type=Path, metavar="PATH", help=f"{start}: {where}")
-    if low_rank:
-        _add_low_rank_flags(parser)
+    (_add_low_rank_flags if low_rank else _add_dense_flags)(parser)
     _add_place_flags(parser)
     add(
         "--workers",
@@ -193,6 +193,16 @@ def _add_place_flags(parser: Parser) -> None:
     add("--dataset", choices=DATASETS, default="mnist", help="digits and digits32 need no download")
     add("--data-dir", type=Path, default=DATA_DIR, help="or set DLRT_DATA")
     add("--device", type=device, default=DEFAULT_DEVICE, help="where to train")
+
+
+def _add_dense_flags(parser: Parser) -> None:
+    add = parser.add_argument
+    rule = "how the weights of all layers but --skip step; by default as the optimizer"
+    add("--update", choices=("sgd", "muon"), help=rule)
+    add("--update-lr", type=POSITIVE, help="step size with --update muon; by default 0.3 lr")
+    factors = "layers become plain factors A B, of uniform ranks, at this compression of the whole network"
+    add("--factors", type=percent, metavar="PERCENT", help=f"{factors}; weight decay is that of A B")
+    add("--skip", nargs="*", default=[], metavar="LAYER", help="layers that --factors and muon leave alone")
 
 
 def _add_low_rank_flags(parser: Parser) -> None:
@@ -262,6 +272,10 @@ def parse(parser: Parser, arguments: Sequence[str] | None = None) -> argparse.Na
     """Parse and check what one flag alone does not show."""
     args = parser.parse_args(arguments)
     low_rank = hasattr(args, "tau")
+    if args.nesterov and (args.optimizer != "sgd" or not args.momentum):
+        parser.error("--nesterov must come with --optimizer sgd and a --momentum: leave it out")
+    if not low_rank:
+        _settle_baseline(parser, args)
     if low_rank and isinstance(args.max_rank, int) and args.max_rank < args.min_rank:
         parser.error(f"--max-rank must be at least --min-rank, got {args.max_rank} < {args.min_rank}")
     if low_rank and args.s_steps is None:
@@ -282,6 +296,18 @@ def parse(parser: Parser, arguments: Sequence[str] | None = None) -> argparse.Na
             f"--integrator {args.integrator} takes two gradients a step, a loss scale one: --amp bfloat16"
         )
     return args
+
+
+def _settle_baseline(parser: Parser, args: argparse.Namespace) -> None:
+    """Let a dense run that has no use for --skip have none; end with 2 where flags contradict."""
+    if args.update == "muon" and args.optimizer != "sgd":
+        parser.error(f"--update muon must come with --optimizer sgd, got {args.optimizer}")
+    if args.update_lr and args.update != "muon":
+        parser.error("--update-lr must come with --update muon: --lr is for all else")
+    if args.factors and args.from_checkpoint:
+        parser.error("--factors begins with random weights: leave --from-checkpoint out")
+    if args.update != "muon" and not args.factors:
+        args.skip = []
 
 
 def _settle_budget(parser: Parser, args: argparse.Namespace) -> None:

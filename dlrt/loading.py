@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from dlrt import models
+from dlrt.baselines import plain_factors
 from dlrt.convert import load_factors
 from dlrt.records import RunError
 from dlrt.runs import load_checkpoint
@@ -38,6 +39,8 @@ def load_network(run: Path | str, network: type[nn.Module] | None = None) -> tup
         )
     network = network or getattr(models, name)
     model = network(tuple(about["shape"]), about["classes"], **about["settings"])
+    if factors := about.get("factors"):
+        model = plain_factors(model, **factors)
     try:
         model = load_factors(model, state["chosen"])
     except RuntimeError as error:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from dlrt import distributed
+from dlrt.baselines import Muon, plain_factors, product_decay
 from dlrt.cli import OPTIMIZERS
 from dlrt.convert import to_low_rank
 from dlrt.data import Dataset
@@ -107,6 +108,8 @@ def _train(
         "mean": list(dataset.mean),
         "std": list(dataset.std),
     }
+    if percent := getattr(args, "factors", None):
+        about["factors"] = {"compression": percent / 100, "skip": args.skip}
     quiet = args.quiet or distributed.process_rank() > 0
     metrics = fit(model, optimizer, scheduler, dataset, recipe, run, about, quiet)
     accuracy = evaluate(model, dataset.test, recipe.amp)[1]
@@ -136,6 +139,8 @@ def _begin(
     distributed.first(lambda: run.start(options, args.resume))
     if hasattr(args, "tau"):
         model = _low_rank(model, args, dataset, run)
+    elif args.factors:
+        model = _factored(model, args)
     # on a CPU convolutions take half the time in this layout
     return model.to(args.device, memory_format=torch.channels_last)
 
@@ -161,6 +166,14 @@ def _low_rank(model: nn.Module, args: argparse.Namespace, dataset: Dataset, run:
     return model
 
 
+def _factored(model: nn.Module, args: argparse.Namespace) -> nn.Module:
+    """The network with plain factors in place of its layers."""
+    try:
+        return plain_factors(model, args.factors / 100, args.skip)
+    except ValueError as error:
+        raise RunError(f"--factors: {error}") from error
+
+
 def _resumed(model: nn.Module, args: argparse.Namespace, run: Run) -> nn.Module:
     """The network with the layers low-rank that are so in the run's checkpoint; their ranks follow."""
     weights = run.load()["model"]
@@ -172,10 +185,11 @@ def _name(args: argparse.Namespace, settings: dict[str, Any]) -> str:
     """What a run's folder is called where nobody says."""
     prefix = "".join(f"{key}{value}_" for key, value in settings.items())
     if not hasattr(args, "tau"):
-        kind = "dense"
+        kind = f"factors{args.factors:g}" if args.factors else "dense"
     else:
         kind = f"compression{args.compression:g}" if args.compression and args.ramp else f"tau{args.tau}"
-    return f"{prefix}{kind}_seed{args.seed}"
+    rule = "_muon" if args.update == "muon" else ""
+    return f"{prefix}{kind}{rule}_seed{args.seed}"
 
 
 def _result(metrics: pd.DataFrame, accuracy: float, folder: Path) -> str:
@@ -222,12 +236,12 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace, steps: int) -> to
     """The optimizer that the flags describe, for so many steps an epoch: a DLRT for a low-rank run."""
     inner = {"lr": args.lr, "weight_decay": args.weight_decay}
     if args.optimizer == "sgd":
-        inner["momentum"] = args.momentum
+        inner |= {"momentum": args.momentum, "nesterov": args.nesterov}
     else:
         inner["betas"] = (args.momentum, 0.999)
     kind = OPTIMIZERS[args.optimizer]
     if not hasattr(args, "tau"):
-        return kind(model.parameters(), **inner)
+        return _dense_optimizer(model, args, inner)
     ranks = {"min_rank": args.min_rank, "max_rank": args.max_rank, "s_steps": args.s_steps, "tau": args.tau}
     rule = {"integrator": args.integrator, "update": args.update, "update_lr": args.update_lr}
     if args.compression and args.ramp:
@@ -236,6 +250,21 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace, steps: int) -> to
         return DLRT(model, kind, **ranks, **rule, **inner)
     except ValueError as error:
         raise RunError(f"--{error}") from error
+
+
+def _dense_optimizer(model: nn.Module, args: argparse.Namespace, inner: dict) -> torch.optim.Optimizer:
+    """An optimizer of torch, or Muon; plain factors A B have the weight decay that A B would have."""
+    if args.update == "muon":
+        others = (module for name, module in model.named_modules() if not _is_skipped(name, args.skip))
+        hidden = [module for module in others if isinstance(module, (nn.Linear, nn.Conv2d))]
+        optimizer = Muon(model.parameters(), hidden, update_lr=args.update_lr, **inner)
+    else:
+        optimizer = OPTIMIZERS[args.optimizer](model.parameters(), **inner)
+    if args.factors and args.weight_decay:
+        # of SGD the decay goes through the momentum, and is worth so much more
+        through_momentum = args.optimizer == "sgd" and args.update != "muon"
+        product_decay(optimizer, model, args.weight_decay / (1 - args.momentum * through_momentum))
+    return optimizer
 
 
 def make_recipe(args: argparse.Namespace) -> Recipe:

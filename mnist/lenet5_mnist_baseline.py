@@ -12,7 +12,7 @@ from dlrt.models import LeNet5
 
 
 def main() -> None:
-    parser = cli.training_parser(__doc__, low_rank=False, weight_decay=5e-4)
+    parser = cli.training_parser(__doc__, low_rank=False, skip=["conv1", "fc2"], weight_decay=5e-4)
     script.run(cli.parse(parser), LeNet5, Path(__file__).parent / "results" / "lenet5")
 
 

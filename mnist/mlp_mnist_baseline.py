@@ -12,7 +12,7 @@ from dlrt.models import MLP
 
 
 def main() -> None:
-    parser = cli.training_parser(__doc__, low_rank=False, weight_decay=3e-4)
+    parser = cli.training_parser(__doc__, low_rank=False, skip=["fc5"], weight_decay=3e-4)
     parser.add_argument("--width", type=cli.NATURAL, default=500, help="of the hidden layers")
     args = cli.parse(parser)
     results = Path(__file__).parent / "results" / "mlp"

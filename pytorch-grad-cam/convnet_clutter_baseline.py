@@ -13,7 +13,7 @@ from dlrt.models import ConvNet
 
 def main() -> None:
     defaults = {"dataset": "clutter", "epochs": 6, "batch_size": 64, "lr": 0.1, "augment": False}
-    parser = cli.training_parser(__doc__, low_rank=False, **defaults)
+    parser = cli.training_parser(__doc__, low_rank=False, skip=["features.0"], **defaults)
     script.run(cli.parse(parser), ConvNet, Path(__file__).parent / "results" / "convnet")
 
 

@@ -48,7 +48,7 @@ def call_and_signal(folder, signal_number, awaited, *arguments):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # some shells' jobs ignore it
     ) as process:
         try:
-            end = time.monotonic() + 60
+            end = time.monotonic() + 110
             while not awaited.exists() and process.poll() is None and time.monotonic() < end:
                 time.sleep(0.01)
             time.sleep(0.1)  # into the epoch that follows
@@ -121,13 +121,24 @@ IMPOSSIBLE = [
     (["--schedule", "foo"], ["--schedule", "foo", "constant", "cosine", "plateau"]),
     (["--dataset", "foo"], ["--dataset", "foo", *DATASETS]),
     (["--unknown", "1"], ["--unknown"]),
+    (["--nesterov", "--momentum", "0"], ["--nesterov must come with", "a --momentum"]),
+    (["--nesterov", "--optimizer", "adam"], ["--nesterov must come with --optimizer sgd"]),
+]
+OF_BASELINES = [
+    (["--update", "adam"], ["--update", "adam", "sgd", "muon"]),
+    (["--update", "muon", "--optimizer", "adam"], ["--update muon must come with --optimizer sgd"]),
+    (["--update-lr", "0.1"], ["--update-lr must come with --update muon"]),
+    (["--factors", "0.7"], ["--factors", "is a percentage, got 0.7: 70"]),
+    (["--factors", "70", "--from-checkpoint", "a"], ["--factors begins with random weights"]),
+    (["--tau", "0.1"], ["--tau"]),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "told"), IMPOSSIBLE, ids=[" ".join(flags) for flags, _ in IMPOSSIBLE])
-def test_an_impossible_value_costs_one_line_that_says_what_is_allowed(capsys, arguments, told):
+@pytest.mark.parametrize("case", [*IMPOSSIBLE, *OF_BASELINES], ids=lambda case: " ".join(case[0]))
+def test_an_impossible_value_costs_one_line_that_says_what_is_allowed(capsys, case):
+    arguments, told = case
     with pytest.raises(SystemExit) as error:
-        parse(*arguments)
+        parse(*arguments, low_rank=case in IMPOSSIBLE)
     out, err = capsys.readouterr()
     assert error.value.code == 2
     assert out == ""

@@ -11,6 +11,7 @@ from torch import nn
 
 import dlrt
 from dlrt.__main__ import main
+from dlrt.baselines import plain_factors
 from dlrt.datasets import load
 from dlrt.loading import load_network
 from dlrt.models import MLP
@@ -19,18 +20,21 @@ from dlrt.runs import Run, load_checkpoint
 from dlrt.training import Recipe, evaluate, fit
 
 
-def train(folder, low_rank, network=MLP, **settings):
+def train(folder, kind, network=MLP, **settings):
     """A short run on the bundled digits; its folder, the trained model and the data."""
     torch.manual_seed(0)
     digits = load("digits", folder, seed=0)
     model = network(digits.shape, digits.classes, **settings)
-    if low_rank:
+    about = {"network": network.__name__, "settings": settings, "shape": list(digits.shape)}
+    if kind == "low-rank":
         dlrt.to_low_rank(model, rank=8, skip=["fc5"])
         optimizer = dlrt.DLRT(model, torch.optim.SGD, lr=0.1, tau=0.2)
     else:
+        if kind == "factors":
+            about["factors"] = {"compression": 0.6, "skip": ["fc5"]}
+            model = plain_factors(model, **about["factors"])
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    about = {"network": network.__name__, "settings": settings, "shape": list(digits.shape)}
     about |= {"classes": 10, "dataset": "digits", "mean": list(digits.mean), "std": list(digits.std)}
     run = Run(folder)
     run.start({"network": network.__name__}, resume=False)
@@ -38,14 +42,14 @@ def train(folder, low_rank, network=MLP, **settings):
     return folder, model.eval(), digits
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["low-rank", "dense"])
+@pytest.fixture(scope="module", params=["low-rank", "dense", "factors"])
 def trained(request, tmp_path_factory):
     return train(tmp_path_factory.mktemp("run"), request.param, width=30)
 
 
 @pytest.fixture(scope="module")
 def low_rank(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("run"), True, width=30)
+    return train(tmp_path_factory.mktemp("run"), "low-rank", width=30)
 
 
 def test_a_run_gives_back_the_network_of_its_chosen_epoch(trained):
@@ -65,7 +69,7 @@ class OwnNetwork(MLP):
 
 
 def test_an_unknown_network_is_named_and_can_be_given(tmp_path):
-    folder, model, digits = train(tmp_path, True, OwnNetwork, width=20)
+    folder, model, digits = train(tmp_path, "low-rank", OwnNetwork, width=20)
     with pytest.raises(RunError, match=r"network 'OwnNetwork'.*MLP.*load_network\(run, OwnNetwork\)"):
         load_network(folder)
     loaded, _ = load_network(folder, OwnNetwork)
@@ -102,7 +106,7 @@ def test_info_prints_what_the_layers_are_and_draws_their_spectra(trained, tmp_pa
     count = dlrt.compression(model)
     assert f"compression {count.evaluation_compression:.2f} %" in out
     rows = {line.split("|")[1].strip(): line for line in out.splitlines() if line.startswith("| fc")}
-    assert list(rows) == ["fc1", "fc2", "fc3", "fc4", "fc5"]
+    assert list(rows) == list(dlrt.singular_values(model))
     for name, row in rows.items():
         assert f"| {count.ranks.get(name, 'dense')} " in row
     for suffix in ("png", "pdf"):

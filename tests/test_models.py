@@ -50,12 +50,10 @@ def test_resnet20_computes_the_same_at_full_rank_and_dense_again(trained):
 @pytest.mark.parametrize(("network", "convolutions"), [(ResNet8, 7), (ResNet20, 19)])
 def test_with_twice_the_channels_a_resnet_has_four_times_the_inner_weights(network, convolutions):
     with torch.device("meta"):
-        narrow, wide = (
-            [p.numel() for p in network(channels=c).parameters() if p.dim() == 4] for c in (8, 16)
-        )
+        narrow, wide = ([p.numel() for p in network(width=w).parameters() if p.dim() == 4] for w in (0.5, 1))
     assert len(narrow) == len(wide) == convolutions
     assert wide == [2 * narrow[0], *(4 * count for count in narrow[1:])]
-    assert network((1, 8, 8), 7, channels=4)(torch.randn(2, 1, 8, 8)).shape == (2, 7)
+    assert network((1, 8, 8), 7, width=0.25)(torch.randn(2, 1, 8, 8)).shape == (2, 7)
 
 
 @pytest.mark.parametrize("network", [ResNet8, ResNet20])

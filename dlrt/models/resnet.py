@@ -28,10 +28,14 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Three stages of so many blocks each, with c, 2c and 4c channels; shape is (channels, height, width)."""
+    """Three stages of so many blocks each, with 16, 32 and 64 channels, or that share of them, width.
 
-    def __init__(self, blocks: int, shape: tuple[int, int, int], classes: int, channels: int) -> None:
+    shape is (channels, height, width) of the input.
+    """
+
+    def __init__(self, blocks: int, shape: tuple[int, int, int], classes: int, width: float) -> None:
         super().__init__()
+        channels = max(1, round(16 * width))
         self.conv1 = nn.Conv2d(shape[0], channels, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
@@ -57,15 +61,15 @@ class ResNet8(ResNet):
     """A block a stage: 75,290 weights."""
 
     def __init__(
-        self, shape: tuple[int, int, int] = (3, 32, 32), classes: int = 10, channels: int = 16
+        self, shape: tuple[int, int, int] = (3, 32, 32), classes: int = 10, width: float = 1.0
     ) -> None:
-        super().__init__(1, shape, classes, channels)
+        super().__init__(1, shape, classes, width)
 
 
 class ResNet20(ResNet):
     """Three blocks a stage: 269,722 parameters."""
 
     def __init__(
-        self, shape: tuple[int, int, int] = (3, 32, 32), classes: int = 10, channels: int = 16
+        self, shape: tuple[int, int, int] = (3, 32, 32), classes: int = 10, width: float = 1.0
     ) -> None:
-        super().__init__(3, shape, classes, channels)
+        super().__init__(3, shape, classes, width)
