@@ -1,13 +1,17 @@
-"""Tables of CIFAR-10: low-rank nets beside their dense twins, and what fine-tuning adds. It trains nothing.
+"""Tables and figures of CIFAR-10: the study from scratch, and what fine-tuning adds. It trains nothing.
 
 python cifar10/produce_results.py
 """
 
+from __future__ import annotations
+
 from pathlib import Path
 
+import drawings
 import pandas as pd
+from drawings import DENSE, WAYS
 
-from dlrt import plots, records, results, tables
+from dlrt import records, results, tables
 
 HERE = Path(__file__).parent
 # Schotthöfer et al. 2022: after 20 epochs at 93 to 98 % compression, and after 20 more of S alone
@@ -21,13 +25,10 @@ PUBLISHED = pd.DataFrame({
 })  # fmt: skip
 CAPTION = (
     "{data} (the runs that are committed: a JPEG copy of it): test accuracy in %, mean and standard "
-    "deviation over the seeds, at the epoch chosen on the validation pictures and at the last one. start: "
-    "scratch, the weights of a file, or of a run (adapted: those of the file, trained on for two epochs). "
-    "below dense: points below the dense net that began alike and was trained for as many epochs, of "
-    "several the best on the validation pictures. cut to: the compression that trained weights were cut to "
-    "at the start. kernels: low-rank across space, as a horizontal and a vertical convolution, or as "
-    "matrices out x (in x height x width). Trained weights of "
-    f"others may have seen the validation pictures, dense and low-rank nets alike. {tables.COUNTED}"
+    "deviation over the seeds, at the epoch chosen on the validation pictures and at the last one. All begin "
+    "at random but those that are cut, which are the dense net of the same seed (Muon) cut at once and "
+    "trained on. below dense: points below the dense net with the same rule. compression: against the "
+    "dense net of full width. {missing}" + tables.COUNTED
 )
 FINE_TUNING = (
     "{data} (the runs that are committed: a JPEG copy of it): test accuracy in % before and after fine-"
@@ -36,23 +37,50 @@ FINE_TUNING = (
     "its fall. published: Schotthöfer et al. 2022, on CIFAR-10."
     f"{{missing}} {tables.COUNTED}"
 )
-SETTING = ["network", "start", "epochs"]
-KERNELS = {True: "across space", False: "matrices"}
+NETWORKS = ("ResNet20", "VGG16", "AlexNet")
+SETTING = ["network", "way", "rule", "budget"]
+
+
+def way(options: dict) -> str:
+    """Which of the WAYS a run is, by its options."""
+    if "tau" not in options:
+        narrow = options.get("width", 1) != 1
+        return "plain factors" if options.get("factors") else "dense, narrower" if narrow else DENSE
+    if options.get("from_checkpoint"):
+        by = "singular values" if options["cut_by"] == "weights" else "what the loss needs"
+        return f"cut by {by}, trained on"
+    if options.get("compression"):
+        return f"DLRT, budget, {'separable kernels' if options['spatial'] else 'matrices'}"
+    return "DLRT, τ" if options["momentum"] else "DLRT as published (τ, no momentum)"
+
+
+def with_ways(found: pd.DataFrame) -> pd.DataFrame:
+    """The runs, with what each is a row of, and their compression against the dense net of full width."""
+    found = found.assign(way=found["options"].map(way))
+    found["rule"] = found["options"].map(lambda of: "Muon" if of.get("update") == "muon" else "SGD")
+    of_narrow = found["options"].map(lambda of: 100 * (1 - of.get("width", 1) ** 2))
+    asked = found["options"].map(lambda of: of.get("compression") or of.get("factors"))
+    found["budget"] = pd.to_numeric(asked).fillna(of_narrow.where(found["way"] == "dense, narrower"))
+    whole = (found["evaluation_parameters"] / (1 - found["evaluation_compression"] / 100)).groupby(
+        found["network"]
+    ).transform("max")  # fmt: skip
+    found["evaluation_compression"] = 100 * (1 - found["evaluation_parameters"] / whole)
+    return found
 
 
 def compared(found: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Means over the seeds of all runs without fine-tuning, as numbers and as text."""
-    summary = results.over_seeds(found, [*SETTING, "tau", "asked", "spatial", "lr"])
-    dense = summary[summary["tau"].isna()].sort_values("validation").groupby(SETTING)["accuracy"].last()
-    below = summary.join(dense.rename("dense"), on=SETTING)["dense"] - summary["accuracy"]
-    tau = tables.text(summary["tau"], "{:g}", "dense")
-    asked = tables.text(summary["asked"], "{:g}")
-    kernels = summary["spatial"].map(KERNELS).where(summary["tau"].notna(), "")
-    setting = {"network": summary["network"], "start": summary["start"]}
-    setting |= {"cut to [%]": asked, "kernels": kernels, "τ": tau, "lr": summary["lr"].map("{:g}".format)}
+    summary = results.over_seeds(found, SETTING)
+    order = summary["way"].map({name: number for number, name in enumerate(WAYS)})
+    summary = summary.assign(order=order).sort_values(["network", "order", "compression", "rule"])
+    dense = summary[summary["way"] == DENSE].set_index(["network", "rule"])["accuracy"]
+    summary = summary.join(dense.rename("dense"), on=["network", "rule"])
+    setting = {"network": summary["network"], "trained": summary["way"], "rule": summary["rule"]}
     table = tables.readable(summary, setting)
-    below = tables.text(below.where(summary["tau"].notna()), "{:.2f}")
-    table.insert(table.columns.get_loc("at the last epoch [%]") + 1, "below dense", below)
+    below = (summary["dense"] - summary["accuracy"]).where(summary["way"] != DENSE)
+    table.insert(
+        table.columns.get_loc("at the last epoch [%]") + 1, "below dense", tables.text(below, "{:.2f}")
+    )
     return summary, table
 
 
@@ -90,33 +118,26 @@ def main() -> None:
     command = "python cifar10/run.py, or the training scripts beside it"
     found = results.read(args, command, dataset="cifar10")
     data = results.data(found)
-    found["tau"] = tables.dense_or_tau(found)
-    start = found["from_checkpoint"].astype("string").str.replace(r" [0-9a-f]{8}$", "", regex=True)
-    found["start"] = start.str.replace(r"_seed\d+$", "", regex=True).fillna("scratch")
-    # dense runs alone have no such options
-    found["asked"] = found.get("compression", pd.Series(float("nan"), found.index))
-    found["spatial"] = found.get("spatial", pd.Series(False, found.index)).fillna(False).astype(bool)
     tuned = found.get("finetune_epochs", pd.Series(0, found.index)) > 0
-    summary, table = (None, None) if tuned.all() else compared(found[~tuned])
     if tuned.any():
-        effects = fine_tuned(found[tuned], args.results)
+        effects = fine_tuned(found[tuned].assign(tau=tables.dense_or_tau(found)), args.results)
         missing = ", ".join(name for name in PUBLISHED["network"] if name not in set(effects["network"]))
         missing = missing and f" Runs of {missing} are still to come."
         caption = FINE_TUNING.format(data=data, missing=missing)
         tables.write(effects, args.output_dir, caption, name="fine_tune_effects")
         print(tables.markdown(effects, caption))
-    if summary is None:
+    study = with_ways(found[~tuned & ~found["run"].str.contains("tuning/")])
+    if study.empty:
         return
-    curves, lines = {}, {}
-    low_rank = summary.dropna(subset="tau")
-    for (network, start, epochs, spatial), rows in low_rank.groupby([*SETTING, "spatial"]):
-        curves[f"{network}, start: {start}, {epochs} epochs, {KERNELS[spatial]}"] = rows
-    for row in summary[summary["tau"].isna()].merge(low_rank[SETTING].drop_duplicates()).itertuples():
-        lines[f"{row.network}, start: {row.start}, {row.epochs} epochs, dense"] = row.accuracy
-    figures = {}
-    if curves:
-        figures["cifar10_accuracy_vs_cr"] = plots.accuracy_against_compression(curves, {}, lines)
-    results.publish(args, table, CAPTION.format(data=data), figures)
+    summary, table = compared(study)
+    absent = [name for name in NETWORKS if name not in set(summary["network"])]
+    missing = f"Runs of {', '.join(absent)} are still to come, on a GPU. " if absent else ""
+    figures = {"cifar10_training_time": drawings.over_time(study, args.results)}
+    if (summary["way"] != drawings.DENSE).any():
+        figures["cifar10_accuracy_vs_cr"] = drawings.below_dense(summary)
+    if (ours := study[study["way"].str.startswith("DLRT, budget")].sort_values(["seed", "run"])).size:
+        figures["cifar10_ranks"] = drawings.ranks_over_training(ours.iloc[0], args.results)
+    results.publish(args, table, CAPTION.format(data=data, missing=missing), figures)
 
 
 if __name__ == "__main__":

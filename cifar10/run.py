@@ -16,7 +16,6 @@ import argparse
 import signal
 import sys
 import tarfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -97,7 +96,9 @@ def _named(network: str, name: str, options: dict[str, Any], low_rank: bool) -> 
 def choose_scales(network: str, args: argparse.Namespace, jobs: int) -> dict[Choice, float]:
     """For each way and rule the scale of its step size that validates best in short runs of seed 0."""
     common = {**cli.shared_options(args), "epochs": args.tune, "seed": 0}
-    tried: dict[Choice, dict[float, Plan]] = {(way, rule): {} for rule in RULES for way in WAYS}
+    tried: dict[Choice, dict[float, Plan]] = {
+        (way, rule): {} for rule in args.rules for way in WAYS if way in args.ways
+    }
     for (way, rule), of in tried.items():
         for scale in SCALES:
             made = plan(network, way, rule, args.compressions[0], common, scale)
@@ -124,27 +125,29 @@ def pack(results: Path, archive: Path) -> None:
 
 
 def stop(number: int, frame: FrameType | None) -> None:
-    sys.exit("the time is up; the same command goes on")
+    print("the time is up; the same command goes on", file=sys.stderr)
+    sys.exit(0)
 
 
 def make(network: str, epochs: int, jobs: int, args: argparse.Namespace) -> None:
     """All runs of a network, budget by budget and seed by seed."""
     scales = choose_scales(network, args, jobs) if args.tune else {}
 
-    def of(common: dict[str, Any], compression: float, ways: list[str]) -> Iterator[Plan]:
-        for rule in RULES:
-            for way in ways:
-                yield plan(network, way, rule, compression, common, scales.get((way, rule), 1.0))
-
     for compression in args.compressions:
         for seed in range(args.seeds):
             common = {**cli.shared_options(args), "epochs": epochs, "seed": seed}
-            then = cuts(network, compression, common, args.output_dir)
-            grid.make([*of(common, compression, ["dense"])], args.output_dir, jobs, True, then=then)
-            then += of(common, compression, [way for way in WAYS if way != "dense"])
-            if compression == args.compressions[0]:
+            made = {
+                (way, rule): plan(network, way, rule, compression, common, scales.get((way, rule), 1.0))
+                for rule in args.rules
+                for way in WAYS
+                if way in args.ways
+            }
+            first = [made.pop(choice) for choice in list(made) if choice[0] == "dense"]
+            then = cuts(network, compression, common, args.output_dir) if "cut" in args.ways else []
+            if "published" in args.ways and compression == args.compressions[0]:
                 then.append(published(network, common))
-            grid.make(then, args.output_dir, jobs, True)
+            grid.make(first, args.output_dir, jobs, may_diverge=True, then=then)
+            grid.make([*made.values(), *then], args.output_dir, jobs, may_diverge=True)
 
 
 def main() -> None:
@@ -154,11 +157,16 @@ def main() -> None:
     add("--networks", choices=EPOCHS["gpu"], nargs="+", help="to train; by default those of the preset")
     percent = {"type": cli.percent, "metavar": "PERCENT", "nargs": "+"}
     add("--compressions", **percent, default=[75.0, 60.0, 90.0], help="budgets, the most important first")
+    all_ways = [*WAYS, "cut", "published"]
+    add("--ways", choices=all_ways, nargs="+", default=all_ways, help="to train; cut needs dense, too")
+    add("--rules", choices=RULES, nargs="+", default=list(RULES), help="update rules")
     add("--tune", type=cli.COUNT, default=0, metavar="EPOCHS", help="of the runs that choose step sizes")
     add("--minutes", type=cli.POSITIVE, help="stop after that time; the same command goes on")
     add("--archive", type=Path, metavar="PATH", help="pack the records of all runs into this .tar.gz")
     parser.set_defaults(dataset="cifar10", jobs=None)
     args = parser.parse_args()
+    if "cut" in args.ways and not ("dense" in args.ways and "muon" in args.rules):
+        parser.error("--ways cut begins with the dense net that muon trained: add dense, and --rules muon")
     epochs = EPOCHS["gpu"] | EPOCHS[args.preset]
     if args.minutes:
         signal.signal(signal.SIGALRM, stop)

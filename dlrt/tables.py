@@ -50,6 +50,7 @@ def over_seeds(runs: pd.DataFrame, by: list[str]) -> pd.DataFrame:
         ranks=("ranks", "first"),
         evaluation_parameters=("evaluation_parameters", "mean"),
         compression=("evaluation_compression", "mean"),
+        compression_std=("evaluation_compression", "std"),
         training_parameters=("training_parameters", "mean"),
         training_compression=("training_compression", "mean"),
     )

@@ -1,0 +1,105 @@
+"""The figures of the study of CIFAR-10."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+
+from dlrt import models, plots, records
+from dlrt.plots import Figure, plt
+
+DENSE = "dense"
+WAYS = (
+    *(DENSE, "dense, narrower", "plain factors"),
+    *("DLRT, budget, matrices", "DLRT, budget, separable kernels"),
+    *("cut by singular values, trained on", "cut by what the loss needs, trained on"),
+    *("DLRT as published (τ, no momentum)", "DLRT, τ"),
+)
+
+
+def curves(summary: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
+    """Of one network, the points of every way and rule that is not the dense net."""
+    low = summary[summary["way"] != DENSE]
+    return dict(iter(low.groupby(["way", "rule"], sort=False)))
+
+
+def below_dense(summary: pd.DataFrame) -> Figure:
+    """Points below one's own dense net over compression, bars both ways; a row of axes per network."""
+    networks = list(summary["network"].unique())
+    with plt.rc_context(plots.LOOK):
+        height = 3.4 * len(networks) + 0.1 * len(curves(summary))
+        figure, rows = plt.subplots(len(networks), 1, figsize=(7, height), squeeze=False)
+        for axes, network in zip(rows[:, 0], networks, strict=True):
+            for (name, rule), points in curves(summary[summary["network"] == network]).items():
+                number = WAYS.index(name)
+                axes.errorbar(
+                    points["compression"],
+                    points["accuracy"] - points["dense"],
+                    xerr=points["compression_std"],
+                    yerr=points["accuracy_std"],
+                    color=plots.style(number)["color"],
+                    ls="-" if rule == "Muon" else ":",
+                    marker="o" if rule == "Muon" else "s",
+                    ms=4,
+                    capsize=2,
+                    label=plots.label(f"{name}, {rule}"),
+                )
+            axes.axhline(0, color="0.6", lw=1)
+            axes.set(ylabel=f"{network}: points above\nthe dense net with the same rule")
+        axes.set(xlabel="compression [%]")
+        _legend(figure)
+    return figure
+
+
+def over_time(found: pd.DataFrame, folder: Path) -> Figure:
+    """Validation accuracy over the minutes of training, at the budget with the most runs; means of seeds."""
+    budget = found["budget"].mode().iloc[0]
+    shown = found[(found["way"] == DENSE) | ((found["budget"] - budget).abs() < 2)]
+    shown = shown[~shown["way"].str.startswith("cut")]
+    networks = list(shown["network"].unique())
+    with plt.rc_context(plots.LOOK):
+        figure, rows = plt.subplots(len(networks), 1, figsize=(7, 3.8 * len(networks) + 1), squeeze=False)
+        for axes, network in zip(rows[:, 0], networks, strict=True):
+            of = shown[shown["network"] == network]
+            for (name, rule), runs in of.groupby(["way", "rule"], sort=False):
+                metrics = [records.read_metrics(folder / run) for run in runs["run"]]
+                minutes = sum(rows["seconds"].cumsum() for rows in metrics) / len(metrics) / 60
+                accuracy = sum(rows["validation_accuracy"] for rows in metrics) / len(metrics)
+                look = {"color": plots.style(WAYS.index(name))["color"], "ls": "-" if rule == "Muon" else ":"}
+                axes.plot(minutes, accuracy, label=plots.label(f"{name}, {rule}"), marker=".", **look)
+            axes.set(ylabel=f"{network}: validation accuracy [%]")
+        axes.set(xlabel=f"minutes of training, budget {budget:g} %")
+        _legend(figure)
+    return figure
+
+
+def ranks_over_training(run: pd.Series, folder: Path) -> Figure:
+    """Who gets the budget, and when: the rank of every layer after each epoch of a run."""
+    metrics = records.read_metrics(folder / run["run"])
+    ranks = [list(map(int, text.split("/"))) for text in metrics["ranks"]]
+    with torch.device("meta"):
+        modules = getattr(models, run["network"])().named_modules()
+    kinds = (nn.Linear, nn.Conv2d)
+    names = [name for name, m in modules if isinstance(m, kinds) and name not in run["options"]["skip"]]
+    values = torch.tensor(ranks).T
+    with plt.rc_context({**plots.LOOK, "axes.grid": False}):
+        figure, axes = plt.subplots(figsize=(7, 1 + 0.26 * len(names)))
+        axes.imshow(values, aspect="auto", cmap="Blues", vmin=0)
+        for row, column in torch.cartesian_prod(*map(torch.arange, values.shape)).tolist():
+            rank, dark = int(values[row, column]), values[row, column] > 0.6 * values.max()
+            axes.text(column, row, rank, ha="center", va="center", size=7, color="w" if dark else "k")
+        axes.set_yticks(range(len(names)), names, size=7)
+        axes.set_xticks(range(len(metrics)), metrics["epoch"])
+        axes.set(xlabel="epoch", title=f"ranks of {run['network']}, {run['way']}, {run['budget']:g} %")
+    return figure
+
+
+def _legend(figure: Figure) -> None:
+    """One legend below all axes, in which every curve has one entry."""
+    lines = {}
+    for axes in figure.axes:
+        lines |= {text: line for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=2, fontsize="small")
