@@ -1,5 +1,7 @@
 """Dynamical low-rank training: PyTorch networks whose every weight lives as W = U S Vᵀ with adaptive rank."""
 
+__version__ = "0.1.0"
+
 from dlrt import fields, integrators
 from dlrt.averaging import average
 from dlrt.convert import load_factors, to_dense, to_low_rank
