@@ -304,7 +304,7 @@ class DLRT(torch.optim.Optimizer):
                 ) from error
         else:
             Y1 = truncate_to(Y_hat, rank)
-        turn_squares(self.state[layer.S], Y_hat.U.mT @ Y1.U, Y_hat.V.mT @ Y1.V)
+        turn_squares(self.state[layer.S], Y_hat, Y1)
         self._set(layer, Y1, M)
         layer.trains_bases = True
 

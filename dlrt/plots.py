@@ -24,6 +24,7 @@ from dlrt.records import one_line
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 STYLES = ["-", "--", "-.", ":"]
 LOOK = {
+    "pdf.fonttype": 42,  # TrueType, which publishers ask for
     "figure.constrained_layout.use": True,
     "axes.spines.top": False,
     "axes.spines.right": False,

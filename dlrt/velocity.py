@@ -96,7 +96,8 @@ def add_squares(state: dict[str, Any], DG: Tensor, beta2: float) -> None:
     state["squares"] = squares.lerp(DG.square(), 1 - beta2)
 
 
-def turn_squares(state: dict[str, Any], P: Tensor, Q: Tensor) -> None:
-    """Write the mean of squares in the bases Û P and V̂ Q: exact for entries without mean and correlation."""
+def turn_squares(state: dict[str, Any], Y_hat: LowRank, Y1: LowRank) -> None:
+    """Write the mean of squares in the bases of Y1: exact for entries without mean and correlation."""
     if "squares" in state:
+        P, Q = Y_hat.U.mT @ Y1.U, Y_hat.V.mT @ Y1.V
         state["squares"] = P.square().mT @ state["squares"] @ Q.square()
