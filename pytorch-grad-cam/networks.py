@@ -22,11 +22,13 @@ from dlrt.cams.pictures import Picture
 from dlrt.cams.targets import class_number
 from dlrt.datasets import CIFAR10_CLASSES, CLASS_NAMES
 from dlrt.loading import load_network
+from dlrt.models import efficientnet
 from dlrt.records import RunError
 from dlrt.runs import load_file
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation
 SOURCES = ("download", "random")
+DEFAULT_ARCH = "efficientnet_lite0"  # a package brings its weights, so that nothing is downloaded
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,12 @@ class Network:
 def add_flags(parser: cli.Parser, run_flag: str = "--checkpoint") -> None:
     """A flag for a run, or --arch with --weights; how the network is used, and what explains it."""
     add = parser.add_argument
-    what = parser.add_mutually_exclusive_group(required=True)
+    what = parser.add_mutually_exclusive_group()
     run = "a run's folder or its checkpoint.pt; all else about the network comes from there"
     what.add_argument(run_flag, dest="checkpoint", type=Path, metavar="RUN", help=run)
-    what.add_argument(
-        "--arch", metavar="NAME", help="a network of torchvision, or ResNet20 and its like of dlrt"
-    )
-    weights = "of --arch: a file, download (torchvision's own, the default) or random"
+    arch = f"a network of torchvision, or ResNet20 and its like of dlrt; by default {DEFAULT_ARCH}"
+    what.add_argument("--arch", metavar="NAME", help=arch)
+    weights = "of --arch: a file, download (torchvision's) or random; by default what there is"
     add("--weights", metavar="FILE", help=weights)
     add("--device", type=cli.device, default=cli.DEFAULT_DEVICE, help="where to compute")
     methods = {"choices": METHODS, "metavar": "NAME", "help": ", ".join(METHODS)}
@@ -88,7 +89,10 @@ def read(args: argparse.Namespace, size: int | None = None) -> Network:
     """The network that the flags name, for pictures of a size; RunError or ValueError where there is none."""
     if args.checkpoint and args.weights:
         raise ValueError(f"--weights must come with --arch: {args.checkpoint} has weights of its own")
-    network = from_run(args.checkpoint) if args.checkpoint else from_arch(args.arch, args.weights)
+    if args.checkpoint:
+        network = from_run(args.checkpoint)
+    else:
+        network = from_arch(args.arch or DEFAULT_ARCH, args.weights)
     return placed(network, size, args.device)
 
 
@@ -153,12 +157,32 @@ def from_run(path: Path) -> Network:
 def from_arch(arch: str, weights: str | None) -> Network:
     """A network by its name, with weights from a file, from torchvision ("download") or "random" ones.
 
-    Random ones are the same at every call.
+    None stands for installed weights, or to download them. Random ones are the same at every call.
     """
-    weights = weights or "download"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return _from_arch(arch, weights)
+        if arch == DEFAULT_ARCH:
+            return _efficientnet(weights)
+        return _from_arch(arch, weights or "download")
+
+
+def _efficientnet(weights: str | None) -> Network:
+    if weights == "download":
+        raise ValueError(f"--weights must be a file or random for {DEFAULT_ARCH}: leave it out for its own")
+    try:
+        state = efficientnet.imagenet_weights() if weights is None else None
+    except ModuleNotFoundError as error:
+        raise RunError(f"{error}, or give --weights random or a file") from error
+    names = tuple(torchvision.models.get_model_weights("resnet18").DEFAULT.meta["categories"])
+    model = models.EfficientNetLite0()
+    if state is not None:
+        model.load_state_dict(state)
+    elif weights not in SOURCES:
+        _load(model, _state(weights), weights, DEFAULT_ARCH)
+    shape = (3, 224, 224)
+    return Network(
+        DEFAULT_ARCH, model.eval(), shape, efficientnet.MEAN, efficientnet.STD, names, trained=shape
+    )
 
 
 def _from_arch(arch: str, weights: str) -> Network:
@@ -213,11 +237,7 @@ def _with_weights(
     names: tuple[str, ...],
 ) -> Network:
     if state is not None:
-        try:
-            model.load_state_dict(state)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise RunError(f"--weights {source} does not fit {arch}: {reason}") from error
+        _load(model, state, source, arch)
     mean, std = IMAGENET if shape[0] == 3 else ((0.5,) * shape[0], (0.5,) * shape[0])
     if state is not None:
         print(
@@ -226,6 +246,14 @@ def _with_weights(
             file=sys.stderr,
         )
     return Network(arch, model.eval(), shape, mean, std, names, shape)
+
+
+def _load(model: nn.Module, state: dict[str, Tensor], source: str, arch: str) -> None:
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise RunError(f"--weights {source} does not fit {arch}: {reason}") from error
 
 
 def _state(path: str) -> dict[str, Tensor]:

