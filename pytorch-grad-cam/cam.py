@@ -100,7 +100,10 @@ def chosen_classes(
             raise PictureError(f"--targets: there is no {text}")
         classes = tuple(dict.fromkeys(network.class_number(part) for part in text.split(",")))
         return {path.name: classes for path in paths}
-    labels = {name: classes for name, (classes, _) in read_labels(Path(text), network.class_number).items()}
+    labels = {
+        name: tuple(dict.fromkeys(number for classes, _ in lines for number in classes))
+        for name, lines in read_labels(Path(text), network.class_number).items()
+    }
     if missing := [path.name for path in paths if not labels.get(path.name)]:
         raise PictureError(f"--targets {text} names no class for {', '.join(missing)}: add a line for each")
     return labels

@@ -338,7 +338,7 @@ def test_pictures_in_clutter_come_with_labels_and_boxes(script, tmp_path):
     assert (code, printed) == (0, "some\n")
     labels = read_labels(tmp_path / "some/labels.csv", int)
     assert sorted(labels) == sorted(path.name for path in (tmp_path / "some").glob("*.png"))
-    for classes, boxes in labels.values():
+    for ((classes, boxes),) in labels.values():
         assert (len(classes), len(boxes)) == (1, 1)
 
 
@@ -352,3 +352,17 @@ def test_the_photographs_are_there_with_source_and_licence(run_script, tmp_path)
     for name in names:
         assert f"`{name}`" in told
         assert (tmp_path / name).read_bytes() == (ROOT / "test_images" / name).read_bytes()
+
+
+def test_every_photograph_has_classes_of_imagenet_and_a_box_for_each(modules, capsys):
+    network = modules.networks.from_arch(modules.networks.DEFAULT_ARCH, "random")
+    found, failed = modules.sources.pictures_of(str(ROOT / "test_images"), 9, None, network)
+    assert (failed, capsys.readouterr().err) == (False, "")
+    its = {picture.name: [network.classes[number] for number in picture.classes] for picture in found}
+    assert its == {
+        "astronaut.png": ["space shuttle", "crash helmet"],
+        "chelsea.png": ["Egyptian cat"],
+        "coffee.png": ["espresso"],
+        "rocket.jpg": ["missile"],
+    }
+    assert all(len(picture.boxes) == len(picture.classes) for picture in found)

@@ -468,8 +468,8 @@ def test_a_picture_is_turned_as_its_tag_says(tag, tmp_path):
 
 
 def test_labels_are_read_as_a_spreadsheet_writes_them(tmp_path):
-    (tmp_path / "labels.csv").write_text("file,class\nä.png,3\n", encoding="utf-8-sig")
-    assert read_labels(tmp_path / "labels.csv", int) == {"ä.png": ((3,), ())}
+    (tmp_path / "labels.csv").write_text("file,class\nä.png,3\nä.png,4,5\n", encoding="utf-8-sig")
+    assert read_labels(tmp_path / "labels.csv", int) == {"ä.png": [((3,), ()), ((4, 5), ())]}
 
 
 def test_a_class_is_found_by_name_or_number():
