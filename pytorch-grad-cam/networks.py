@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import inspect
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from dlrt.cams import METHODS, default_layer, spatial_layers
 from dlrt.cams.pictures import Picture
 from dlrt.cams.targets import class_number
 from dlrt.datasets import CIFAR10_CLASSES, CLASS_NAMES
+from dlrt.layers import LowRankLayer
 from dlrt.loading import load_network
 from dlrt.models import efficientnet
 from dlrt.records import RunError
@@ -36,7 +39,7 @@ class Network:
     """A model in evaluation mode, and how pictures are made its input.
 
     shape (channels, height, width) is the input's, mean and std those of its channels, of pixels in [0, 1];
-    classes are names. trained is the shape that it was trained at.
+    classes are names. trained is the shape that it was trained at. title is what a figure calls it.
     """
 
     label: str
@@ -46,6 +49,7 @@ class Network:
     std: tuple[float, ...]
     classes: tuple[str, ...]
     trained: tuple[int, int, int]
+    title: str = "dense"
 
     @property
     def device(self) -> torch.device:
@@ -65,8 +69,11 @@ class Network:
         return class_number(text, self.classes)
 
 
-def add_flags(parser: cli.Parser, run_flag: str = "--checkpoint") -> None:
-    """A flag for a run, or --arch with --weights; how the network is used, and what explains it."""
+def add_flags(parser: cli.Parser, run_flag: str = "--checkpoint", several: bool = False) -> None:
+    """A flag for a run, or --arch with --weights; how the network is used, and what explains it.
+
+    With several, --method is a list.
+    """
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group()
     run = "a run's folder or its checkpoint.pt; all else about the network comes from there"
@@ -76,8 +83,21 @@ def add_flags(parser: cli.Parser, run_flag: str = "--checkpoint") -> None:
     weights = "of --arch: a file, download (torchvision's) or random; by default what there is"
     add("--weights", metavar="FILE", help=weights)
     add("--device", type=cli.device, default=cli.DEFAULT_DEVICE, help="where to compute")
-    methods = {"choices": METHODS, "metavar": "NAME", "help": ", ".join(METHODS)}
-    add("--method", type=str.lower, default="gradcam", **methods)
+    names = ", ".join(METHODS)
+    if several:
+        told = f"of these, with commas between them: {names}; by default gradcam"
+        add("--method", type=methods, action="extend", metavar="NAME,NAME", help=told)
+    else:
+        add("--method", type=str.lower, default="gradcam", choices=METHODS, metavar="NAME", help=names)
+
+
+def methods(text: str) -> list[str]:
+    """An argparse type: names of methods with commas between them."""
+    names = [name.strip().lower() for name in text.split(",")]
+    if unknown := [name for name in names if name not in METHODS]:
+        told = f"invalid choice: {unknown[0]!r} (choose from {', '.join(METHODS)})"
+        raise argparse.ArgumentTypeError(told)
+    return names
 
 
 def add_size_flag(parser: cli.Parser) -> None:
@@ -122,6 +142,40 @@ def warn(network: Network) -> None:
         )
 
 
+def warn_if_larger(network: Network) -> None:
+    """Say on stderr when the factors of a network are larger than the weights that they stand for."""
+    layers = [module for module in network.model.modules() if isinstance(module, LowRankLayer)]
+    dense = sum(m * n for m, n in (layer.shape for layer in layers))
+    factors = sum(layer.rank * sum(layer.shape) for layer in layers)
+    if factors > dense:
+        print(
+            f"warning: {network.label} is larger than its dense network: its factors have {factors:,} "
+            f"parameters, {100 * (factors / dense - 1):.0f} % more than the weights; take lower ranks",
+            file=sys.stderr,
+        )
+
+
+def check_alike(nets: Sequence[Network], layer: str) -> None:
+    """ValueError where a network cannot be compared with the first one at a layer, or not by its name."""
+    first = nets[0]
+    size = spatial_layers(first.model, first.blank)[layer]
+    for network in nets:
+        if network.classes != first.classes or network.shape != first.shape:
+            both = " and ".join(
+                f"{net.label} ({len(net.classes)} classes, {' x '.join(map(str, net.shape))} pixels)"
+                for net in (first, network)
+            )
+            raise ValueError(f"only networks of the same classes and input can be compared, got {both}")
+        its = spatial_layers(network.model, network.blank).get(layer)
+        if its != size:
+            raise ValueError(
+                f"the layer {layer} must give maps of {size} in every network, got {its} in {network.label}: "
+                "choose a --target-layer that all have"
+            )
+        if [net.label for net in nets].count(network.label) > 1:
+            raise ValueError(f"two networks are called {network.label}: give every folder a name of its own")
+
+
 def target_layer(network: Network, name: str | None, method: str) -> str:
     """The name of the layer to explain; ValueError where the network or the method has no such layer."""
     if name is None:
@@ -143,14 +197,16 @@ def from_run(path: Path) -> Network:
     shape = tuple(about["shape"])
     names = CLASS_NAMES.get(about["dataset"], map(str, range(about["classes"])))
     folder = path.parent if path.is_file() else path
+    label = folder.resolve().name
     return Network(
-        label=folder.resolve().name,
+        label=label,
         model=model,
         shape=shape,
         mean=tuple(about["mean"]),
         std=tuple(about["std"]),
         classes=tuple(names),
         trained=shape,
+        title=_titled(label, model),
     )
 
 
@@ -270,14 +326,50 @@ def _state(path: str) -> dict[str, Tensor]:
     return state
 
 
-def truncated(network: Network, tau: float | None = None, rank: int | float | None = None) -> Network:
-    """The same network with a truncated SVD in every layer. ValueError where it is low-rank already."""
+def truncated(
+    network: Network,
+    tau: float | None = None,
+    rank: int | float | None = None,
+    compression: float | None = None,
+    skip: Sequence[str] = (),
+) -> Network:
+    """A copy with a truncated SVD in every layer, compression in %. ValueError where it is low-rank already.
+
+    A line on stderr names what stays dense.
+    """
     if dlrt.compression(network.model).ranks:
         raise ValueError(f"{network.label} is low-rank already: its ranks are those of the checkpoint")
+    share = None if compression is None else compression / 100
     with warnings.catch_warnings(record=True) as dense:
         warnings.simplefilter("always")
-        model = dlrt.to_low_rank(network.model, rank=rank, tau=tau)
-    for warning in dense:
-        print(f"warning: {warning.message}", file=sys.stderr)
-    cut = "".join(f"_{name}{value:g}" for name, value in (("tau", tau), ("rank", rank)) if value is not None)
-    return replace(network, model=model, label=f"{network.label}_svd{cut}")
+        model = dlrt.to_low_rank(deepcopy(network.model), rank, tau, skip, compression=share)
+    for line in _by_reason(str(warning.message) for warning in dense):
+        _tell_once(f"warning: {line}")
+    given = {
+        name: value
+        for name, value in (("tau", tau), ("rank", rank), ("compression", compression))
+        if value is not None
+    }
+    label = "".join(f"_{name}{value:g}" for name, value in given.items())
+    title = "low-rank" if tau is None else f"low-rank, τ = {tau:g}"
+    if rank is not None:
+        title = f"{100 * rank:g} % of full rank" if isinstance(rank, float) else f"rank {rank}"
+    return replace(network, model=model, label=f"{network.label}_svd{label}", title=_titled(title, model))
+
+
+def _titled(name: str, model: nn.Module) -> str:
+    return f"{name}\ncompression {dlrt.compression(model).evaluation_compression:.0f} %"
+
+
+def _by_reason(messages: Iterable[str]) -> list[str]:
+    """Of warnings "NAME stays dense: REASON" a line for each reason."""
+    names: dict[str, list[str]] = {}
+    for name, stays, reason in (message.partition(" stays ") for message in messages):
+        names.setdefault(stays + reason, []).append(name)
+    others = {reason: f", as {len(its) - 1} others," if len(its) > 1 else "" for reason, its in names.items()}
+    return [f"{its[0]}{others[reason]}{reason}" for reason, its in names.items()]
+
+
+@functools.cache
+def _tell_once(line: str) -> None:
+    print(line, file=sys.stderr)

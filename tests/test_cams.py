@@ -5,6 +5,7 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 from PIL import ExifTags, Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from pytorch_grad_cam.base_cam import BaseCAM
@@ -16,12 +17,14 @@ import dlrt
 from dlrt.cams import CLASSLESS, METHODS, check_options, default_layer, explain, spatial_layers
 from dlrt.cams.compare import in_boxes, similarity, top
 from dlrt.cams.faithfulness import faithfulness
+from dlrt.cams.figure import Cell, Row, figure
 from dlrt.cams.methods import NOT_SMOOTHED
 from dlrt.cams.pictures import PictureError, read, read_labels
 from dlrt.cams.targets import class_number, of_classes
 from dlrt.clutter import clutter
 from dlrt.loading import load_network
 from dlrt.models import VGG16, ConvNet, LeNet5, ResNet20
+from dlrt.plots import plt
 
 
 @pytest.fixture(scope="module")
@@ -489,3 +492,27 @@ def test_boxes_of_digits_in_clutter_are_exact():
         for edge in (inside[0], inside[-1], inside[:, 0], inside[:, -1]):
             assert edge.any()
     assert set(made.labels) <= set(range(10))
+
+
+@pytest.mark.parametrize("size", [(90, 37), (30, 90), (64, 64)])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_nothing_in_the_figure_of_maps_is_cut_off_or_overlaps(rows, size):
+    """With the longest names that ImageNet has, and values of the most characters."""
+    names = ["American Staffordshire terrier", "black-and-tan coonhound", "Shih-Tzu", "a" * 50]
+    shown = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    cells = [Cell(shown * value, names[i], i > 1, 0.123, -0.123) for i, value in enumerate((1, 1, np.nan, 1))]
+    row = Row(np.ones((*size, 3), np.float32), "a_photograph_of_a_long_name.jpg", names[0], cells)
+    made = figure([row] * rows, ["dense", *["low-rank, τ = 0.123\ncompression 25 %"] * 3])
+    made.canvas.draw()
+    texts = [text for text in made.findobj(Text) if text.get_text().strip() and text.get_visible()]
+    boxes = [text.get_window_extent() for text in texts] + [ax.get_tightbbox() for ax in made.axes[:-1]]
+    for box in boxes:
+        assert box.x0 >= -1
+        assert box.y0 >= -1
+        assert box.x1 <= made.bbox.x1 + 1
+        assert box.y1 <= made.bbox.y1 + 1
+    extents = [text.get_window_extent() for text in texts]
+    for number, one in enumerate(extents):
+        for other in extents[number + 1 :]:
+            assert not one.padded(-1).overlaps(other.padded(-1))
+    plt.close(made)

@@ -27,7 +27,7 @@ ORDER = [
     ],
     ["tables", "datasets", "training", "loading"],
     ["cams.targets", "cams.pictures", "cams.methods", "cams.spatial", "cams.faithfulness"],
-    ["cams.compare", "cams.guided", "cams.explain"],
+    ["cams.compare", "cams.guided", "cams.explain", "cams.figure"],
     ["cams"],
     ["cli"],
     ["script", "grid", "results"],

@@ -49,6 +49,13 @@ class Picture:
         """(height, width, 3) float32 in [0, 1]."""
         return np.asarray(self.image.convert("RGB"), dtype=np.float32) / 255
 
+    def enlarged(self, least: int) -> Picture:
+        """With at least so many pixels on its longer side."""
+        width, height = self.image.size
+        factor = -(-least // max(width, height))
+        larger = self.image.resize((factor * width, factor * height), Image.Resampling.BICUBIC)
+        return self if factor == 1 else replace(self, image=larger)
+
     def tensor(self, shape: tuple[int, int, int], mean: Sequence[float], std: Sequence[float]) -> Tensor:
         """The whole picture as a network sees it, (channels, height, width): resized and normalised."""
         channels, height, width = shape
