@@ -17,7 +17,7 @@ from torch import nn
 import dlrt
 from dlrt import models
 from dlrt.cams import Maps
-from dlrt.cams.pictures import Picture, read_labels
+from dlrt.cams.pictures import Picture
 from dlrt.records import RunError
 
 ROOT = Path(__file__).parents[1]
@@ -407,15 +407,6 @@ def test_the_network_to_explain_trains(name, script, tmp_path):
     assert (code, err) == (0, "")
     assert "test accuracy" in printed
     assert (tmp_path / "runs/one/checkpoint.pt").is_file()
-
-
-def test_pictures_in_clutter_come_with_labels_and_boxes(script, tmp_path):
-    code, printed, _ = script("clutter_pictures", "some", "--count", 3)
-    assert (code, printed) == (0, "some\n")
-    labels = read_labels(tmp_path / "some/labels.csv", int)
-    assert sorted(labels) == sorted(path.name for path in (tmp_path / "some").glob("*.png"))
-    for ((classes, boxes),) in labels.values():
-        assert (len(classes), len(boxes)) == (1, 1)
 
 
 def test_the_photographs_are_there_with_source_and_licence(run_script, tmp_path):
