@@ -169,12 +169,40 @@ def test_several_classes_on_one_picture_are_summed(resnet):
         ([[ClassifierOutputTarget(1)], []], "picture 1 has none"),
         ([[ClassifierOutputTarget(1)], [ClassifierOutputTarget(10)]], r"\[0, 9\], got 10"),
         ([[ClassifierOutputTarget(1)], [ClassifierOutputTarget(-1)]], r"\[0, 9\], got -1"),
+        ([[ClassifierOutputTarget(1)], [ClassifierOutputTarget(2.5)]], "whole number in .* got 2.5"),
+        ([[ClassifierOutputTarget("1")]] * 2, "whole number in .* got '1'"),
+        ([[ClassifierOutputTarget(True)]] * 2, "whole number in .* got True"),
+        ([ClassifierOutputTarget(1), ClassifierOutputTarget(2)], "None or a list of lists"),
+        (ClassifierOutputTarget(1), "None or a list of lists"),
+        ([1, 2], r"got \[1, 2\]: dlrt.cams.targets.of_classes makes them of labels"),
+        ([[1], [2]], "None or a list of lists"),
+        (["1", "2"], "None or a list of lists"),
+        (torch.tensor([1, 2]), "None or a list of lists"),
+        ([[ClassifierOutputTarget(1)], None], "None or a list of lists"),
+        ([[ClassifierOutputTarget]] * 2, "None or a list of lists"),
     ],
 )
-def test_targets_that_do_not_fit_the_pictures_are_refused(targets, told, resnet):
+@pytest.mark.parametrize("method", ["gradcam", "eigencam"])
+def test_targets_that_do_not_fit_the_pictures_are_refused(method, targets, told, resnet):
     model, x = resnet
     with pytest.raises(ValueError, match=told):
-        explain(model, x, targets)
+        explain(model, x, targets, method)
+
+
+LABELS = {
+    "tensor": torch.tensor([1, 5]),
+    "array": np.array([1, 5]),
+    "numbers": [1, np.int64(5)],
+    "lists": [[1], [5]],
+    "tensors": [torch.tensor(1), torch.tensor([5])],
+}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_labels_of_every_kind_are_explained(kind, resnet):
+    model, x = resnet
+    expected = explain(model, x, [[ClassifierOutputTarget(1)], [ClassifierOutputTarget(5)]])
+    np.testing.assert_array_equal(explain(model, x, of_classes(LABELS[kind])).raw, expected.raw)
 
 
 @pytest.mark.parametrize(

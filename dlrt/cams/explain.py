@@ -58,10 +58,12 @@ def explain(
 ) -> Maps:
     """Explain a network's logits on normalised images (N, C, H, W).
 
-    targets is a list of targets for each image, which are summed; None explains the predicted classes. method
-    is a key of `METHODS`, layer the name of a module (by default the output of the last convolutional block),
-    seed that of RandomCAM. The gradient stops at the layer wherever the method lets it. ValueError for
-    targets, a method or a layer that cannot be used.
+    targets is a list of lists of ClassifierOutputTarget: of each image one target, or several, which are
+    summed. Where labels are known, take of_classes(labels): maps of what is there can be compared between
+    networks, those of what each takes it for cannot. None explains the predicted classes. method is a key of
+    `METHODS`, layer the name of a module (by default the output of the last convolutional block), seed that
+    of RandomCAM. The gradient stops at the layer wherever the method lets it. ValueError for targets, a
+    method or a layer that cannot be used.
     """
     check_options(method, aug_smooth, eigen_smooth)
     smoothing = {"eigen_smooth": eigen_smooth} | ({"aug_smooth": True} if aug_smooth else {})
