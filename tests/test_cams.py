@@ -11,13 +11,14 @@ from PIL.PngImagePlugin import PngInfo
 from pytorch_grad_cam.base_cam import BaseCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
-from torch.nn.functional import cross_entropy, relu, silu
+from torch.nn.functional import conv_transpose2d, cross_entropy, relu, silu
 
 import dlrt
 from dlrt.cams import CLASSLESS, METHODS, check_options, default_layer, explain, spatial_layers
 from dlrt.cams.compare import in_boxes, similarity, top
 from dlrt.cams.faithfulness import faithfulness
 from dlrt.cams.figure import Cell, Row, figure
+from dlrt.cams.guided import guided_gradients
 from dlrt.cams.methods import NOT_SMOOTHED
 from dlrt.cams.pictures import PictureError, read, read_labels
 from dlrt.cams.targets import class_number, of_classes
@@ -347,6 +348,23 @@ def test_channels_last_maps_are_explained_as_those_that_are_permuted(method, cha
 def test_channels_last_maps_are_refused_where_a_method_cannot_take_them():
     with pytest.raises(ValueError, match=r"needs maps \(N, C, H, W\), got channels-last ones from last"):
         explain(Permuted(6).eval(), torch.randn(1, 3, 8, 8), method="ablationcam", layer="last")
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("kind", [nn.ReLU, nn.ReLU6])
+def test_nothing_negative_passes_a_rectifier_in_guided_backpropagation(kind, in_place):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 4, 3), kind(in_place), nn.Conv2d(4, 4, 3), kind(in_place), nn.Flatten()]
+    model, x = nn.Sequential(*layers, nn.Linear(64, 3)).eval(), 0.1 * torch.randn(2, 2, 8, 8)
+    guided = guided_gradients(model, x, of_classes([1, 2]))
+    conv1, conv2, linear = model[0], model[2], model[5]
+    for image, label, found in zip(x, (1, 2), guided, strict=True):
+        one = conv1(image)
+        two = conv2(one.relu())
+        g = (linear.weight[label].view_as(two).clamp(min=0) * (two > 0))[None]
+        g = (conv_transpose2d(g, conv2.weight).clamp(min=0) * (one > 0))[0]
+        expected = conv_transpose2d(g[None], conv1.weight)[0].permute(1, 2, 0)
+        np.testing.assert_allclose(found, expected.detach(), atol=1e-6)
 
 
 def test_a_map_without_anything_positive_is_undefined():
