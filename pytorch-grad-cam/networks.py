@@ -6,11 +6,13 @@ import argparse
 import difflib
 import functools
 import inspect
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from math import isqrt
 from pathlib import Path
 
 import torch
@@ -251,11 +253,13 @@ def _from_arch(arch: str, weights: str) -> Network:
             f"--arch: unknown network {arch!r}; torchvision and dlrt have {', '.join(near or known)}"
         )
     official = torchvision.models.get_model_weights(arch).DEFAULT
+    side = official.transforms().crop_size[0]
     state = None if weights in SOURCES else _state(weights)
     names = tuple(official.meta["categories"])
     if state is not None:
         classes = next(len(value) for value in reversed(state.values()) if value.dim())
         names = names if classes == len(names) else tuple(map(str, range(classes)))
+        side = _positions(state) or side
     if weights == "download":
         try:
             model = torchvision.models.get_model(arch, weights=official)
@@ -264,14 +268,23 @@ def _from_arch(arch: str, weights: str) -> Network:
                 f"the weights of {arch} cannot be downloaded ({error}): give a file, or --weights random"
             ) from error
     else:
-        model = torchvision.models.get_model(arch, weights=None, num_classes=len(names), **_quiet(arch))
-    side = official.transforms().crop_size[0]
+        options = _options(arch, side, trained=state is not None)
+        model = torchvision.models.get_model(arch, weights=None, num_classes=len(names), **options)
     return _with_weights(arch, model, state, weights, (3, side, side), names)
 
 
-def _quiet(arch: str) -> dict[str, bool]:
-    """These two warn unless told whether to draw their weights as the paper does, which takes minutes."""
-    return {"init_weights": False} if arch in ("googlenet", "inception_v3") else {}
+def _options(arch: str, side: int, trained: bool) -> dict[str, object]:
+    """What torchvision's builders must be told where they get no weights of torchvision."""
+    if arch in ("googlenet", "inception_v3"):  # weights drawn as in the paper take minutes
+        return {"init_weights": False, "transform_input": trained}
+    return {"image_size": side} if arch.startswith("vit_") else {}
+
+
+def _positions(state: dict[str, Tensor]) -> int | None:
+    """The pixels a side that a vision transformer of this state sees; None for all other networks."""
+    if "encoder.pos_embedding" not in state:
+        return None
+    return isqrt(state["encoder.pos_embedding"].shape[1] - 1) * state["conv_proj.weight"].shape[2]
 
 
 def _of_dlrt(arch: str, weights: str) -> Network:
@@ -320,6 +333,9 @@ def _state(path: str) -> dict[str, Tensor]:
         raise RunError(
             f"--weights {path} is a run's, which says what it was trained on: give --checkpoint {path}"
         )
+    older = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")  # names in torchvision's own DenseNets
+    if any(map(older.search, state)):
+        state = {older.sub(r"\1\2.", name): value for name, value in state.items()}
     tensors = all(isinstance(value, Tensor) for value in state.values())
     if not tensors or not any(value.dim() for value in state.values()):
         raise RunError(f"--weights {path} holds no state dict of tensors")
