@@ -1,17 +1,21 @@
-# make demo    train a low-rank network and its dense twin on bundled data, and compare them
-# make test    the whole test suite
-# make lint    ruff, as CI runs it
+# make demo        train a low-rank network and its dense twin on bundled data, and compare them
+# make demo-cam    what dense and low-rank networks look at, on the photographs of test_images/
+# make test        the whole test suite
+# make lint        ruff, as CI runs it
 
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo demo-cam test lint clean
 
 demo: .venv/ready
 	rm -rf demo
 	$(RUN) mnist/lenet5_mnist.py --dataset digits --epochs 20 --tau 0.2 --batch-size 32 --output-dir demo/results
 	$(RUN) mnist/lenet5_mnist_baseline.py --dataset digits --epochs 20 --batch-size 32 --output-dir demo/results
 	$(RUN) mnist/produce_results.py --results demo/results --output-dir demo
+
+demo-cam: .venv/ready
+	./run.sh
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(RUN) -m pytest

@@ -14,7 +14,6 @@ from networks import Network
 from torch import nn
 
 import dlrt
-from dlrt.cams import spatial_layers
 from dlrt.runs import Run
 
 FULL_RANK = "full rank"
@@ -62,8 +61,7 @@ def gather(
         return network
 
     def cut(tau: float | None, label: str) -> Network:
-        whole = replace(reference, model=deepcopy(reference.model))
-        return replace(networks.truncated(whole, tau=tau), label=label)
+        return replace(networks.truncated(reference, tau=tau), label=label)
 
     found = [Candidate(reference, "reference", method)]
     found += [Candidate(run(path, "--low-rank"), "low-rank", method, _tau(path)) for path in low_rank]
@@ -82,27 +80,10 @@ def _tau(run: Path) -> float | None:
 
 def check(found: Sequence[Candidate], layer: str) -> None:
     """ValueError where a network cannot be compared with the first one at a layer, or not by its name."""
-    reference = found[0].network
-    size = spatial_layers(reference.model, reference.blank)[layer]
-    for network in (candidate.network for candidate in found):
-        if network.classes != reference.classes or network.shape != reference.shape:
-            both = " and ".join(
-                f"{net.label} ({len(net.classes)} classes, {' x '.join(map(str, net.shape))} pixels)"
-                for net in (reference, network)
-            )
-            raise ValueError(f"only networks of the same classes and input can be compared, got {both}")
-        its = spatial_layers(network.model, network.blank).get(layer)
-        if its != size:
-            raise ValueError(
-                f"the layer {layer} must give maps of {size} in every network, got {its} in {network.label}: "
-                "choose a --target-layer that all have"
-            )
-        if [candidate.network.label for candidate in found].count(network.label) > 1:
-            raise ValueError(f"two networks are called {network.label}: give every folder a name of its own")
-        if network.label in OTHER_FILES:
-            raise ValueError(
-                f"no network can be called {network.label}, as another file is: rename its folder"
-            )
+    nets = [candidate.network for candidate in found]
+    networks.check_alike(nets, layer)
+    if taken := [network.label for network in nets if network.label in OTHER_FILES]:
+        raise ValueError(f"no network can be called {taken[0]}, as another file is: rename its folder")
 
 
 def random_weights(model: nn.Module) -> nn.Module:

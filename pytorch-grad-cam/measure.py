@@ -37,7 +37,7 @@ def make_maps(
 ) -> Maps:
     """Maps of all pictures, in batches, of given classes or of the predicted ones."""
     parts = []
-    for part in batches(len(pictures), settings.batch_size, method):
+    for part in batches(len(pictures), settings.batch_size, [method]):
         targets = of_classes([number] for number in classes[part]) if classes is not None else None
         x = network.images(pictures[part])
         parts.append(explain(network.model, x, targets, method, settings.layer, seed=part.start))

