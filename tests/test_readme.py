@@ -1,4 +1,4 @@
-"""The README's commands are the ones tested: every one runs, on the bundled digits, from another folder."""
+"""The commands of README and docs are those tested: each runs, on the bundled digits, from another folder."""
 
 import json
 import re
@@ -12,8 +12,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(path.read_text(encoding="utf-8") for path in PAGES)
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, flags=re.DOTALL)
 COMMANDS = [
     line.split("#")[0].strip()
     for kind, block in BLOCKS
@@ -101,10 +102,9 @@ def test_make_has_the_commands_of_the_readme():
     assert {command.split()[1] for command in COMMANDS if command.startswith("make ")} <= targets
 
 
-def test_every_training_script_is_in_the_readme():
-    scripts = {
-        f"{folder}/{path.name}" for folder in ("mnist", "cifar10") for path in (ROOT / folder).glob("*.py")
-    }
+def test_every_training_script_is_in_the_docs():
+    paths = (path for folder in ("mnist", "cifar10") for path in (ROOT / folder).glob("*.py"))
+    scripts = {f"{path.parent.name}/{path.name}" for path in paths if "__main__" in path.read_text()}
     assert scripts <= {command.split()[1] for command in PYTHON}
 
 
@@ -132,11 +132,21 @@ print(dlrt.compression(model))
     assert "Compression(" in result.stdout
 
 
-def test_the_tree_of_the_readme_is_the_tree():
+def test_the_tree_of_the_docs_is_the_tree():
     tree = next(block for kind, block in BLOCKS if kind == "text")
     there = [path for folder in (ROOT, *ROOT.glob("[!.]*/")) for path in folder.glob("*")]
     there += (ROOT / "dlrt").rglob("*.py")
     for name in re.findall(r"[\w./-]+\.(?:py|ipynb|sh|txt)", tree):
-        assert any(path.match(name) for path in there), f"{name} is in the README's tree only"
+        assert any(path.match(name) for path in there), f"{name} is in the tree of docs/library.md only"
     for path in (ROOT / "dlrt").glob("[!_]*.py"):
-        assert path.name in tree, f"{path.name} is missing in the README's tree"
+        assert path.name in tree, f"{path.name} is missing in the tree of docs/library.md"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_link_of_a_page_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[\w-]+)?\)", page.read_text(encoding="utf-8")):
+        assert target.startswith("http") or (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#([\w-]+)\)", page.read_text(encoding="utf-8")):
+        text = (page.parent / target if target else page).read_text(encoding="utf-8")
+        headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+        assert anchor in {re.sub(r"[^\w -]", "", its).lower().replace(" ", "-") for its in headings}, anchor
