@@ -140,6 +140,7 @@ def test_a_saved_and_reloaded_low_rank_network_has_the_same_maps_bit_for_bit(res
     model, x = resnet
     low_rank = dlrt.to_low_rank(deepcopy(model), rank=0.5)
     about = {"network": "ResNet20", "settings": {}, "shape": [3, 32, 32], "classes": 10}
+    about |= {"dataset": "cifar10", "mean": [0.5] * 3, "std": [0.5] * 3}
     state = {"model": {}, "metrics": [], "chosen": low_rank.state_dict(), "about": about}
     torch.save(state, tmp_path / "checkpoint.pt")
     loaded, _ = load_network(tmp_path)
