@@ -44,10 +44,15 @@ SHOWN = 8  # pictures in the grid
 DELETE = "delete it and call this again"
 
 
-class Compared(TypedDict):
-    """What a row of a network's table must say, for a comparison that goes on."""
+class Weighed(TypedDict):
+    """What a row of a table must say of its network, for a comparison that goes on."""
 
     weights: str
+
+
+class Compared(TypedDict):
+    """What a row of a table must say of its map, for the control of full rank."""
+
     file: str
     target: Literal["same", "own"]
     defined: bool
@@ -152,7 +157,7 @@ def compare(
     for candidate in found:
         path = folder / f"{candidate.network.label}.csv"
         start = time.perf_counter()
-        if path.exists() and (read_table(path, Compared, DELETE)["weights"] == candidate.fingerprint()).all():
+        if path.exists() and (read_table(path, Weighed, DELETE)["weights"] == candidate.fingerprint()).all():
             print(f"{candidate.network.label}: is there")
             continue
         table, maps = measure.measure(candidate, pictures, reference, settings)

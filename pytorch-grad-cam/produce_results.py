@@ -12,7 +12,7 @@ import drawings
 import pandas as pd
 
 from dlrt import results, tables
-from dlrt.records import one_line, read_options
+from dlrt.records import RunError, one_line, read_options
 
 KINDS = ["reference", "low-rank", "SVD", "other seed", "full rank", "random weights", "RandomCAM"]
 LAST = "randomcam.csv"  # a comparison is complete when it has its last table
@@ -130,7 +130,7 @@ def main() -> None:
                 drawn["_time"] = drawings.time_over_rank(times)
             studied.append(readable(folder.name, config, summary))
         except Exception as error:  # numpy and pandas raise many types on what they cannot read
-            reason = one_line(f"{type(error).__name__}: {error}")
+            reason = one_line(str(error) if isinstance(error, OSError | RunError) else repr(error))
             print(f"produce_results.py: {folder} is left out ({reason}): {FINISH}", file=sys.stderr)
             continue
         figures |= {f"gradcam_{folder.name}{kind}": figure for kind, figure in drawn.items()}
