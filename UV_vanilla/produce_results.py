@@ -85,9 +85,10 @@ def draw(of_setting: dict[tuple[str, float, float], list[pd.DataFrame]]) -> Figu
     return figure
 
 
+@results.told
 def main() -> None:
     args = results.parse(__doc__, Path(__file__).parent)
-    found = results.read(args, "python UV_vanilla/run.py")
+    found = results.read(args, "python UV_vanilla/run.py", needs=["decay"])
     of_setting = curves(found, args.results)
     tried = found.loc[found["network"] == "vanilla_lenet5", "lr"].unique()
     lrs = ", ".join(f"{lr:g}" for lr in sorted(tried))

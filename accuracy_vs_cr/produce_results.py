@@ -95,9 +95,10 @@ def pruning(summary: pd.DataFrame) -> Figure:
     return figure
 
 
+@results.told
 def main() -> None:
     args = results.parse(__doc__, Path(__file__).parent)
-    found = results.read(args, "python accuracy_vs_cr/run.py")
+    found = results.read(args, "python accuracy_vs_cr/run.py", needs=["width"])
     tried = found.loc[found["from_checkpoint"].notna(), "lr"].unique()
     lrs = ", ".join(f"{lr:g}" for lr in sorted(tried)) or "those tried"
     found = with_methods(found, args.results)

@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TypedDict
 
 import pandas as pd
 import torch
@@ -24,12 +25,14 @@ from dlrt.baselines import Muon, plain_factors
 from dlrt.data import Split, augmented_batch
 from dlrt.datasets import load
 from dlrt.models import ResNet8
+from dlrt.records import RunError, damaged, read_table
 
 HERE = Path(__file__).parent
 SAMPLES, EPOCHS, BATCH = 10_000, 8, 128
 DENSE = ("conv1", "linear")  # layers that stay so
 COMMON = {"momentum": 0.9, "weight_decay": 5e-4}
 LRS = (0.05, 0.1, 0.2, 0.4)
+AGAIN = "delete it and make the runs again, with --tune"
 MUON = tuple({"lr": 0.1, "update_lr": update_lr} for update_lr in (0.05, 0.08, 0.12, 0.2))
 
 
@@ -89,7 +92,20 @@ def make(
     return model.to(memory_format=torch.channels_last), optimizer
 
 
-def train(name: str, seed: int, setting: dict, data_dir: Path, threads: int) -> dict:
+class Made(TypedDict):
+    """A row of probe.csv. Accuracies and compression are in %."""
+
+    row: str
+    seed: int
+    setting: str
+    validation_accuracy: float
+    test_accuracy: float
+    compression: float
+    ranks: str
+    seconds: float
+
+
+def train(name: str, seed: int, setting: dict, data_dir: Path, threads: int) -> Made:
     """One run: accuracy on 5,000 validation and 10,000 test pictures after the last epoch, and the cost."""
     torch.set_num_threads(threads)
     dataset, row, start = load("cifar10", data_dir, 0), ROWS[name], time.perf_counter()
@@ -126,8 +142,18 @@ def accuracy(model: nn.Module, split: Split) -> float:
 
 
 def recorded(path: Path) -> pd.DataFrame:
-    columns = ["row", "seed", "setting", "validation_accuracy", "test_accuracy", "compression", "ranks"]
-    return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=[*columns, "seconds"])
+    """The runs in probe.csv, none where it is not there; RunError where it is damaged."""
+    if not path.exists():
+        return pd.DataFrame(columns=list(Made.__annotations__))
+    runs = read_table(path, Made, AGAIN)
+    try:
+        settings = [json.loads(setting) for setting in runs["setting"]]
+    except (TypeError, ValueError) as error:
+        raise damaged(path, AGAIN) from error
+    accurate = runs["validation_accuracy"].notna().all()
+    if not accurate or not all(isinstance(setting, dict) for setting in settings):
+        raise damaged(path, AGAIN)
+    return runs
 
 
 def best_settings(runs: pd.DataFrame) -> dict[str, dict]:
@@ -182,15 +208,18 @@ def main() -> None:
                 made.to_csv(record, mode="a", header=not record.exists(), index=False, float_format="%.6g")
                 print(made.drop(columns="ranks").to_string(index=False, header=False), flush=True)
 
-    if args.tune:
-        make_runs([(name, 0, setting) for name in args.rows for setting in ROWS[name].choices])
-    best = best_settings(recorded(record))
-    if untuned := [name for name in args.rows if name not in best]:
-        parser.error(f"no settings have been tried for {', '.join(untuned)}: add --tune")
-    make_runs([(name, seed, best[name]) for seed in range(args.seeds) for name in args.rows])
-    text = table(recorded(record))
-    (record.with_suffix(".md")).write_text(text + "\n", encoding="utf-8")
-    print(text)
+    try:
+        if args.tune:
+            make_runs([(name, 0, setting) for name in args.rows for setting in ROWS[name].choices])
+        best = best_settings(recorded(record))
+        if untuned := [name for name in args.rows if name not in best]:
+            parser.error(f"no settings have been tried for {', '.join(untuned)}: add --tune")
+        make_runs([(name, seed, best[name]) for seed in range(args.seeds) for name in args.rows])
+        text = table(recorded(record))
+        (record.with_suffix(".md")).write_text(text + "\n", encoding="utf-8")
+        print(text)
+    except RunError as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from torch import nn
 from dlrt import models
 from dlrt.baselines import plain_factors
 from dlrt.convert import load_factors
-from dlrt.records import RunError
+from dlrt.records import RunError, one_line
 from dlrt.runs import load_checkpoint
 
 
@@ -31,19 +31,30 @@ def load_network(run: Path | str, network: type[nn.Module] | None = None) -> tup
     if missing := {"about", "chosen"} - state.keys():
         raise RunError(f"{path} has no {' and no '.join(sorted(missing))}: it is not from a training script")
     about = state["about"]
-    name = about["network"]
+    name = about.get("network") if isinstance(about, dict) else None
+    if not isinstance(name, str):
+        raise RunError(f"{path} is damaged: it does not say which network it holds")
     if network is None and name not in models.__all__:
         raise RunError(
             f"{path} holds the network {name!r}, and dlrt.models has only {', '.join(models.__all__)}: "
             f"give its class, load_network(run, {name})"
         )
     network = network or getattr(models, name)
-    model = network(tuple(about["shape"]), about["classes"], **about["settings"])
-    if factors := about.get("factors"):
-        model = plain_factors(model, **factors)
+    try:
+        model = network(tuple(about["shape"]), about["classes"], **about["settings"])
+        if factors := about.get("factors"):
+            model = plain_factors(model, **factors)
+        numbers = [float(value) for key in ("mean", "std") for value in about[key]]
+        if len(numbers) != 2 * about["shape"][0] or not isinstance(about["dataset"], str):
+            raise ValueError("it must name the data set, with a mean and a deviation of every channel")
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = one_line(f"{type(error).__name__}: {error}")
+        raise RunError(f"{path} is damaged: it does not say how its {name} is made ({reason})") from error
     try:
         model = load_factors(model, state["chosen"])
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, LookupError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise RunError(f"the weights in {path} do not fit {network.__name__}: {reason}") from error
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise RunError(f"the weights in {path} must be finite, got NaN or infinity: train it anew")
     return model.eval(), about

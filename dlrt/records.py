@@ -5,9 +5,56 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, get_args, get_type_hints
 
 import pandas as pd
+
+
+class Epoch(TypedDict):
+    """What a row of metrics.csv must say."""
+
+    epoch: int
+
+
+class Row(Epoch, total=False):
+    """A row of metrics.csv: what is measured after an epoch. Accuracies and compressions are in %."""
+
+    frozen_bases: bool
+    lr: float
+    tau: float
+    train_loss: float
+    train_accuracy: float
+    validation_loss: float
+    validation_accuracy: float
+    test_loss: float
+    test_accuracy: float
+    ranks: str
+    evaluation_parameters: int
+    evaluation_compression: float
+    training_parameters: int
+    training_compression: float
+    seconds: float
+
+
+class Options(TypedDict, total=False):
+    """The options in config.json that tables are made of, where they are set."""
+
+    name: str
+    network: str
+    dataset: str
+    from_checkpoint: str
+    epochs: int
+    finetune_epochs: int
+    seed: int
+    lr: float
+    tau: float
+    width: int
+    decay: float
+    compression: float
+
+
+KINDS = {int: "iu", float: "iuf", bool: "b"}  # of the columns that hold a type; whatever else is text
+AGAIN = "delete the run's folder and make the run again"
 
 
 class RunError(RuntimeError):
@@ -38,19 +85,25 @@ def read_runs(results: Path) -> pd.DataFrame:
     files = (*results.glob("**/config.json"), *results.glob("**/metrics.csv"))
     for folder in sorted({path.parent for path in files}):
         name, options = str(folder.relative_to(results)), read_options(folder)
-        done, planned = epochs_done(folder), options["epochs"] + options.get("finetune_epochs", 0)
-        if done < planned:
+        if options.get("epochs") is None:
+            raise damaged(folder / "config.json")
+        done, planned = epochs_done(folder), options["epochs"] + (options.get("finetune_epochs") or 0)
+        if done < max(1, planned):
             unfinished.append(f"{name} ({done} of {planned} epochs)")
             continue
         metrics = read_metrics(folder)
-        chosen = metrics.loc[chosen_epoch(metrics)].to_dict()
+        try:
+            chosen = metrics.loc[chosen_epoch(metrics)].to_dict()
+            last, seconds = metrics["test_accuracy"].iloc[-1], metrics["seconds"].mean()
+        except KeyError as error:
+            raise damaged(folder / "metrics.csv") from error
         rows.append({
             **chosen,
             **options,  # lr is the one that was asked for, not that of the epoch
             "options": options,
             "run": name,
-            "last_test_accuracy": metrics["test_accuracy"].iloc[-1],
-            "seconds_per_epoch": metrics["seconds"].mean(),
+            "last_test_accuracy": last,
+            "seconds_per_epoch": seconds,
         })  # fmt: skip
     if unfinished:
         warnings.warn(f"left out, since unfinished or diverged: {', '.join(unfinished)}", stacklevel=2)
@@ -88,29 +141,53 @@ def read_config(folder: Path) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        return {**config, "options": dict(config["options"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(path) from error
+        options = {**config["options"]}
+        for option, kind in get_type_hints(Options).items():
+            value = options.get(option)
+            if value is not None and not isinstance(value, (float, int) if kind is float else kind):
+                raise TypeError(f"{option} must be of {kind.__name__}, got {value!r}")
+        return {**config, "options": options}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise damaged(path) from error
 
 
-def read_metrics(folder: Path) -> pd.DataFrame | None:
+def read_metrics(folder: Path, row: type = Row) -> pd.DataFrame | None:
     """metrics.csv of one run, None where no epoch was completed; RunError where the file is damaged."""
     path = folder / "metrics.csv"
-    if not path.exists():
-        return None
+    return read_table(path, row).fillna({"ranks": ""}) if path.exists() else None
+
+
+def read_table(path: Path, row: type, again: str = AGAIN) -> pd.DataFrame:
+    """A CSV file of rows as a TypedDict has them, and more columns; RunError where it is damaged."""
     try:
-        metrics = pd.read_csv(path, dtype={"ranks": str}).fillna({"ranks": ""})
-    except ValueError as error:
-        raise _damaged(path) from error
-    if metrics.empty or not path.read_bytes().endswith(b"\n"):  # cut off
-        raise _damaged(path)
-    return metrics
+        texts = {name: str for name, kind in get_type_hints(row).items() if kind is str}
+        table = pd.read_csv(path, dtype=texts)
+        whole = path.read_bytes().endswith(b"\n")  # else it was cut off
+    except (OSError, ValueError) as error:
+        raise damaged(path, again) from error
+    if not whole or not holds(table, row):
+        raise damaged(path, again)
+    return table
 
 
-def _damaged(path: Path) -> RunError:
-    return RunError(
-        f"{path} is lost or damaged: restore it, or delete the run's folder and make the run again"
+def holds(table: pd.DataFrame, row: type) -> bool:
+    """Whether a table has rows, all that a TypedDict requires, and its columns in the types that it says."""
+    return (
+        len(table) > 0
+        and isinstance(table.index, pd.RangeIndex)  # else the rows are longer than the head
+        and row.__required_keys__ <= set(table.columns)
+        and all(_is_of(table[name], kind) for name, kind in get_type_hints(row).items() if name in table)
     )
+
+
+def _is_of(column: pd.Series, kind: Any) -> bool:
+    if allowed := get_args(kind):  # of a Literal
+        return bool(column.isin(allowed).all())
+    return kind not in KINDS or column.dtype.kind in KINDS[kind]
+
+
+def damaged(path: Path, again: str = AGAIN) -> RunError:
+    return RunError(f"{path} is lost or damaged: restore it, or {again}")
 
 
 def epochs_done(folder: Path) -> int:

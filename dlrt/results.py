@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from dlrt import plots, tables
+from dlrt import plots, records, tables
 from dlrt.cli import ROOT, HelpFormatter, Parser
 from dlrt.plots import Figure
 from dlrt.records import RunError, read_runs
@@ -35,13 +36,33 @@ def parse(description: str, folder: Path) -> argparse.Namespace:
     return args
 
 
+def told(main: Callable[[], None]) -> Callable[[], None]:
+    """A produce_results.py's main function, which ends with one line where it cannot use the records."""
+
+    @wraps(main)
+    def one_line() -> None:
+        try:
+            main()
+        except RunError as error:
+            sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            reason = records.one_line(f"{type(error).__name__}: {error}")
+            sys.exit(
+                f"{Path(sys.argv[0]).name}: the records are damaged, or of another experiment ({reason}): "
+                "give --results of this one, or move away what does not belong to it"
+            )
+
+    return one_line
+
+
 def read(
     args: argparse.Namespace,
     command: str,
     reader: Callable[[Path], pd.DataFrame] = read_runs,
     dataset: str = "mnist",
+    needs: Sequence[str] = (),
 ) -> pd.DataFrame:
-    """What the reader finds, and a line for each of its warnings.
+    """What the reader finds, and a line for each of its warnings. All runs must have the options in `needs`.
 
     All of one data set, that one where it is there; the runs on others are named and left out. Where there is
     nothing the program ends and says which command makes the runs.
@@ -53,14 +74,17 @@ def read(
             found = reader(args.results)
         except FileNotFoundError:
             found = None
-        except RunError as error:
-            sys.exit(f"{script}: {error}")
     for warning in told:
         print(f"{script}: {warning.message}", file=sys.stderr)
     if found is None:
         sys.exit(f"{script}: no finished runs in {args.results}; make them with: {command}")
-    if "dataset" not in found:
+    if reader is not read_runs:
         return found
+    for option in ("name", "network", "dataset", "seed", "lr", *needs):
+        runs = found["run"] if option not in found else found.loc[found[option].isna(), "run"]
+        if len(runs):
+            folder = args.results / runs.iloc[0]
+            raise RunError(f"{folder} has no {option}: it must be a run of {command}; move it away")
     wanted = dataset if (found["dataset"] == dataset).any() else found["dataset"].iloc[0]
     others = found.loc[found["dataset"] != wanted, "run"]
     if len(others):

@@ -18,7 +18,7 @@ import torch
 
 import dlrt
 from dlrt.distributed import world_size
-from dlrt.records import RunError, read_options, same_option
+from dlrt.records import Row, RunError, holds, read_options, same_option
 
 try:
     import fcntl
@@ -112,7 +112,20 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     state = load_file(path)
     if not {"model", "metrics"} <= state.keys():
         raise RunError(f"{path} is not a checkpoint of a run: it has no model and metrics")
+    rows, weights = state["metrics"], [state[name] for name in ("model", "chosen") if name in state]
+    are_rows = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+    if not are_rows or (rows and not holds(pd.DataFrame(rows), Row)):
+        raise RunError(f"{path} is a damaged checkpoint: its metrics are not those of epochs")
+    if not all(map(_are_weights, weights)):
+        raise RunError(f"{path} is a damaged checkpoint: its weights are no state dict of tensors")
     return state
+
+
+def _are_weights(state: Any) -> bool:
+    """Whether it is a state dict: names and tensors."""
+    return isinstance(state, dict) and all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    )
 
 
 def load_file(path: Path) -> dict[str, Any]:
@@ -139,7 +152,10 @@ def trained_weights(path: Path) -> dict[str, torch.Tensor]:
     if not path.exists():
         raise RunError(f"{path} is not there: give a run's folder, its checkpoint.pt or a file of weights")
     state = load_file(path)
-    return state.get("chosen", state)
+    weights = state.get("chosen", state)
+    if not _are_weights(weights):
+        raise RunError(f"{path} holds no state dict of tensors alone: save one with torch.save")
+    return weights
 
 
 def surroundings() -> dict[str, Any]:

@@ -6,10 +6,33 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Literal, TypedDict
 
 import torch
 
 AT_LEAST = 3  # calls, however long they take: fewer have no median
+
+
+class Timing(TypedDict):
+    """A row of the times over ranks: of a training step or inference, and of the dense network beside it."""
+
+    phase: Literal["training", "inference"]
+    integrator: str
+    s_steps: int
+    adaptive: bool
+    rank: int
+    repeats: int
+    ranks: str
+    median_ms: float
+    lower_ms: float
+    upper_ms: float
+    gflops: float
+    peak_mb: float
+    dense_median_ms: float
+    dense_lower_ms: float
+    dense_upper_ms: float
+    dense_gflops: float
+    dense_peak_mb: float
 
 
 def wait_for(device: str) -> None:

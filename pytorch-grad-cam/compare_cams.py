@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import candidates
 import measure
@@ -35,12 +35,28 @@ from dlrt import cli
 from dlrt.cams import Maps
 from dlrt.cams.pictures import Picture
 from dlrt.datasets import DATASETS, DataError
-from dlrt.records import RunError
+from dlrt.records import RunError, read_table
 from dlrt.runs import Run, write_whole
 
 FULL_RANK_TOLERANCE = 2e-5
 COLUMNS = ("pearson", "deletion", "insertion", "road")
 SHOWN = 8  # pictures in the grid
+DELETE = "delete it and call this again"
+
+
+class Weighed(TypedDict):
+    """What a row of a table must say of its network, for a comparison that goes on."""
+
+    weights: str
+
+
+class Compared(TypedDict):
+    """What a row of a table must say of its map, for the control of full rank."""
+
+    file: str
+    target: Literal["same", "own"]
+    defined: bool
+    largest_difference: float
 
 
 def make_parser() -> cli.Parser:
@@ -141,7 +157,7 @@ def compare(
     for candidate in found:
         path = folder / f"{candidate.network.label}.csv"
         start = time.perf_counter()
-        if path.exists() and pd.read_csv(path)["weights"].iloc[0] == candidate.fingerprint():
+        if path.exists() and (read_table(path, Weighed, DELETE)["weights"] == candidate.fingerprint()).all():
             print(f"{candidate.network.label}: is there")
             continue
         table, maps = measure.measure(candidate, pictures, reference, settings)
@@ -183,7 +199,10 @@ def line(table: pd.DataFrame) -> str:
 
 def check_full_rank(folder: Path, reference: str, method: str) -> None:
     """RunError where the reference in low-rank layers of full rank has other maps, or leaves out others."""
-    full, dense = (pd.read_csv(folder / f"{name}.csv").set_index("file") for name in ("full_rank", reference))
+    full, dense = (
+        read_table(folder / f"{name}.csv", Compared, DELETE).set_index("file")
+        for name in ("full_rank", reference)
+    )
     full, dense = (table[table["target"] == "same"] for table in (full, dense))
     if other := list(full.index[full["defined"] != dense["defined"]]):
         raise RunError(

@@ -5,20 +5,18 @@ python pytorch-grad-cam/produce_results.py
 
 from __future__ import annotations
 
-import json
 import sys
-import zipfile
 from pathlib import Path
 
 import drawings
 import pandas as pd
 
 from dlrt import results, tables
+from dlrt.records import RunError, one_line, read_options
 
 KINDS = ["reference", "low-rank", "SVD", "other seed", "full rank", "random weights", "RandomCAM"]
 LAST = "randomcam.csv"  # a comparison is complete when it has its last table
 TIMES = "times.csv"
-DAMAGE = (FileNotFoundError, json.JSONDecodeError, pd.errors.EmptyDataError, zipfile.BadZipFile)
 FINISH = "delete what is damaged, call compare_cams.py again as it was called, and it goes on"
 MEANS = (
     *("pearson_raw", "spearman_raw", "ssim_raw", "iou_raw", "pearson", "spearman", "ssim", "iou"),
@@ -125,18 +123,17 @@ def main() -> None:
     studied, figures = [], {}
     for folder in sorted(path.parent for path in args.results.glob("*/config.json")):
         try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["options"]
+            config = read_options(folder)
             summary, times = summarise(read_study(folder)), read_times(folder)
-            grid = drawings.grid(folder, summary)
-        except DAMAGE as error:
-            reason = " ".join(str(error).split())
+            drawn = {"_grid": drawings.grid(folder, summary), "": drawings.over_compression(summary)}
+            if times is not None:
+                drawn["_time"] = drawings.time_over_rank(times)
+            studied.append(readable(folder.name, config, summary))
+        except Exception as error:  # numpy and pandas raise many types on what they cannot read
+            reason = one_line(str(error) if isinstance(error, OSError | RunError) else repr(error))
             print(f"produce_results.py: {folder} is left out ({reason}): {FINISH}", file=sys.stderr)
             continue
-        studied.append(readable(folder.name, config, summary))
-        figures[f"gradcam_{folder.name}_grid"] = grid
-        figures[f"gradcam_{folder.name}"] = drawings.over_compression(summary)
-        if times is not None:
-            figures[f"gradcam_{folder.name}_time"] = drawings.time_over_rank(times)
+        figures |= {f"gradcam_{folder.name}{kind}": figure for kind, figure in drawn.items()}
     if not studied:
         sys.exit(
             f"produce_results.py: no finished comparisons in {args.results}; make one with: "

@@ -144,6 +144,7 @@ def test_a_saved_and_reloaded_low_rank_network_has_the_same_maps_bit_for_bit(res
     model, x = resnet
     low_rank = dlrt.to_low_rank(deepcopy(model), rank=0.5)
     about = {"network": "ResNet20", "settings": {}, "shape": [3, 32, 32], "classes": 10}
+    about |= {"dataset": "cifar10", "mean": [0.5] * 3, "std": [0.5] * 3}
     state = {"model": {}, "metrics": [], "chosen": low_rank.state_dict(), "about": about}
     torch.save(state, tmp_path / "checkpoint.pt")
     loaded, _ = load_network(tmp_path)
@@ -504,6 +505,23 @@ def test_a_wrong_checksum_of_metadata_is_passed_over_and_missing_pixels_are_told
         path.write_bytes(part)
         with pytest.raises(PictureError, match=r"picture\.png cannot be read"):
             read(path)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "segment",
+    [
+        b"\xff\xed\x00\x16Photoshop 3.0\x008BIMxx",
+        b"\xff\xe2\x00\x10MPF\x00II*\x00\xff\xff\xff\xff\x00\x00",
+        b"\xff\xe1\x00\x12Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff",
+    ],
+)
+def test_a_damaged_segment_of_a_jpeg_is_passed_over(segment, tmp_path):
+    path = tmp_path / "picture.jpg"
+    Image.effect_noise((5, 7), 50).save(path)
+    expected, whole = np.asarray(read(path).image), path.read_bytes()
+    path.write_bytes(whole[:2] + segment + whole[2:])
+    np.testing.assert_array_equal(read(path).image, expected)
 
 
 @pytest.mark.parametrize("tag", range(10))

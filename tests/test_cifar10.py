@@ -107,3 +107,14 @@ def test_what_cannot_be_is_told_before_any_work(run_script, tmp_path):
     assert result.returncode == 2
     assert "--ways cut begins with the dense net that muon trained" in result.stderr
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "\0\n", "row,seed\na,0\n", "row,seed,setting\na,0,[1]\n", "a,b\n1,2,3\n"]
+)
+def test_a_damaged_record_of_the_probe_costs_one_line(text, tmp_path, run_script):
+    (tmp_path / "probe.csv").write_text(text)
+    result = run_script("cifar10/probe.py", "--output-dir", tmp_path)
+    assert result.returncode == 1
+    assert "probe.csv is lost or damaged" in result.stderr
+    assert len(result.stderr.splitlines()) == 1

@@ -31,7 +31,8 @@ folder.mkdir(parents=True, exist_ok=True)
 options = {"epochs": int(flags["--epochs"]), "threads": flags["--workers"]}
 options |= {"from_checkpoint": start and pathlib.Path(start).name}
 (folder / "config.json").write_text(json.dumps({"options": options}))
-(folder / "metrics.csv").write_text(f"epoch,ranks\\n{options['epochs']},\\n")
+(folder / "metrics.part").write_text(f"epoch,ranks\\n{options['epochs']},\\n")
+(folder / "metrics.part").replace(folder / "metrics.csv")
 (folder / "checkpoint.pt").touch()
 """
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from argparse import ArgumentTypeError, Namespace
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -311,3 +312,25 @@ def test_files_are_utf_8_and_one_module_chooses_the_backend_of_figures():
         assert path.name == "plots.py" or not re.search(r"^(import|from) matplotlib", text, re.MULTILINE), (
             path
         )
+
+
+EXPERIMENTS = ("mnist", "Lenet_experiment", "UV_vanilla", "accuracy_vs_cr", "cifar10")
+WRONG = [{"network": None}, {"dataset": [1]}, {"seed": "x"}, {"lr": None}]
+WRONG = [
+    *product(EXPERIMENTS, WRONG),
+    ("UV_vanilla", {"network": "MLP"}),
+    ("accuracy_vs_cr", {"width": None}),
+]
+
+
+@pytest.mark.parametrize(("experiment", "wrong"), WRONG)
+def test_records_of_wrong_types_or_of_another_experiment_cost_one_line(
+    experiment, wrong, tmp_path, monkeypatch
+):
+    right = {"width": 500, "decay": 2.0, "network": "vanilla_lenet5"}
+    write_run(tmp_path, "a", [90.0], [91.0], **{**right, **wrong})
+    monkeypatch.syspath_prepend(ROOT / experiment)
+    monkeypatch.setattr("sys.argv", ["produce_results.py", "--results", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"produce_results\.py: ") as error:
+        load(f"{experiment}/produce_results").main()
+    assert len(str(error.value).splitlines()) == 1

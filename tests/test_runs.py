@@ -11,8 +11,10 @@ import pytest
 import torch
 
 import dlrt
+from dlrt.loading import load_network
+from dlrt.models import LeNet5
 from dlrt.records import RunError, chosen_epoch, read_metrics, read_runs
-from dlrt.runs import Run, load_checkpoint
+from dlrt.runs import Run, load_checkpoint, trained_weights
 
 OPTIONS = {"lr": 0.05, "tau": 0.1, "max_rank": None, "amp": False, "name": "a"}
 
@@ -20,11 +22,20 @@ OPTIONS = {"lr": 0.05, "tau": 0.1, "max_rank": None, "amp": False, "name": "a"}
 def row(epoch, accuracy, loss=1.0, tau=0.1, test=50.0):
     return {
         "epoch": epoch,
+        "frozen_bases": False,
+        "lr": 0.1,
         "tau": tau,
+        "train_loss": 1.0,
+        "train_accuracy": 50.0,
         "validation_loss": loss,
         "validation_accuracy": accuracy,
+        "test_loss": 1.0,
         "test_accuracy": test,
         "ranks": "7",
+        "evaluation_parameters": 100,
+        "evaluation_compression": 50.0,
+        "training_parameters": 200,
+        "training_compression": 25.0,
         "seconds": float(epoch),
     }
 
@@ -263,3 +274,76 @@ def test_metrics_stay_numbers_where_one_is_not_finite(tmp_path):
 def test_a_dense_run_has_no_ranks(tmp_path):
     started(tmp_path, row(1, 92.0) | {"ranks": ""})
     assert read_metrics(tmp_path)["ranks"].tolist() == [""]
+
+
+GOOD = json.dumps({"options": {"epochs": 1, "lr": 0.1, "seed": 0, "name": "a"}})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *("", "{", "null", "3", "[]", '"options"', "{}", "[" * 99_999, "\x00"),
+        *(f'{{"options": {wrong}}}' for wrong in ("null", "[]", '"epochs"', '[["epochs", 1]]', "{}")),
+        *(GOOD.replace("1,", f"{wrong},") for wrong in ('"1"', "null", "1.5", "[1]", "{}")),
+        *(GOOD.replace(*pair) for pair in (("0.1", '"0.1"'), ('"a"', "[]"), ('"seed": 0', '"seed": []'))),
+    ],
+)
+def test_a_damaged_config_is_told_whatever_is_wrong_with_it(tmp_path, config):
+    started(tmp_path, row(1, 80.0))
+    (tmp_path / "config.json").write_text(config, encoding="utf-8")
+    with pytest.raises(RunError, match=r"config\.json is lost or damaged"):
+        read_runs(tmp_path)
+
+
+HEAD = "epoch,tau,validation_loss,validation_accuracy,test_accuracy,ranks,seconds\n"
+NEEDED = HEAD.replace("ranks,", "").strip().split(",")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "\n", HEAD, "\0\0\n", HEAD + "1,0.1,1,80,50,7,1", HEAD + "one,0.1,1,80,50,7,1\n"),
+        *(HEAD + "1,0.1,1,80,50,7,1,9\n", HEAD + "1,0.1,1,80,50,7,1\n1,2,3,4,5,6,7,8\n", HEAD + '1\n"\n'),
+        *(HEAD + "1.5,0.1,1,80,50,7,1\n", HEAD + ",0.1,1,80,50,7,1\n", HEAD + "inf,0.1,1,80,50,7,1\n"),
+        *(HEAD + "1,0.1,1,80 %,50,7,1\n", HEAD.replace(",", ";") + "1;0,1;1;80;50;7;1\n", "<html></html>\n"),
+        *(HEAD.replace(name, "other") + "1,0.1,1,80,50,7,1\n" for name in NEEDED),
+    ],
+)
+def test_a_damaged_table_of_metrics_is_told_whatever_is_wrong_with_it(tmp_path, text):
+    started(tmp_path, row(1, 80.0), epochs=1)
+    (tmp_path / "metrics.csv").write_text(text, encoding="utf-8")
+    with pytest.raises(RunError, match=r"metrics\.csv is lost or damaged"):
+        read_runs(tmp_path)
+
+
+ABOUT = {"network": "LeNet5", "settings": {}, "shape": [1, 28, 28], "classes": 10, "dataset": "mnist"}
+ABOUT |= {"mean": [0.0], "std": [1.0]}
+
+
+def wrong_states():
+    """What a damaged checkpoint of LeNet5 may hold in the place of something."""
+    rows = (None, 3, {}, "rows", [1], [[1]], [None], [{}], [{"epoch": "1"}], [{**row(1, 80.0), "tau": "x"}])
+    yield from ({"metrics": wrong} for wrong in rows)
+    weights = (None, 3, [], "x", {"S": 1}, {1: torch.zeros(2)}, {"conv1.U": torch.zeros(())})
+    yield from ({name: wrong} for name in ("model", "chosen") for wrong in weights[: 7 - (name == "model")])
+    yield from ({"about": wrong} for wrong in (None, 3, [], {}))
+    yield from ({"about": {name: ABOUT[name] for name in ABOUT if name != without}} for without in ABOUT)
+    for name in ABOUT:
+        right = {"classes": 3, "settings": []}.get(name, "")
+        yield from ({"about": {**ABOUT, name: w}} for w in (None, 3, [], ["x"], {"a": 1}) if w != right)
+
+
+@pytest.mark.parametrize("wrong", list(wrong_states()), ids=str)
+def test_a_checkpoint_that_loads_is_checked_and_what_is_wrong_told(tmp_path, wrong):
+    chosen = {"chosen": LeNet5().state_dict()} if "about" in wrong else {"chosen": {}}
+    torch.save({**state(row(1, 80.0)), "about": ABOUT, **chosen, **wrong}, tmp_path / "checkpoint.pt")
+    with pytest.raises(RunError, match=r"checkpoint\.pt") as error:
+        load_network(tmp_path)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("weights", [{"chosen": 3}, {"model": {"a": torch.zeros(1)}}, {1: torch.zeros(1)}])
+def test_a_file_without_weights_is_told(tmp_path, weights):
+    torch.save(weights, tmp_path / "weights.pt")
+    with pytest.raises(RunError, match="no state dict of tensors"):
+        trained_weights(tmp_path / "weights.pt")

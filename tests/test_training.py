@@ -12,7 +12,7 @@ from dlrt import DLRT, LowRankLayer, to_low_rank
 from dlrt.data import Split
 from dlrt.datasets import digits
 from dlrt.models import MLP
-from dlrt.records import chosen_epoch, read_metrics
+from dlrt.records import RunError, chosen_epoch, read_metrics
 from dlrt.runs import Run
 from dlrt.training import Recipe, evaluate, fit, train_epoch, warmth
 
@@ -273,11 +273,11 @@ def test_a_diverging_run_says_where_and_what_is_left(dataset, tmp_path, options)
 
 
 @pytest.mark.parametrize("options", CASES)
-def test_broken_data_say_where_and_leave_the_last_checkpoint(dataset, tmp_path, options):
+def test_data_that_overflow_say_where_and_leave_the_last_checkpoint(dataset, tmp_path, options):
     run = Run(tmp_path)
     train(dataset, run, replace(RECIPE, epochs=1), **options)
     before = run.checkpoint.read_bytes()
-    images = torch.full_like(dataset.train.images, float("nan"))
+    images = torch.full_like(dataset.train.images, 3e38)
     broken = replace(dataset, train=Split(images, dataset.train.labels))
     with pytest.raises(FloatingPointError, match="epoch 2, step 1") as error:
         train(broken, run, replace(RECIPE, epochs=2), **options)
@@ -291,3 +291,32 @@ def test_a_network_that_diverged_in_the_last_step_of_an_epoch_is_not_saved(datas
     with pytest.raises(FloatingPointError, match="epoch 1"):
         train(dataset, Run(tmp_path), recipe, lr=1e30, **options)
     assert Run(tmp_path).load() is None
+
+
+def first(group, **changed):
+    """A state of an optimizer with other values in its first group."""
+    return {**group, "param_groups": [{**group["param_groups"][0], **changed}, *group["param_groups"][1:]]}
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        *((name, wrong) for name in ("optimizer", "scheduler") for wrong in (None, 3, [], {}, "x", {"x": 1})),
+        *((name, lambda its: {**its, next(iter(its)): torch.zeros(())}) for name in ("model", "chosen")),
+        *(("optimizer", lambda its, value=value: first(its, lr=value)) for value in ("x", None, [])),
+        *(
+            ("optimizer", lambda its, value=value: {**its, "state": {0: {"velocity": value}}})
+            for value in ("x", None, [], torch.zeros(7))
+        ),
+        *(("scheduler", lambda its, value=value: {**its, "last_epoch": value}) for value in ("x", None)),
+        *(("metrics", lambda its, value=value: [{**its[0], "tau": value}]) for value in ("x", [1])),
+        ("metrics", lambda its: [{"epoch": 1}]),
+    ],
+)
+def test_a_checkpoint_with_a_part_of_another_form_is_not_continued(dataset, tmp_path, name, wrong):
+    run = Run(tmp_path)
+    train(dataset, run, replace(RECIPE, epochs=1, batch_size=2_000))
+    state = run.load()
+    torch.save({**state, name: wrong(state[name]) if callable(wrong) else wrong}, run.checkpoint)
+    with pytest.raises(RunError, match=r"checkpoint\.pt is (of another network|a damaged checkpoint)"):
+        train(dataset, run, replace(RECIPE, epochs=2, batch_size=2_000))

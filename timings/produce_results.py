@@ -11,8 +11,9 @@ import pandas as pd
 
 from dlrt import plots, results
 from dlrt.plots import Axes, Figure, mpl, plt
-from dlrt.records import read_config, read_metrics
+from dlrt.records import damaged, read_config, read_metrics
 from dlrt.settings import INTEGRATORS
+from dlrt.timing import Timing
 
 SubFigure = mpl.figure.SubFigure
 # Schotthöfer et al. 2022, the same net
@@ -38,13 +39,16 @@ def read(folder: Path) -> pd.DataFrame:
     """The rows of all devices and sizes of the net, with their options; FileNotFoundError without any."""
     found, names = [], set()
     for path in sorted(folder.glob("*/metrics.csv")):
-        config, metrics = read_config(path.parent), read_metrics(path.parent)
-        metrics = metrics.fillna({"integrator": ""}).assign(**config["options"])
-        device = "{device}, width {width}, batch {batch_size}".format_map(config["options"])
+        config, metrics = read_config(path.parent), read_metrics(path.parent, Timing)
+        try:
+            metrics = metrics.assign(**config["options"], torch=config["versions"]["torch"])
+            device = "{device}, width {width}, batch {batch_size}".format_map(config["options"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise damaged(path.with_name("config.json")) from error
         if device in names:
             device += f" ({path.parent.name})"
         names.add(device)
-        found.append(metrics.assign(device=device, torch=config["versions"]["torch"]))
+        found.append(metrics.fillna({"integrator": ""}).assign(device=device))
     if not found:
         raise FileNotFoundError(f"no measurements in {folder}")
     order = {
@@ -201,6 +205,7 @@ def caption(rows: pd.DataFrame) -> str:
     )
 
 
+@results.told
 def main() -> None:
     args = results.parse(__doc__, Path(__file__).parent)
     rows = results.read(args, "python timings/run.py", read)

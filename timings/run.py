@@ -32,7 +32,7 @@ from dlrt.models import MLP
 from dlrt.records import RunError, read_metrics
 from dlrt.runs import Run
 from dlrt.settings import INTEGRATORS
-from dlrt.timing import in_turn
+from dlrt.timing import Timing, in_turn
 
 RANKS = (5, 10, 20, 40, 80, 160, 320, 640, 1280, 2560)
 Row = dict[str, Any]
@@ -155,7 +155,7 @@ def make(args: argparse.Namespace) -> str:
     run = Run(args.output_dir / (args.name or device.replace(",", "").replace(" ", "_").lower()))
     options = {"device": device, "kind": torch.device(args.device).type, "width": args.width}
     run.start({**options, "batch_size": args.batch_size}, resume=True)
-    found = read_metrics(run.folder)
+    found = read_metrics(run.folder, Timing)
     rows = [] if found is None else found.fillna({"integrator": ""}).to_dict("records")
     torch.manual_seed(0)
     x, y = torch.randn(args.batch_size, 1, 28, 28), torch.randint(0, 10, (args.batch_size,))

@@ -6,12 +6,13 @@ import csv
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageFile
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from pytorch_grad_cam.utils.image import show_cam_on_image
 from torch import Tensor
 
@@ -74,10 +75,11 @@ def read(path: Path) -> Picture:
     Damaged metadata are passed over, damaged pixels are not.
     """
     try:
-        with warnings.catch_warnings(), _open(path) as file:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata; a picture that is shown is good enough
-            file.load()
-            return Picture(path.name, _plain(_upright(file)))
+            with _open(path) as file:
+                file.load()
+                return Picture(path.name, _plain(_upright(file)))
     except Exception as error:  # of damaged files Pillow raises errors of every kind
         reason = " ".join(str(error).replace(str(path), "the file").split())
         raise PictureError(f"{path} cannot be read ({reason}): it is left out") from error
@@ -89,8 +91,21 @@ def _open(path: Path) -> Image.Image:
     ImageFile.LOAD_TRUNCATED_IMAGES = True
     try:
         return Image.open(path)
+    except UnidentifiedImageError:
+        return Image.open(_without_metadata(path.read_bytes()))
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = strict
+
+
+def _without_metadata(jpeg: bytes) -> BytesIO:
+    """A JPEG without the segments of applications; EXIF stays, and Adobe's, which tells of the colours."""
+    place, kept = 2, jpeg[:2]
+    while jpeg[place : place + 1] == b"\xff" and jpeg[place + 1 : place + 2] != b"\xda":  # the pixels
+        end = place + 2 + int.from_bytes(jpeg[place + 2 : place + 4], "big")
+        if not b"\xe2" <= jpeg[place + 1 : place + 2] <= b"\xed":
+            kept += jpeg[place:end]
+        place = end
+    return BytesIO(kept + jpeg[place:])
 
 
 def _upright(image: Image.Image) -> Image.Image:
