@@ -6,8 +6,8 @@
 What is compared: the dense net, a narrower one and plain factors at the parameters of each budget, DLRT under
 that budget with kernels as matrices and spatially separable, each with SGD and with Muon; the trained dense
 net cut to the budget and trained on for a third of the epochs; and DLRT as published. Step sizes are those
-that validation chose for each way on a smaller network (probe.csv), and with `--tune EPOCHS` its half and its
-double are tried as well, in short runs of seed 0. The first seed's runs at the first budget come first.
+that validation chose for each way on a smaller network (probe.csv), and with `--tune EPOCHS` a half and a
+quarter of them are tried as well, in short runs of seed 0. The first seed's runs at the first budget come first.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ WAYS = {
     "dense": "dense, {}",
 }
 RULES = {"muon": {"update": "muon", "nesterov": True}, "sgd": {"update": "sgd"}}
-SCALES = (0.5, 1.0, 2.0)  # of the probe's step size, with --tune
+SCALES = (0.25, 0.5, 1.0)  # of the probe's step size, with --tune: a deeper network may want less
 Choice = tuple[str, str]  # a way and a rule
 
 
