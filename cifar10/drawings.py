@@ -83,7 +83,10 @@ def ranks_over_training(run: pd.Series, folder: Path) -> Figure:
     with torch.device("meta"):
         modules = getattr(models, run["network"])().named_modules()
     kinds = (nn.Linear, nn.Conv2d)
-    names = [name for name, m in modules if isinstance(m, kinds) and name not in run["options"]["skip"]]
+    skip = run["options"].get("skip", ())
+    names = [name for name, module in modules if isinstance(module, kinds) and name not in skip]
+    if len(names) != len(ranks[0]):  # more of them stayed dense
+        names = [f"layer {number}" for number in range(1, len(ranks[0]) + 1)]
     values = torch.tensor(ranks).T
     with plt.rc_context({**plots.LOOK, "axes.grid": False}):
         figure, axes = plt.subplots(figsize=(7, 1 + 0.26 * len(names)))

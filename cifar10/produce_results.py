@@ -41,22 +41,23 @@ NETWORKS = ("ResNet20", "VGG16", "AlexNet")
 SETTING = ["network", "way", "rule", "budget"]
 
 
-def way(options: dict) -> str:
+def way(options: dict, low_rank: bool) -> str:
     """Which of the WAYS a run is, by its options."""
-    if "tau" not in options:
+    if not low_rank:
         narrow = options.get("width", 1) != 1
         return "plain factors" if options.get("factors") else "dense, narrower" if narrow else DENSE
     if options.get("from_checkpoint"):
-        by = "singular values" if options["cut_by"] == "weights" else "what the loss needs"
+        by = "singular values" if options.get("cut_by") == "weights" else "what the loss needs"
         return f"cut by {by}, trained on"
     if options.get("compression"):
-        return f"DLRT, budget, {'separable kernels' if options['spatial'] else 'matrices'}"
-    return "DLRT, τ" if options["momentum"] else "DLRT as published (τ, no momentum)"
+        return f"DLRT, budget, {'separable kernels' if options.get('spatial') else 'matrices'}"
+    return "DLRT, τ" if options.get("momentum", 0.9) else "DLRT as published (τ, no momentum)"
 
 
 def with_ways(found: pd.DataFrame) -> pd.DataFrame:
     """The runs, with what each is a row of, and their compression against the dense net of full width."""
-    found = found.assign(way=found["options"].map(way))
+    low_rank = found["ranks"] != ""
+    found = found.assign(way=[way(*of) for of in zip(found["options"], low_rank, strict=True)])
     found["rule"] = found["options"].map(lambda of: "Muon" if of.get("update") == "muon" else "SGD")
     of_narrow = found["options"].map(lambda of: 100 * (1 - of.get("width", 1) ** 2))
     asked = found["options"].map(lambda of: of.get("compression") or of.get("factors"))

@@ -100,10 +100,11 @@ def plain_factors(model: nn.Module, compression: float, skip: Iterable[str] = ()
         Y = truncate(layer.factors, max_rank=r)
         root = Y.S.sqrt()
         layer.factors = LowRank(Y.U @ root, torch.eye(r).to(root), Y.V @ root)
-    return replace_layers(model, _factors_of)
+    return replace_layers(model, as_factors)
 
 
-def _factors_of(layer: LowRankLayer) -> nn.Module:
+def as_factors(layer: LowRankLayer) -> nn.Module:
+    """Two thin layers of torch with the same map, or a dense one where that costs less."""
     plain = plain_layer(layer)
     return Factors(*plain) if isinstance(plain, nn.Sequential) else plain
 

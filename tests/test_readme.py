@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -54,8 +55,9 @@ def test_a_command_of_the_readme_runs(command, tmp_path, request):
         flags += [*QUICK, *warmup, "--output-dir", str(tmp_path)]
     elif script == "timings/step.py":
         flags += ["--repeats", "1", "--width", "64", "--ranks", "2", "7", "--networks", "lenet5", "mlp"]
+        flags += ["--output-dir", str(tmp_path)]
     elif script == "timings/memory.py":
-        flags += ["--width", "64", "--ranks", "2"]
+        flags += ["--width", "64", "--ranks", "2", "--output-dir", str(tmp_path)]
     elif script.endswith("produce_results.py"):  # of the runs that are committed
         flags += ["--output-dir", str(tmp_path)]
     elif script == "pytorch-grad-cam/cam.py":
@@ -150,3 +152,9 @@ def test_every_link_of_a_page_leads_somewhere(page):
         text = (page.parent / target if target else page).read_text(encoding="utf-8")
         headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
         assert anchor in {re.sub(r"[^\w -]", "", its).lower().replace(" ", "-") for its in headings}, anchor
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_table_of_a_page_is_the_one_that_is_committed(page):
+    text = page.read_text(encoding="utf-8")
+    assert runpy.run_path(str(ROOT / "docs" / "fill.py"))["filled"](text) == text, "call docs/fill.py"

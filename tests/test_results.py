@@ -156,7 +156,8 @@ def test_a_table_that_cannot_be_written_is_one_line(tmp_path):
         results.publish(args, pd.DataFrame({"a": [1]}), "", {})
 
 
-def test_fine_tuning_is_shown_by_the_best_epoch_before_it_and_in_it(tmp_path):
+def test_fine_tuning_is_shown_by_the_best_epoch_before_it_and_in_it(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "cifar10")
     write_run(tmp_path, "a", [50, 60, 70, 65], [51.0, 61.0, 71.0, 66.0], epochs=2, finetune_epochs=2)
     write_run(tmp_path, "b", [50], [51.0])  # its record has no such option
     row = load("cifar10/produce_results").fine_tuned(read_runs(tmp_path)[:1], tmp_path).iloc[0]
@@ -187,19 +188,24 @@ def test_a_dense_line_has_the_colour_of_its_curve():
     assert drawn["published dense"].get_color() == "0.55"
 
 
-def test_cifar10_has_a_table_of_its_own_pictures_beside_several_dense_runs(run_script, tmp_path):
-    """Of two dense twins the better one on the validation split is the reference; digits have no place."""
+def test_cifar10_has_a_table_of_its_own_pictures_and_of_dense_nets_with_the_same_rule(run_script, tmp_path):
+    """Digits have no place, and two dense nets that differ in more than the seed have no mean."""
     shared = {"dataset": "cifar10", "network": "ResNet20"}
-    write_run(tmp_path / "r", "low", [70], [68.0], **shared)
-    write_run(tmp_path / "r", "one", [80], [78.0], ranks="", **shared)
+    write_run(tmp_path / "r", "low", [70], [68.0], update="muon", compression=75.0, **shared)
+    write_run(tmp_path / "r", "one", [80], [78.0], ranks="", update="muon", **shared)
     write_run(tmp_path / "r", "two", [81], [77.0], ranks="", lr=0.2, **shared)
     write_run(tmp_path / "r", "digits", [99], [98.0], ranks="", **{**shared, "dataset": "digits32"})
-    result = run_script("cifar10/produce_results.py", "--results", "r", "--output-dir", "out")
+    flags = ["--results", "r", "--output-dir", "out"]
+    result = run_script("cifar10/produce_results.py", *flags)
     assert result.returncode == 0
     assert result.stderr == "produce_results.py: left out, since not on cifar10: digits\n"
-    table = pd.read_csv(tmp_path / "out" / "table.csv", keep_default_na=False).set_index("τ")
-    assert list(table.loc["dense", "lr"]) == [0.1, 0.2]
-    assert table.loc["0.2", "below dense"] == "9.00"
+    table = pd.read_csv(tmp_path / "out" / "table.csv", keep_default_na=False).set_index(["trained", "rule"])
+    assert list(table.index) == [("dense", "Muon"), ("dense", "SGD"), ("DLRT, budget, matrices", "Muon")]
+    assert list(table["below dense"]) == ["", "", "10.00"]
+    write_run(tmp_path / "r", "three", [81], [77.0], ranks="", lr=0.1, seed=1, **shared)
+    result = run_script("cifar10/produce_results.py", *flags)
+    assert result.returncode == 1
+    assert "must differ in the seed only, got lr 0.2 and 0.1: move one away" in result.stderr
 
 
 NAMES = [

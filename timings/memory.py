@@ -4,20 +4,22 @@
     python timings/memory.py --vgg16        VGG16 as well, on pictures of 32 x 32 pixels: two minutes more
 
 The peak counts every tensor: weights, velocity, activations, gradients, and what the step makes of them. On a
-CPU torch's profiler reports each allocation and release; on a GPU the caching allocator keeps count.
+CPU torch's profiler reports each allocation and release; on a GPU the caching allocator keeps count. The
+table goes to memory.csv and memory.md.
 """
 
 import os
 from collections.abc import Callable
 from functools import partial
 
+import pandas as pd
 import torch
-from measure import evaluation
+from measure import device_name, evaluation
 from networks import LENET5_RANKS, RESTING, low_rank, make_parser, mlp_ranks, parse, resting_dlrt
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from dlrt import cli, to_low_rank
+from dlrt import cli, tables, to_low_rank
 from dlrt.models import MLP, VGG16, LeNet5
 
 WARM_UP = 2  # momentum exists after the first step
@@ -90,18 +92,18 @@ def compare(
     dense: Callable[[], nn.Module],
     others: dict[str, Callable[[], nn.Module]],
     data: tuple[str, Tensor, Tensor],
-) -> None:
-    """A line for the dense network, and one for each low-rank one, by its ranks, and integrator."""
-    most_dense = measure(dense, data, None)
-    print(f"{title:10} {'dense':28} peak {most_dense / 1e6:8.1f} MB", flush=True)
+) -> list[dict[str, str]]:
+    """A row for each low-rank network, by its ranks, beside the dense one; each is printed as well."""
+    most_dense, rows = measure(dense, data, None), []
     for ranks, network in others.items():
-        for integrator in ("augmented", "parallel"):
-            most = measure(network, data, integrator)
-            print(
-                f"{title:10} ranks {ranks:9} {integrator:12} peak {most / 1e6:8.1f} MB, "
-                f"{most_dense / most:5.2f} x less",
-                flush=True,
-            )
+        peaks = [measure(network, data, integrator) for integrator in ("augmented", "parallel")]
+        row = {"network": title, "ranks": ranks, "dense": f"{most_dense / 1e6:.1f} MB"}
+        row |= {
+            name: f"{most / 1e6:.1f} MB" for name, most in zip(("augmented", "parallel"), peaks, strict=True)
+        }
+        rows.append(row | {"less than dense": f"{most_dense / peaks[1]:.2f} x"})
+        print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+    return rows
 
 
 def batch(device: str, samples: int, *shape: int) -> tuple[str, Tensor, Tensor]:
@@ -121,13 +123,15 @@ def main() -> None:
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {args.device}, SGD with momentum")
     lenet5 = {"/".join(map(str, LENET5_RANKS.values())): lambda: low_rank(LeNet5(), LENET5_RANKS)}
-    compare("LeNet5", LeNet5, lenet5, batch(args.device, 128, 1, 28, 28))
+    rows = compare("LeNet5", LeNet5, lenet5, batch(args.device, 128, 1, 28, 28))
     dense = partial(MLP, width=args.width)
     mlps = {str(rank): lambda rank=rank: low_rank(dense(), mlp_ranks(rank)) for rank in args.ranks}
-    compare(f"MLP {args.width}", dense, mlps, batch(args.device, 256, 1, 28, 28))
+    rows += compare(f"MLP {args.width}", dense, mlps, batch(args.device, 256, 1, 28, 28))
     if args.vgg16:
-        vggs = {f"x {share}": partial(vgg16, share) for share in (0.5, 0.25, 0.1)}
-        compare("VGG16", VGG16, vggs, batch(args.device, 128, 3, 32, 32))
+        vggs = {f"{share} of the full ones": partial(vgg16, share) for share in (0.5, 0.25, 0.1)}
+        rows += compare("VGG16", VGG16, vggs, batch(args.device, 128, 3, 32, 32))
+    about = f"Peak of a training step with momentum; torch {torch.__version__}, {device_name(args.device)}."
+    tables.write(pd.DataFrame(rows), args.output_dir, about, name="memory")
 
 
 if __name__ == "__main__":

@@ -2,20 +2,25 @@
 
     python timings/step.py        about 5 minutes on two CPU cores
 
-Medians over `--repeats` steps; "x faster" is dense / low-rank, and beside it stands the same ratio of the
-counted FLOPs of all matrix products and convolutions, which is the limit that small matrices, memory and
-Python keep it from.
+Medians over `--repeats` steps, in turn. Beside DLRT stand plain factors U Vᵀ of the same ranks with SGD, and
+beside the times the counted FLOPs of all matrix products and convolutions: the limit that small matrices,
+memory and Python keep a step from. The table goes to step.csv and step.md.
 """
 
 import argparse
+from copy import deepcopy
+from typing import Any
 
+import pandas as pd
 import torch
-from measure import evaluation, flops, inference, training_steps
+from measure import device_name, evaluation, flops, inference, training_steps
 from networks import LENET5_RANKS, RESTING, low_rank, make_parser, mlp_ranks, parse, resting_dlrt
 from torch import nn
 
-from dlrt import compression, to_low_rank
+from dlrt import compression, tables, to_low_rank
+from dlrt.baselines import as_factors
 from dlrt.cli import NATURAL
+from dlrt.convert import replace_layers
 from dlrt.models import MLP, LeNet5, ResNet20
 from dlrt.timing import AT_LEAST, medians
 
@@ -29,29 +34,44 @@ def compare(
     x: torch.Tensor,
     args: argparse.Namespace,
     s_steps: int = 1,
-) -> None:
-    """Time and count all networks on the same input, and print a line for each low-rank one.
+) -> list[dict[str, Any]]:
+    """Time and count all networks on the same input; a row for each low-rank one, which is printed as well.
 
     A low-rank training step is the mean of those from one basis update to the next.
     """
     y = torch.randint(0, 10, (len(x),))
+    factors = [replace_layers(deepcopy(model), as_factors) for model in others]
     optimizers = [torch.optim.SGD(dense.parameters(), **RESTING)]
     optimizers += [resting_dlrt(model, "parallel", s_steps) for model in others]
-    models = [dense, *others]
+    optimizers += [torch.optim.SGD(model.parameters(), **RESTING) for model in factors]
+    models, rows = [dense, *others, *factors], []
     closures = [evaluation(m, o, x, y) for m, o in zip(models, optimizers, strict=True)]
-    steps = [1, *(s_steps for _ in others)]
+    steps = [1, *(s_steps for _ in others), *(1 for _ in factors)]
     training = [training_steps(*each) for each in zip(optimizers, closures, steps, strict=True)]
     for what, functions, calls, repeats in (
         ("training step", training, s_steps, max(AT_LEAST, args.repeats // s_steps)),
         ("inference", [inference(model, x) for model in models], 1, args.repeats),
     ):
-        times, counts = medians(functions, repeats), [flops(function) for function in functions]
-        times[1:], counts[1:] = [ms / calls for ms in times[1:]], [count / calls for count in counts[1:]]
-        for model, ms, count in zip(others, times[1:], counts[1:], strict=True):
-            ranks = "/".join(dict.fromkeys(map(str, compression(model).ranks.values())))
-            low = f"ranks {ranks:9} S-steps {s_steps:2} dense {times[0]:7.2f} ms  low-rank {ms:7.2f} ms"
-            limit = f"(FLOPs {counts[0] / count:6.2f} x fewer)"
-            print(f"{title:16} {what:13} {low}  {times[0] / ms:6.2f} x faster  {limit}", flush=True)
+        times, counts = (
+            medians(functions, repeats),
+            [flops(function) for function in functions],
+        )
+        for i, model in enumerate(others, start=1):
+            ms, plain = times[i] / calls, times[i + len(others)]
+            rows.append({
+                "network": title,
+                "ranks": "/".join(dict.fromkeys(map(str, compression(model).ranks.values()))),
+                "what": what,
+                "S-steps": str(s_steps) if what == "training step" else "",
+                "dense [ms]": f"{times[0]:.2f}",
+                "plain factors [ms]": f"{plain:.2f}",
+                "DLRT [ms]": f"{ms:.2f}",
+                "faster than dense": f"{times[0] / ms:.2f} x",
+                "fewer FLOPs": f"{counts[0] / (counts[i] / calls):.2f} x",
+                "slower than factors": f"{ms / plain:.2f} x",
+            })  # fmt: skip
+            print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+    return rows
 
 
 def main() -> None:
@@ -62,10 +82,14 @@ def main() -> None:
     args = parse(parser)
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    rows = []
     for name in args.networks:
         for s_steps in (1, 10):
             for title, dense, others, x in contenders(name, args):
-                compare(title, dense, others, x, args, s_steps)
+                made = compare(title, dense, others, x, args, s_steps)
+                rows += made if s_steps == 1 else [row for row in made if row["S-steps"]]
+    about = f"torch {torch.__version__}, {device_name('cpu')}; medians in one process, momentum 0.9"
+    tables.write(pd.DataFrame(rows), args.output_dir, f"{about}.", name="step")
 
 
 def contenders(
