@@ -164,6 +164,7 @@ class DLRT(torch.optim.Optimizer):
         group["taken"] += 1
         rests = group["frozen"] or group["taken"] < self.s_steps
         decides = not rests and group["steps"] >= group["allot_at"]
+        allots = decides and "budget" in group
         moved = {}
         with _full_precision(self.names):
             for layer in layers:
@@ -171,12 +172,16 @@ class DLRT(torch.optim.Optimizer):
                 Y_hat, M = self._s_step(layer) if s_step_alone else self._parallel_step(layer)
                 if rests:
                     self._rest(layer, Y_hat, M)
-                else:
+                elif allots:
                     moved[layer] = Y_hat, M
+                else:
+                    self._cut(layer, Y_hat, M, decides)
             if decides:
                 group["allot_at"] = group["steps"] + self.allot_every
+            if allots:
+                self._allot(moved, group["allot_at"])
             if not rests:
-                self._truncate(moved, decides)
+                self._end_rest(decides)
 
     def _parallel_step(self, layer: LowRankLayer) -> tuple[LowRank, Operator]:
         """The factors in augmented bases after K-, L- and S-step along the velocity; and the velocity."""
@@ -265,16 +270,12 @@ class DLRT(torch.optim.Optimizer):
         shrink = 1 - group["lr"] * group["weight_decay"] if group["decoupled"] else 1
         return LowRank(Y.U, shrink * Y.S, Y.V)
 
-    def _truncate(self, moved: Moved, decides: bool) -> None:
-        """Cut the layers that moved, and those whose bases rest: to new ranks, or to those that they keep."""
-        group = self.group
-        group["taken"] = 0
-        moved = moved | {L: self._at(L) for L in self.names if L not in moved and not L.trains_bases}
-        if decides and "budget" in group:
-            self._allot(moved, group["steps"] + self.allot_every)
-        else:
-            for layer, (Y_hat, M) in moved.items():
-                self._cut(layer, Y_hat, M, None if decides else self._kept_rank(layer), decides)
+    def _end_rest(self, decides: bool) -> None:
+        """Cut the layers whose bases rest; then they train again."""
+        self.group["taken"] = 0
+        for layer in self.names:
+            if not layer.trains_bases:
+                self._cut(layer, *self._at(layer), decides)
 
     def _allot(self, moved: Moved, step: int) -> None:
         """Cut all layers to the ranks that fit the budget of that step."""
@@ -283,13 +284,18 @@ class DLRT(torch.optim.Optimizer):
         budget = falling_budget(*self.group["budget"], step)
         ranks = allot(budget, spectra, [layer.shape for layer in now], self.min_rank)
         for (layer, (Y_hat, M)), rank in zip(now.items(), ranks, strict=True):
-            if layer in moved or rank < layer.rank:
-                self._cut(layer, Y_hat, M, rank)
+            if layer in moved or not layer.trains_bases or rank < layer.rank:
+                self._cut(layer, Y_hat, M, rank=rank)
 
     def _cut(
-        self, layer: LowRankLayer, Y_hat: LowRank, M: Operator, rank: int | None, decides: bool = True
+        self,
+        layer: LowRankLayer,
+        Y_hat: LowRank,
+        M: Operator | None,
+        decides: bool = True,
+        rank: int | None = None,
     ) -> None:
-        """Truncation to that rank, and by tau where it decides; the layer's bases train from now on."""
+        """Truncate by tau and to that rank, or else to the rank that a layer keeps; then its bases train."""
         if self.integrator == "bug":
             Y1 = Y_hat
         elif decides:
@@ -303,7 +309,7 @@ class DLRT(torch.optim.Optimizer):
                     f"the SVD of S fails in {self.names[layer]}: {error}"
                 ) from error
         else:
-            Y1 = truncate_to(Y_hat, rank)
+            Y1 = truncate_to(Y_hat, self._kept_rank(layer))
         turn_squares(self.state[layer.S], Y_hat, Y1)
         self._set(layer, Y1, M)
         layer.trains_bases = True
@@ -360,7 +366,7 @@ class DLRT(torch.optim.Optimizer):
                 )
         with _full_precision(self.names):
             if not self.group["frozen"]:
-                self._truncate({}, decides="budget" not in self.group)
+                self._end_rest(decides="budget" not in self.group)
 
     @torch.no_grad()
     def freeze_bases(self) -> None:
