@@ -22,21 +22,21 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import networks
+import network_flags
 import numpy as np
 import pandas as pd
 import torch
 from endings import KEPT, LEFT_OUT, told
-from networks import Network
 from PIL import Image
 from sources import batches, readable
 
 import dlrt
 from dlrt import cli, plots
-from dlrt.cams import CLASSLESS, METHODS, Maps, check_options, explain
+from dlrt.cams import CLASSLESS, METHODS, Maps, check_options, explain, known, networks
 from dlrt.cams.compare import similarity
 from dlrt.cams.figure import Cell, Row, figure
 from dlrt.cams.guided import guided_gradients, visible
+from dlrt.cams.networks import Network
 from dlrt.cams.pictures import Picture, PictureError, files, overlay, read_labels
 from dlrt.cams.targets import of_classes
 from dlrt.records import RunError
@@ -49,8 +49,8 @@ Classes = tuple[int, ...]  # what a map explains: a class, or the sum of several
 
 def make_parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__, formatter_class=cli.HelpFormatter)
-    networks.add_flags(parser, several=True)
-    networks.add_size_flag(parser)
+    network_flags.add_flags(parser, several=True)
+    network_flags.add_size_flag(parser)
     several = {"nargs": "+", "action": "extend"}  # of a flag that is given twice no value is lost
     add = parser.add_argument
     add("--compare", type=Path, default=[], metavar="RUN", help="runs to draw beside the network", **several)
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.output_dir.resolve() == paths[0].parent.resolve():
             raise ValueError("--output-dir must be another folder than that of the pictures")
         nets = networks_to_draw(args)
-        layer, *_ = (networks.target_layer(nets[0], args.target_layer, method) for method in args.method)
+        layer, *_ = (network_flags.target_layer(nets[0], args.target_layer, method) for method in args.method)
         networks.check_alike(nets, layer)
         classes = chosen_classes(args.targets, nets[0], paths)
         args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -118,12 +118,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def networks_to_draw(args: argparse.Namespace) -> list[Network]:
     """The network that the flags name, and all that are drawn beside it."""
-    first = networks.read(args, args.image_size)
+    first = network_flags.read(args, args.image_size)
     ways = ("compression", args.compression), ("tau", args.low_rank), ("rank", args.rank)
     cuts = [{way: value} for way, values in ways for value in dict.fromkeys(values)]
     if args.skip and not cuts:
         raise ValueError("--skip must come with --low-rank, --rank or --compression: nothing is cut")
-    runs = [networks.placed(networks.from_run(run), args.image_size, args.device) for run in args.compare]
+    runs = [networks.placed(known.from_run(run), args.image_size, args.device) for run in args.compare]
     return [first, *runs, *(networks.truncated(first, skip=args.skip, **cut) for cut in cuts)]
 
 
