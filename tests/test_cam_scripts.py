@@ -37,7 +37,7 @@ def script(run_script):
 @pytest.fixture
 def modules(monkeypatch):
     """The modules of the scripts' folder by name."""
-    names = ("cam", "compare_cams", "drawings", "map_times", "sources")
+    names = ("batch_maps", "cam", "compare_cams", "drawings", "map_times", "sources")
     loaded = set(sys.modules)
     monkeypatch.syspath_prepend(ROOT / "pytorch-grad-cam")
     yield argparse.Namespace(**{name: importlib.import_module(name) for name in names})
@@ -314,8 +314,8 @@ def test_the_predicted_class_is_that_of_the_logits_and_a_class_counts_once(modul
     maps = Maps(raw=shown, displayed=shown, logits=logits, milliseconds={})
     names, shape = ("a", "b", "c"), (1, 4, 4)
     network = networks.Network("n", None, shape, (0.0,), (1.0,), names, shape)
-    it = modules.cam.Wanted(Picture("one", Image.new("L", (4, 4))), (1,), "one")
-    row = modules.cam.numbers(it, 0, maps, maps, network, "gradcam")
+    it = modules.batch_maps.Wanted(Picture("one", Image.new("L", (4, 4))), (1,), "one")
+    row = modules.batch_maps.numbers(it, 0, maps, maps, network, "gradcam")
     assert row["predicted"] == names[int(logits.argmax())]
     assert modules.cam.chosen_classes(["b,1"], network, [Path("one")]) == {"one": [(1,)]}
 
