@@ -8,12 +8,12 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import networks
 import torch
-from networks import Network
 from torch import nn
 
 import dlrt
+from dlrt.cams import known, networks
+from dlrt.cams.networks import Network
 from dlrt.runs import Run
 
 FULL_RANK = "full rank"
@@ -53,7 +53,7 @@ def gather(
     """
 
     def run(path: Path, flag: str) -> Network:
-        network = networks.placed(networks.from_run(path), image_size, reference.device)
+        network = networks.placed(known.from_run(path), image_size, reference.device)
         low_rank = bool(dlrt.compression(network.model).ranks)
         if low_rank != (flag == "--low-rank"):
             kind, place = ("low-rank", "--low-rank") if low_rank else ("dense", "--seeds")

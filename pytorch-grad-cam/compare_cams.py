@@ -24,7 +24,7 @@ from typing import Any, Literal, TypedDict
 
 import candidates
 import measure
-import networks
+import network_flags
 import numpy as np
 import pandas as pd
 from endings import KEPT, LEFT_OUT, told
@@ -32,7 +32,7 @@ from map_times import map_times
 from sources import digest, pictures_of
 
 from dlrt import cli
-from dlrt.cams import Maps
+from dlrt.cams import Maps, networks
 from dlrt.cams.pictures import Picture
 from dlrt.datasets import DATASETS, DataError
 from dlrt.records import RunError, read_table
@@ -62,8 +62,8 @@ class Compared(TypedDict):
 def make_parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__, formatter_class=cli.HelpFormatter)
     add = parser.add_argument
-    networks.add_flags(parser, run_flag="--reference")
-    networks.add_size_flag(parser)
+    network_flags.add_flags(parser, run_flag="--reference")
+    network_flags.add_size_flag(parser)
     add("--low-rank", type=Path, nargs="*", default=[], metavar="RUN", help="trained low-rank networks")
     add("--taus", type=cli.TOLERANCE, nargs="*", default=[], help="tolerances at which the reference is cut")
     add("--seeds", type=Path, nargs="*", default=[], metavar="RUN", help="dense networks of other seeds")
@@ -97,8 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(arguments)
     try:
-        reference = networks.read(args, args.image_size)
-        layer = networks.target_layer(reference, args.target_layer, args.method)
+        reference = network_flags.read(args, args.image_size)
+        layer = network_flags.target_layer(reference, args.target_layer, args.method)
         found = candidates.gather(
             reference, args.method, args.low_rank, args.taus, args.seeds, args.image_size
         )

@@ -11,15 +11,15 @@ from __future__ import annotations
 from copy import deepcopy
 from functools import partial
 
-import networks
+import network_flags
 import pandas as pd
 import torch
 from endings import told
-from networks import Network
 
 import dlrt
 from dlrt import cli
-from dlrt.cams import explain
+from dlrt.cams import explain, networks
+from dlrt.cams.networks import Network
 from dlrt.records import RunError
 from dlrt.timing import medians
 
@@ -63,7 +63,7 @@ def map_times(
 
 def main() -> None:
     parser = cli.Parser(description=__doc__, formatter_class=cli.HelpFormatter)
-    networks.add_flags(parser)
+    network_flags.add_flags(parser)
     add = parser.add_argument
     share = cli.number(float, "(0, 1]")
     add("--shares", type=share, nargs="+", default=[1.0, 0.5, 0.25, 0.125], help="of the full rank")
@@ -71,8 +71,8 @@ def main() -> None:
     add("--repeats", type=cli.NATURAL, default=15, help="timed maps of each network")
     args = parser.parse_args()
     try:
-        network = networks.read(args)
-        layer = networks.target_layer(network, None, args.method)
+        network = network_flags.read(args)
+        layer = network_flags.target_layer(network, None, args.method)
         with told(parser):
             map_times(network, layer, args.method, args.shares, args.sizes, args.repeats)
     except (RunError, ValueError, OSError) as error:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from networks import Network
 from PIL import Image
 
+from dlrt.cams.networks import Network
 from dlrt.cams.pictures import Labels, Picture, PictureError, files, labelled, read, read_labels
 from dlrt.clutter import held_out
 from dlrt.datasets import DATASETS, load

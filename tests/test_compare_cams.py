@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from test_cam_scripts import modules, pictures, runs, script
 
+from dlrt.cams.networks import Network
 from dlrt.records import RunError
 
 __all__ = ["modules", "pictures", "runs", "script"]  # fixtures
@@ -117,7 +118,7 @@ def test_networks_are_compared_at_another_size_on_a_single_picture(script, runs,
 def test_labels_of_no_picture_are_told_and_boxes_outside_leave_a_picture_out(modules, pictures, capsys):
     (pictures / "labels.csv").write_text("absent.png,3\ngrey.png,3,box=1 2 300 4\ncat.v2.png,3,3\n")
     names, shape = tuple("0123456789"), (1, 32, 32)
-    network = modules.networks.Network("digits", None, shape, (0.0,), (1.0,), names, shape)
+    network = Network("digits", None, shape, (0.0,), (1.0,), names, shape)
     found, failed = modules.sources.pictures_of(str(pictures), 9, None, network)
     assert failed
     assert "grey.png" not in [picture.name for picture in found]
@@ -131,7 +132,7 @@ def test_a_class_that_a_network_does_not_have_leaves_a_picture_its_box(modules, 
     lines = "cat.v1.png,cat,box=1 2 3 4\ncat.v2.png,3,dog\ngrey.png,cat\n"
     (pictures / "labels.csv").write_text(lines)
     names, shape = tuple("0123456789"), (1, 32, 32)
-    network = modules.networks.Network("digits", None, shape, (0.0,), (1.0,), names, shape)
+    network = Network("digits", None, shape, (0.0,), (1.0,), names, shape)
     found, failed = modules.sources.pictures_of(str(pictures), 9, None, network)
     assert not failed
     its = {picture.name: (picture.classes, picture.boxes) for picture in found}

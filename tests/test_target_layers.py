@@ -7,16 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from test_cam_scripts import modules
 from torch import nn
 from torchvision.models import VisionTransformer, list_models, regnet
 
 import dlrt
-from dlrt.cams import METHODS, default_layer, explain
+from dlrt.cams import METHODS, default_layer, explain, known
 from dlrt.cams.spatial import feature_maps
 from dlrt.cams.targets import of_classes
-
-__all__ = ["modules"]  # a fixture
 
 ROOT = Path(__file__).parents[1]
 TABLE = re.findall(
@@ -133,7 +130,7 @@ def test_a_network_of_convolutions_alone_is_explained_before_its_class_scores():
 
 
 @pytest.mark.parametrize("name", ["squeezenet1_1", "mnasnet0_5", "densenet121", "googlenet"])
-def test_the_weights_that_torchvision_publishes_fit(name, modules, tmp_path):
+def test_the_weights_that_torchvision_publishes_fit(name, tmp_path):
     """DenseNets by their older names."""
     torch.manual_seed(0)
     options = {"init_weights": False} if name == "googlenet" else {}
@@ -142,10 +139,10 @@ def test_the_weights_that_torchvision_publishes_fit(name, modules, tmp_path):
     if name == "densenet121":
         state = {re.sub(r"(\.(?:norm|conv))([12]\.)", r"\1.\2", key): its for key, its in state.items()}
     torch.save(state, tmp_path / "weights.pt")
-    network = modules.networks.from_arch(name, str(tmp_path / "weights.pt"))
+    network = known.from_arch(name, str(tmp_path / "weights.pt"))
     assert getattr(network.model, "transform_input", False) == (name == "googlenet")
     assert all(torch.equal(its, model.state_dict()[key]) for key, its in network.model.state_dict().items())
 
 
-def test_a_vision_transformer_sees_the_size_that_its_positions_are_for(modules, transformer):
-    assert modules.networks._positions(transformer[0].state_dict()) == 32
+def test_a_vision_transformer_sees_the_size_that_its_positions_are_for(transformer):
+    assert known._positions(transformer[0].state_dict()) == 32
