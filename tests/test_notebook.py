@@ -91,15 +91,16 @@ def assert_complete(folder):
 
 
 def test_the_notebook_runs_and_its_numbers_lie_where_they_must(tmp_path):
-    """With the README's command and the short films of FAST=1, in a folder that holds nothing else."""
+    """With the README's command and the short films of FAST=1, which leave those of a whole run alone."""
     shutil.copy(ROOT / NAME, tmp_path)
     command = [sys.executable, "-m", *shlex.split(COMMAND)]
     result = subprocess.run(
         command, cwd=tmp_path, env=os.environ | {"FAST": "1"}, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert_complete(tmp_path)
-    assert not outside(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {NAME, "fast"}
+    assert_complete(tmp_path / "fast")
+    assert not outside(tmp_path / "fast")
 
 
 def test_the_numbers_that_are_committed_lie_where_they_must():
