@@ -24,7 +24,7 @@ ORDER = [
         "runs",
         "plots",
     ],
-    ["tables", "datasets", "training", "loading"],
+    ["tables", "datasets", "training", "loading", "pendulum"],
     ["cams.targets", "cams.pictures", "cams.methods", "cams.spatial", "cams.faithfulness"],
     ["cams.compare", "cams.guided", "cams.explain"],
     ["cams"],

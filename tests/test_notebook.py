@@ -17,9 +17,11 @@ NAME = "pca_experiments.ipynb"
 COMMAND = re.search(r"^jupyter .*$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)[0]
 GIFS = ("pendulum_cloud.gif", "pendulum_video.gif")
 FIGURES = [
+    "pendulum",
     "cloud_frames",
     "cloud_errors",
     "cloud_law",
+    "cloud_spin",
     "moving_pivot",
     "video_errors",
     "video_frames",
@@ -37,6 +39,9 @@ BETWEEN = {  # experiment, quantity: the least and the largest value
     ("return", "Strang splitting: gap with 160 steps a side"): (0, 1e-12),
     ("return", "BUG: gap with 160 steps a side"): (1e-4, 1e-2),
     ("return", "BUG: order of the gap"): (0.9, 1.15),
+    ("spin", "distance of the cloud from its start after one turn"): (0, 1e-14),
+    ("spin", "b/a = 0.01: error / best after one turn"): (6.3, 6.4),
+    ("spin", "b/a = 0.01: error / best after two turns"): (12.5, 12.8),
     ("moving pivot", "BUG, centred: mean squared error / that of PCA"): (1, 2.2),
     ("moving pivot", "BUG, centred: worst frame, error / that of PCA"): (1, 2.2),
     ("moving pivot", "BUG, wrong: mean squared error / that of PCA"): (5, 1e4),
