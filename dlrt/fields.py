@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dlrt.integrators import Operator, augment, galerkin, project
+from dlrt.integrators import Operator, augment, galerkin, project, times
 from dlrt.lowrank import LowRank, qr, truncate
 
 Field = Callable[[float, LowRank], Operator]
@@ -44,7 +44,7 @@ def midpoint_bug(
     """The BUG integrator of second order, from t to t + h. Ceruti, Einkemmer, Kusch & Lubich 2024."""
     half = augmented_bug(Y, F, t, h / 2)
     F_half = F(t + h / 2, half)
-    Y_hat = augment(project(Y, half.U, half.V), F_half @ half.V, F_half.T @ half.U)
+    Y_hat = augment(project(Y, half.U, half.V), times(F_half, half.V), times(F_half.T, half.U))
     return truncate(LowRank(Y_hat.U, s_step(Y_hat, F, t, h), Y_hat.V), tau, 1, max_rank)
 
 
@@ -67,7 +67,7 @@ def strang(Y: LowRank, F: Field, t: float, h: float) -> LowRank:
 def k_step(Y: LowRank, F: Field, t: float, h: float) -> Tensor:
     """K (m, r) at t + h for K' = F(t, K Vᵀ) V from K = U S; that of Yᵀ is the L-step."""
     identity = torch.eye(Y.V.shape[1], dtype=Y.S.dtype, device=Y.S.device)
-    return rk4(lambda t, K: F(t, LowRank(K, identity, Y.V)) @ Y.V, Y.U @ Y.S, t, h)
+    return rk4(lambda t, K: times(F(t, LowRank(K, identity, Y.V)), Y.V), Y.U @ Y.S, t, h)
 
 
 def s_step(Y: LowRank, F: Field, t: float, h: float, sign: int = 1) -> Tensor:
