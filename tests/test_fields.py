@@ -37,21 +37,32 @@ def as_real(X, z=1):
     return torch.kron(X.contiguous(), torch.tensor([[z.real, -z.imag], [z.imag, z.real]]))
 
 
-@cache
-def schroedinger(seed):
-    """i X' = D X + X D + V X V on N points: the field, the start at a given rank, and X at t = 1."""
-    rng = np.random.default_rng(seed)
-    U0, V0 = (torch.linalg.qr(torch.from_numpy(rng.random((N, N)))).Q for _ in range(2))
-    sigma = 10.0 ** -torch.arange(1, N + 1)
-    sigma = sigma / sigma.norm()
+def schroedinger_matrices():
+    """D, V and -i of i X' = D X + X D + V X V on N points."""
     D = torch.eye(N) - torch.ones(N - 1).diag(1) / 2 - torch.ones(N - 1).diag(-1) / 2
     V = (1 - torch.cos(2 * math.pi * torch.arange(-N // 2, N // 2) / N)).diag()
-    D, V, minus_i = as_real(D), as_real(V), as_real(torch.eye(N), -1j)
+    return as_real(D), as_real(V), as_real(torch.eye(N), -1j)
+
+
+def schroedinger_field():
+    D, V, minus_i = schroedinger_matrices()
 
     def F(t, Y):
         terms = ((D @ Y.U, Y.V), (Y.U, D @ Y.V), (V @ Y.U, V @ Y.V))
         U1, V1 = (torch.cat(bases, dim=1) for bases in zip(*terms, strict=True))
         return LowRank(minus_i @ U1, torch.block_diag(Y.S, Y.S, Y.S), V1)
+
+    return F
+
+
+@cache
+def schroedinger(seed):
+    """The field, the start at a given rank, and X at t = 1."""
+    rng = np.random.default_rng(seed)
+    U0, V0 = (torch.linalg.qr(torch.from_numpy(rng.random((N, N)))).Q for _ in range(2))
+    sigma = 10.0 ** -torch.arange(1, N + 1)
+    sigma = sigma / sigma.norm()
+    D, V, minus_i = schroedinger_matrices()
 
     def start(rank):
         return LowRank(as_real(U0[:, :rank]), as_real(sigma[:rank].diag()), as_real(V0[:, :rank]))
@@ -59,7 +70,7 @@ def schroedinger(seed):
     X = start(N).dense()
     for n in range(400):
         X = fields.rk4(lambda t, X: minus_i @ (D @ X + X @ D + V @ X @ V), X, n / 400, 1 / 400)
-    return F, start, X
+    return schroedinger_field(), start, X
 
 
 def schroedinger_error(seed, name, steps, rank=12):
