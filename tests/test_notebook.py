@@ -28,10 +28,11 @@ FIGURES = [
     "double_pendulum_frames",
     "double_pendulum_ranks",
     "order_and_robustness",
+    "stream_trackers",
 ]
 BETWEEN = {  # experiment, quantity: the least and the largest value
-    ("cloud", "BUG: mean squared error / that of PCA"): (1.01, 2.2),
-    ("cloud", "Strang splitting: mean squared error / that of PCA"): (1.01, 2.2),
+    ("cloud", "BUG: rms error / that of PCA"): (1.01, 2.2),
+    ("cloud", "Strang splitting: rms error / that of PCA"): (1.01, 2.2),
     ("cloud", "BUG: mean velocity error / that of PCA"): (0, 0.95),
     ("thin cloud", "largest deviation from sqrt(1 + theta^2)"): (0, 1e-3),
     ("return", "Strang splitting: gap after the pendulum's full swing"): (0, 1e-12),
@@ -42,9 +43,9 @@ BETWEEN = {  # experiment, quantity: the least and the largest value
     ("spin", "distance of the cloud from its start after one turn"): (0, 1e-14),
     ("spin", "b/a = 0.01: error / best after one turn"): (6.3, 6.4),
     ("spin", "b/a = 0.01: error / best after two turns"): (12.5, 12.8),
-    ("moving pivot", "BUG, centred: mean squared error / that of PCA"): (1, 2.2),
+    ("moving pivot", "BUG, centred: rms error / that of PCA"): (1, 2.2),
     ("moving pivot", "BUG, centred: worst frame, error / that of PCA"): (1, 2.2),
-    ("moving pivot", "BUG, wrong: mean squared error / that of PCA"): (5, 1e4),
+    ("moving pivot", "BUG, wrong: rms error / that of PCA"): (2, 1e2),
     ("video", "anchored BUG: mean error / best"): (1, 1.02),
     ("video", "anchored augmented BUG: mean error / best"): (1, 1.02),
     ("video", "anchored augmented BUG: worst frame, error / best"): (1, 1.02),
@@ -66,6 +67,8 @@ BETWEEN = {  # experiment, quantity: the least and the largest value
     ("ensemble", "increments, started at rank 1: error / tolerance at the end"): (5, 1e3),
     ("ensemble", "optimal rank at the start"): (1, 6),
     ("ensemble", "optimal rank at the end"): (20, 100),
+    ("stream", "EEG: forgetting SVD (StreamingPCA), rank 8, mean"): (0.2, 0.9),
+    ("stream", "camera: forgetting SVD (StreamingPCA), rank 8, mean"): (0.2, 0.9),
     ("order", "BUG: measured order"): (0.9, 1.1),
     ("order", "augmented BUG: measured order"): (0.9, 1.1),
     ("order", "Lie splitting: measured order"): (0.9, 1.1),
@@ -131,5 +134,5 @@ def test_the_notebook_is_committed_as_it_ran_from_top_to_bottom():
         output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"
     ]
     pictures = [output for output in outputs if {"image/png", "image/gif"} & set(output.get("data", {}))]
-    assert len(pictures) == len(FIGURES) + len(GIFS)
-    assert (ROOT / NAME).stat().st_size < 3_000_000
+    assert len(pictures) == len(FIGURES) + len(GIFS) + 1  # that of timings/pca.py
+    assert (ROOT / NAME).stat().st_size < 3_500_000
