@@ -20,6 +20,7 @@ __all__ = [
     "LowRankLayer",
     "LowRankLinear",
     "SpatialLowRankConv2d",
+    "StreamingPCA",
     "average",
     "compression",
     "export",
@@ -31,3 +32,12 @@ __all__ = [
     "to_low_rank",
     "truncate",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """StreamingPCA, where it is asked for: scikit-learn takes long to import, and networks do without."""
+    if name == "StreamingPCA":
+        from dlrt.streaming import StreamingPCA
+
+        return StreamingPCA
+    raise AttributeError(f"module 'dlrt' has no attribute {name!r}")

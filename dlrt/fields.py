@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dlrt.integrators import Operator, augment, galerkin
+from dlrt.integrators import Operator, augment, galerkin, project, times
 from dlrt.lowrank import LowRank, qr, truncate
 
 Field = Callable[[float, LowRank], Operator]
@@ -27,8 +27,7 @@ def bug(Y: LowRank, F: Field, t: float, h: float) -> LowRank:
     """The basis-update & Galerkin integrator at fixed rank, from t to t + h. Ceruti & Lubich 2022."""
     U1, _ = qr(k_step(Y, F, t, h))
     V1, _ = qr(k_step(Y.T, transposed(F), t, h))
-    projected = LowRank(U1, (U1.mT @ Y.U) @ Y.S @ (Y.V.mT @ V1), V1)
-    return LowRank(U1, s_step(projected, F, t, h), V1)
+    return LowRank(U1, s_step(project(Y, U1, V1), F, t, h), V1)
 
 
 def augmented_bug(
@@ -36,6 +35,16 @@ def augmented_bug(
 ) -> LowRank:
     """The rank-adaptive BUG integrator, from t to t + h. Ceruti, Kusch & Lubich 2022."""
     Y_hat = augment(Y, k_step(Y, F, t, h), k_step(Y.T, transposed(F), t, h))
+    return truncate(LowRank(Y_hat.U, s_step(Y_hat, F, t, h), Y_hat.V), tau, 1, max_rank)
+
+
+def midpoint_bug(
+    Y: LowRank, F: Field, t: float, h: float, tau: float | None = None, max_rank: int | None = None
+) -> LowRank:
+    """The BUG integrator of second order, from t to t + h. Ceruti, Einkemmer, Kusch & Lubich 2024."""
+    half = augmented_bug(Y, F, t, h / 2)
+    F_half = F(t + h / 2, half)
+    Y_hat = augment(project(Y, half.U, half.V), times(F_half, half.V), times(F_half.T, half.U))
     return truncate(LowRank(Y_hat.U, s_step(Y_hat, F, t, h), Y_hat.V), tau, 1, max_rank)
 
 
@@ -58,7 +67,7 @@ def strang(Y: LowRank, F: Field, t: float, h: float) -> LowRank:
 def k_step(Y: LowRank, F: Field, t: float, h: float) -> Tensor:
     """K (m, r) at t + h for K' = F(t, K Vᵀ) V from K = U S; that of Yᵀ is the L-step."""
     identity = torch.eye(Y.V.shape[1], dtype=Y.S.dtype, device=Y.S.device)
-    return rk4(lambda t, K: F(t, LowRank(K, identity, Y.V)) @ Y.V, Y.U @ Y.S, t, h)
+    return rk4(lambda t, K: times(F(t, LowRank(K, identity, Y.V)), Y.V), Y.U @ Y.S, t, h)
 
 
 def s_step(Y: LowRank, F: Field, t: float, h: float, sign: int = 1) -> Tensor:

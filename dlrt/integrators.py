@@ -57,9 +57,30 @@ def augmented_bug(
 
     As `parallel_bug`, but the S-step sees all of F in the augmented bases.
     """
-    Y_hat = augment(Y, F @ Y.V, F.T @ Y.U)
+    Y_hat = augment(Y, times(F, Y.V), times(F.T, Y.U))
     Y_hat = LowRank(Y_hat.U, Y_hat.S + h * galerkin(F, Y_hat), Y_hat.V)
     return truncate(Y_hat, tau, min_rank, max_rank)
+
+
+def midpoint_bug(
+    Y: LowRank,
+    first: Operator,
+    second: Operator,
+    h: float = 1.0,
+    tau: float | None = None,
+    min_rank: int = 1,
+    max_rank: int | None = None,
+) -> LowRank:
+    """The BUG integrator of second order, by the midpoint rule. Ceruti, Einkemmer, Kusch & Lubich 2024.
+
+    first, second and h are those of `strang`. Bases of the midpoint are augmented by F applied to them, so
+    the rank may grow fourfold; what is then truncated enters to first order, times its size.
+    """
+    half = augment(Y, times(first, Y.V), times(first.T, Y.U))
+    FV = times(first, half.V) + times(second, half.V)
+    Y_hat = augment(half, FV, times(first.T, half.U) + times(second.T, half.U))
+    S = Y_hat.S + h * (galerkin(first, Y_hat) + galerkin(second, Y_hat))
+    return truncate(LowRank(Y_hat.U, S, Y_hat.V), tau, min_rank, max_rank)
 
 
 def bug(Y: LowRank, F: Operator, h: float = 1.0) -> LowRank:
@@ -67,7 +88,7 @@ def bug(Y: LowRank, F: Operator, h: float = 1.0) -> LowRank:
 
     Unlike in projector splitting no step goes back in time, and K- and L-step are independent of each other.
     """
-    Y1 = update_bases(Y, F @ Y.V, F.T @ Y.U, h)
+    Y1 = update_bases(Y, times(F, Y.V), times(F.T, Y.U), h)
     return LowRank(Y1.U, Y1.S + h * galerkin(F, Y1), Y1.V)
 
 
@@ -78,10 +99,10 @@ def projector_splitting(Y: LowRank, F: Operator, h: float = 1.0, adjoint: bool =
     """
     if adjoint:
         return projector_splitting(Y.T, F.T, h).T
-    FV = F @ Y.V
+    FV = times(F, Y.V)
     U1, S_hat = qr(Y.U @ Y.S + h * FV)
     S_tilde = S_hat - h * (U1.mT @ FV)  # the S-step goes back in time
-    V1, S1t = qr(Y.V @ S_tilde.mT + h * (F.T @ U1))
+    V1, S1t = qr(Y.V @ S_tilde.mT + h * times(F.T, U1))
     return LowRank(U1, S1t.mT, V1)
 
 
@@ -111,12 +132,20 @@ class Residual:
         return Residual(self.A1.T, self.Y.T)
 
     def __matmul__(self, X: Tensor) -> Tensor:
-        return self.A1 @ X - self.Y @ X
+        return times(self.A1, X) - self.Y @ X
+
+
+def times(F: Operator, X: Tensor) -> Tensor:
+    """F @ X, of a matrix F as the transpose of Xᵀ Fᵀ: MKL takes up to seventy times as long the other way.
+
+    (2048 x 2048 or its transpose times 8 columns, Zen CPU: 2 to 6 ms against 6 to 400 ms.)
+    """
+    return (X.mT @ F.mT).mT if isinstance(F, Tensor) else F @ X
 
 
 def galerkin(F: Operator, Y: LowRank) -> Tensor:
     """Uᵀ F V, the right-hand side of the S-equation in the bases of Y."""
-    return Y.U.mT @ (F @ Y.V)
+    return Y.U.mT @ times(F, Y.V)
 
 
 def parallel_step(Y: LowRank, F: Operator, h: float, rule: Rule | None = None) -> LowRank:
@@ -125,7 +154,7 @@ def parallel_step(Y: LowRank, F: Operator, h: float, rule: Rule | None = None) -
     rule(D, Ŷ) turns the small matrix D = Ûᵀ P_Y F V̂ into the direction in which S moves, for Ŷ = Y in those
     bases (see `velocity`); without one it is D itself. D[:r, :r] is Uᵀ F V, or F.core where F has one.
     """
-    FV, FtU = F @ Y.V, F.T @ Y.U
+    FV, FtU = times(F, Y.V), times(F.T, Y.U)
     Y_hat = augment(Y, FV, FtU)  # K-step and L-step
     r, s = Y.S.shape
     U1, V1 = Y_hat.U[:, r:], Y_hat.V[:, s:]
@@ -148,8 +177,11 @@ def augment(Y: LowRank, FV: Tensor, FtU: Tensor) -> LowRank:
 
 def update_bases(Y: LowRank, FV: Tensor, FtU: Tensor, h: float) -> LowRank:
     """The K- and the L-step at fixed rank: Y projected onto bases of K1 = U S + h F V, L1 = V Sᵀ + h Fᵀ U."""
-    U1, _ = qr(Y.U @ Y.S + h * FV)
-    V1, _ = qr(Y.V @ Y.S.mT + h * FtU)
+    return project(Y, qr(Y.U @ Y.S + h * FV)[0], qr(Y.V @ Y.S.mT + h * FtU)[0])
+
+
+def project(Y: LowRank, U1: Tensor, V1: Tensor) -> LowRank:
+    """Y in other bases: U1 U1ᵀ Y V1 V1ᵀ."""
     return LowRank(U1, (U1.mT @ Y.U) @ Y.S @ (Y.V.mT @ V1), V1)
 
 

@@ -15,6 +15,7 @@ N = 100
 STEPS = {  # each from Y, the field, t, h, and the rank to keep
     "bug": lambda Y, F, t, h, rank: fields.bug(Y, F, t, h),
     "augmented": lambda Y, F, t, h, rank: fields.augmented_bug(Y, F, t, h, max_rank=rank),
+    "midpoint": lambda Y, F, t, h, rank: fields.midpoint_bug(Y, F, t, h, max_rank=rank),
     "ksl": lambda Y, F, t, h, rank: fields.projector_splitting(Y, F, t, h),
     "strang": lambda Y, F, t, h, rank: fields.strang(Y, F, t, h),
 }
@@ -36,21 +37,32 @@ def as_real(X, z=1):
     return torch.kron(X.contiguous(), torch.tensor([[z.real, -z.imag], [z.imag, z.real]]))
 
 
-@cache
-def schroedinger(seed):
-    """i X' = D X + X D + V X V on N points: the field, the start at a given rank, and X at t = 1."""
-    rng = np.random.default_rng(seed)
-    U0, V0 = (torch.linalg.qr(torch.from_numpy(rng.random((N, N)))).Q for _ in range(2))
-    sigma = 10.0 ** -torch.arange(1, N + 1)
-    sigma = sigma / sigma.norm()
+def schroedinger_matrices():
+    """D, V and -i of i X' = D X + X D + V X V on N points."""
     D = torch.eye(N) - torch.ones(N - 1).diag(1) / 2 - torch.ones(N - 1).diag(-1) / 2
     V = (1 - torch.cos(2 * math.pi * torch.arange(-N // 2, N // 2) / N)).diag()
-    D, V, minus_i = as_real(D), as_real(V), as_real(torch.eye(N), -1j)
+    return as_real(D), as_real(V), as_real(torch.eye(N), -1j)
+
+
+def schroedinger_field():
+    D, V, minus_i = schroedinger_matrices()
 
     def F(t, Y):
         terms = ((D @ Y.U, Y.V), (Y.U, D @ Y.V), (V @ Y.U, V @ Y.V))
         U1, V1 = (torch.cat(bases, dim=1) for bases in zip(*terms, strict=True))
         return LowRank(minus_i @ U1, torch.block_diag(Y.S, Y.S, Y.S), V1)
+
+    return F
+
+
+@cache
+def schroedinger(seed):
+    """The field, the start at a given rank, and X at t = 1."""
+    rng = np.random.default_rng(seed)
+    U0, V0 = (torch.linalg.qr(torch.from_numpy(rng.random((N, N)))).Q for _ in range(2))
+    sigma = 10.0 ** -torch.arange(1, N + 1)
+    sigma = sigma / sigma.norm()
+    D, V, minus_i = schroedinger_matrices()
 
     def start(rank):
         return LowRank(as_real(U0[:, :rank]), as_real(sigma[:rank].diag()), as_real(V0[:, :rank]))
@@ -58,7 +70,7 @@ def schroedinger(seed):
     X = start(N).dense()
     for n in range(400):
         X = fields.rk4(lambda t, X: minus_i @ (D @ X + X @ D + V @ X @ V), X, n / 400, 1 / 400)
-    return F, start, X
+    return schroedinger_field(), start, X
 
 
 def schroedinger_error(seed, name, steps, rank=12):
@@ -75,10 +87,36 @@ def test_for_a_constant_field_the_step_is_that_of_the_integrators(name):
     assert torch.allclose(getattr(fields, name)(Y, lambda t, Y: G, 1.0, 0.3).dense(), expected, atol=1e-12)
 
 
-def test_for_a_constant_field_strang_is_that_of_the_integrators():
+@pytest.mark.parametrize("name", ["strang", "midpoint_bug"])
+def test_for_a_constant_field_two_halves_are_those_of_the_integrators(name):
     Y, G = LowRank.from_dense(torch.randn(12, 9), rank=3), torch.randn(12, 9)
-    expected = integrators.strang(Y, G, G, 0.15).dense()
-    assert torch.allclose(fields.strang(Y, lambda t, Y: G, 1.0, 0.3).dense(), expected, atol=1e-12)
+    expected = getattr(integrators, name)(Y, G, G, 0.15).dense()
+    assert torch.allclose(getattr(fields, name)(Y, lambda t, Y: G, 1.0, 0.3).dense(), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "order"), [("augmented_bug", 1), ("midpoint_bug", 2)])
+def test_the_midpoint_rule_makes_bug_one_order_better(name, order):
+    """Where the field leads out of rank one and the rank follows the tolerance, errors are those of bases."""
+    W1, W2, H, B = (torch.randn(40, 40) / 40**0.5 for _ in range(4))
+
+    def F(t, Y):
+        U = torch.cat([W1 @ Y.U, Y.U, math.cos(2 * t) * H @ Y.U], dim=1)
+        V = torch.cat([Y.V, W2 @ Y.V, B @ Y.V], dim=1)
+        return LowRank(U, torch.block_diag(Y.S, Y.S, Y.S), V)
+
+    def slope(t, X):
+        return W1 @ X + X @ W2.mT + math.cos(2 * t) * H @ X @ B.mT
+
+    start = LowRank.from_dense(torch.outer(torch.randn(40), torch.randn(40)) / 40, rank=1)
+    X, counts, errors = start.dense(), (20, 40, 80), []
+    for n in range(200):
+        X = fields.rk4(slope, X, n / 400, 1 / 400)
+    for steps in counts:
+        Y = start
+        for n in range(steps):
+            Y = getattr(fields, name)(Y, F, n / steps / 2, 1 / steps / 2, tau=1e-10)
+        errors.append((Y.dense() - X).norm().item())
+    assert abs(-np.polyfit(np.log(counts), np.log(errors), 1)[0] - order) <= 0.1, errors
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -108,7 +146,7 @@ def test_bug_shows_its_first_order_on_schroedinger(seed):
     assert abs(-np.polyfit(np.log(counts), np.log(errors), 1)[0] - 0.95) <= 0.05
 
 
-@pytest.mark.parametrize("name", ["augmented", "ksl", "strang"])
+@pytest.mark.parametrize("name", ["augmented", "midpoint", "ksl", "strang"])
 @pytest.mark.parametrize("seed", range(2))
 def test_the_others_stay_near_the_best_on_schroedinger(seed, name):
     assert schroedinger_error(seed, name, 20) <= 1.6

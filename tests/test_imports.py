@@ -3,12 +3,16 @@
 import ast
 from pathlib import Path
 
+import sklearn.base
+
+import dlrt
+
 ROOT = Path(__file__).parents[1]
 ORDER = [
     ["checks", "clutter", "timing", "watching", "records"],
     ["lowrank"],
     ["ranks", "integrators", "layers", "curvature"],
-    ["velocity", "fields", "convolutions", "costs"],
+    ["velocity", "fields", "convolutions", "costs", "streaming"],
     ["convert", "distributed", "settings"],
     ["averaging", "export", "optimizer"],
     ["baselines"],
@@ -25,7 +29,7 @@ ORDER = [
         "runs",
         "plots",
     ],
-    ["tables", "datasets", "training", "loading"],
+    ["tables", "datasets", "training", "loading", "pendulum"],
     ["cams.targets", "cams.pictures", "cams.methods", "cams.spatial", "cams.faithfulness"],
     ["cams.compare", "cams.guided", "cams.explain", "cams.figure", "cams.networks"],
     ["cams.known"],
@@ -41,8 +45,8 @@ def modules():
         yield ".".join(path.relative_to(ROOT / "dlrt").with_suffix("").parts).removesuffix(".__init__"), path
 
 
-def imported(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+def imported(path, walk=ast.walk):
+    for node in walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             yield node.module
@@ -73,3 +77,11 @@ def test_the_library_imports_no_script():
     folders = {path.name for path in ROOT.iterdir() if path.is_dir()} - {"dlrt"}
     for _, path in modules():
         assert not [target for target in imported(path) if target.split(".")[0] in folders]
+
+
+def test_whoever_imports_dlrt_does_not_wait_for_scikit_learn():
+    for name, path in modules():
+        targets = set(imported(path, ast.iter_child_nodes))
+        assert name == "streaming" or not [target for target in targets if target.startswith("sklearn")]
+        assert "dlrt.streaming" not in targets
+    assert issubclass(dlrt.StreamingPCA, sklearn.base.BaseEstimator)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dlrt import LowRank, integrators, truncate
-from dlrt.integrators import Residual, augmented_bug, bug, parallel_bug, projector_splitting
+from dlrt.integrators import Residual, augmented_bug, bug, midpoint_bug, parallel_bug, projector_splitting
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -23,6 +23,7 @@ def strang(Y, increments, rank):
 STEPS = {  # each from Y, the increments of the two halves of a step, and the rank to keep
     "bug": lambda Y, increments, rank: bug(Y, sum(increments)),
     "augmented": lambda Y, increments, rank: augmented_bug(Y, sum(increments), max_rank=rank),
+    "midpoint": lambda Y, increments, rank: midpoint_bug(Y, *increments, max_rank=rank),
     "ksl": ksl,
     "strang": strang,
 }
@@ -144,6 +145,7 @@ def test_error_on_the_exponential_stays_near_the_best(name, rank, bound):
 
 
 def test_slopes_against_the_flow_are_one_and_for_strang_two():
+    """One for midpoint BUG as well: what it truncates from rank 4 r to r is no smaller with smaller steps."""
     A = exponential(0)
     reference = follow(A, strang, 8, 640).dense()
     counts = (20, 40, 80, 160)
@@ -214,6 +216,8 @@ def test_an_operator_serves_as_well_as_a_matrix():
         assert torch.allclose(
             integrator(Y, F, 0.1).dense(), integrator(Y, F.dense(), 0.1).dense(), atol=1e-12
         )
+    halves = midpoint_bug(Y, F, F, 0.1), midpoint_bug(Y, F.dense(), F.dense(), 0.1)
+    assert torch.allclose(halves[0].dense(), halves[1].dense(), atol=1e-12)
 
 
 def test_augmented_bug_finds_the_rank_that_the_tolerance_asks_for():

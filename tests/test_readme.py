@@ -56,6 +56,8 @@ def test_a_command_of_the_readme_runs(command, tmp_path, request):
     elif script == "timings/step.py":
         flags += ["--repeats", "1", "--width", "64", "--ranks", "2", "7", "--networks", "lenet5", "mlp"]
         flags += ["--output-dir", str(tmp_path)]
+    elif script == "timings/pca.py":
+        flags += ["--sizes", "64", "--repeats", "2", "--output-dir", str(tmp_path)]
     elif script == "timings/memory.py":
         flags += ["--width", "64", "--ranks", "2", "--output-dir", str(tmp_path)]
     elif script.endswith("produce_results.py"):  # of the runs that are committed

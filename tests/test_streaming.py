@@ -1,0 +1,167 @@
+"""StreamingPCA: scikit-learn's interface, and PCA itself wherever that can be had from what it is given."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import PCA, IncrementalPCA
+from sklearn.utils.estimator_checks import check_estimator
+
+from dlrt import StreamingPCA
+
+FOLLOW = ("samples", "frames", "increments")
+
+
+def data(rows=60, columns=12, rank=None, seed=0):
+    """A matrix with a mean and falling singular values, or of that rank."""
+    rng = np.random.default_rng(seed)
+    rank = rank or columns
+    X = rng.normal(size=(rows, rank)) * 2.0 ** -np.arange(rank) @ rng.normal(size=(rank, columns))
+    return X + rng.normal(size=columns)
+
+
+def turning(steps=30, rank=3):
+    """Frames of that rank about a mean, that turn and drift."""
+    rng = np.random.default_rng(1)
+    A, mean, R = data(rank=rank), rng.normal(size=12), rng.normal(size=(12, 12)) / 40
+    turn = torch.matrix_exp(torch.from_numpy(R - R.T)).numpy()
+    frames = [A]
+    for _ in range(steps):
+        frames.append(frames[-1] @ turn + 0.1 * mean)
+    return frames
+
+
+def following(model, frames):
+    """The model after all frames, or after the increments between them."""
+    model.fit(frames[0])
+    for before, now in pairwise(frames):
+        model.partial_fit(now - before if model.follow == "increments" else now)
+    return model
+
+
+def restored(model, X):
+    return model.inverse_transform(model.transform(X))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        StreamingPCA(2),
+        StreamingPCA(tau=0.1, forgetting=0.9),
+        *(StreamingPCA(2, follow=f) for f in FOLLOW[1:]),
+    ],
+    ids=str,
+)
+def test_it_is_an_estimator_of_scikit_learn(model):
+    check_estimator(model, on_skip=None)
+
+
+@pytest.mark.parametrize("follow", FOLLOW)
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy], ids=["arrays", "tensors"])
+def test_what_it_finds_at_first_is_pca(follow, kind):
+    X = data()
+    model, pca = StreamingPCA(4, follow=follow).fit(kind(X)), PCA(4).fit(X)
+    found = model.mean_, model.explained_variance_, model.singular_values_, restored(model, kind(X))
+    assert all(type(value) is type(kind(X)) for value in found)
+    expected = pca.mean_, pca.explained_variance_, pca.singular_values_, restored(pca, X)
+    for value, right in zip(found, expected, strict=True):
+        np.testing.assert_allclose(value, right, atol=1e-12)
+    assert np.isclose(model.noise_variance_, pca.noise_variance_)
+
+
+@pytest.mark.parametrize("forgetting", [1.0, 0.9])
+@pytest.mark.parametrize("batch", [1, 7, 60])
+def test_samples_may_be_dealt_out_to_calls_at_will(forgetting, batch):
+    """The mean and the covariance are those of NumPy with weights, and older rows weigh less."""
+    X = data()
+    model = StreamingPCA(forgetting=forgetting)
+    for start in range(0, len(X), batch):
+        model.partial_fit(X[start : start + batch])
+    weights = forgetting ** np.arange(len(X) - 1, -1, -1.0)
+    covariance = model.components_.T * model.explained_variance_ @ model.components_
+    np.testing.assert_allclose(model.mean_, np.average(X, axis=0, weights=weights), atol=1e-12)
+    np.testing.assert_allclose(covariance, np.cov(X.T, aweights=weights), atol=1e-12)
+
+
+def test_without_forgetting_it_is_incremental_pca():
+    X = data()
+    model, other = StreamingPCA(3), IncrementalPCA(3)
+    for start in range(0, len(X), 10):
+        model.partial_fit(X[start : start + 10])
+        other.partial_fit(X[start : start + 10])
+    np.testing.assert_allclose(restored(model, X), restored(other, X), atol=1e-10)
+
+
+@pytest.mark.parametrize("follow", FOLLOW)
+def test_it_is_exact_where_the_data_have_the_rank(follow):
+    """Samples whose subspace stays, and a matrix whose subspaces turn."""
+    frames = [data(rank=3)] * 3 if follow == "samples" else turning()
+    model = following(StreamingPCA(3, follow=follow, forgetting=0.9), frames)
+    np.testing.assert_allclose(restored(model, frames[-1]), frames[-1], atol=1e-9)
+    if follow != "samples":
+        np.testing.assert_allclose(model.mean_, frames[-1].mean(0), atol=1e-9)
+
+
+def test_frames_are_followed_near_the_best_and_increments_drift():
+    frames = [A + data(seed=5) / 20 for A in turning(60)]
+    errors = {}
+    for follow in FOLLOW[1:]:
+        model = following(StreamingPCA(3, follow=follow), frames)
+        errors[follow] = np.linalg.norm(restored(model, frames[-1]) - frames[-1])
+    best = np.linalg.norm(restored(PCA(3).fit(frames[-1]), frames[-1]) - frames[-1])
+    assert errors["frames"] <= 1.01 * best
+    assert errors["increments"] > errors["frames"]
+
+
+def test_the_rank_follows_the_tolerance():
+    model, few = StreamingPCA(tau=1e-8, follow="frames"), turning(3, rank=2)
+    for X, rank in [(few[0], 2), (few[1], 2), (turning(1, rank=4)[0], 4), (few[2], 2)]:
+        for _ in range(3):
+            model.partial_fit(X)
+        assert model.n_components_ == rank
+
+
+@pytest.mark.parametrize("follow", ["samples", "frames"])
+def test_missing_entries_of_data_of_low_rank_are_found(follow):
+    """Though nothing is whole, not even at first: a third of all entries is hidden, others in each call."""
+    frames, rng = [data(rank=3)] * 20 if follow == "samples" else turning(20), np.random.default_rng(2)
+    hidden = [rng.random(A.shape) < 0.3 for A in frames]
+    holed = [np.where(hide, np.nan, A) for hide, A in zip(hidden, frames, strict=True)]
+    model = following(StreamingPCA(3, follow=follow, forgetting=0.99), holed)
+    errors = (restored(model, holed[-1]) - frames[-1])[hidden[-1]]
+    assert np.linalg.norm(errors) <= 0.2 * np.linalg.norm((frames[-1] - frames[-1].mean(0))[hidden[-1]])
+
+
+def test_an_increment_that_is_missing_is_none():
+    A, step = data(), np.where(np.arange(12) < 6, np.nan, 0.1 * data(seed=3))
+    models = [StreamingPCA(3, follow="increments").fit(A) for _ in range(2)]
+    models[0].partial_fit(step)
+    models[1].partial_fit(np.nan_to_num(step))
+    np.testing.assert_array_equal(*(model.components_ for model in models))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_components": 13}, r"n_components must lie in \[1, 12\], got 13"),
+        ({"tau": 1.5}, "tau"),
+        ({"forgetting": 0.0}, "forgetting must lie in"),
+        ({"follow": "rows"}, 'follow must be "samples"'),
+    ],
+)
+def test_parameters_out_of_range_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        StreamingPCA(**options).fit(data())
+
+
+def test_data_that_do_not_fit_are_named():
+    model = StreamingPCA(2, follow="frames").fit(data())
+    with pytest.raises(ValueError, match="must keep their 60 rows, got 59"):
+        model.partial_fit(data()[1:])
+    with pytest.raises(ValueError, match="12"):
+        model.partial_fit(torch.from_numpy(data(columns=11)))
+    with pytest.raises(ValueError, match="finite"):
+        model.partial_fit(torch.full((60, 12), torch.inf))
+    with pytest.raises(ValueError, match="float32 or float64"):
+        model.partial_fit(torch.zeros(60, 12, dtype=torch.int64))

@@ -1,0 +1,121 @@
+"""What PCA of a frame costs: integrators, subspace iteration and decompositions from scratch, at rank 8.
+
+    python timings/pca.py      ten minutes on one CPU core; figures/pca_costs.csv, .png and .pdf
+
+Square frames of growing size, and the 4096 x 32 window of the video in pca_experiments.ipynb. All methods
+take turns, and what is compared are ratios to BUG in the same round. float32, and one thread.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib as mpl
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from dlrt import LowRank
+from dlrt.integrators import Residual, augmented_bug, bug, projector_splitting, times
+from dlrt.lowrank import qr
+from dlrt.plots import LOOK, plt, save, style
+from dlrt.timing import in_turn
+
+RANK, WINDOW = 8, (4096, 32)
+
+
+def gram(A: Tensor) -> Tensor:
+    """The leading left singular vectors by way of the smaller Gram matrix."""
+    V = torch.linalg.eigh(A.mT @ A)[1][:, -RANK:]
+    return qr(times(A, V))[0]
+
+
+def contenders(rows: int, columns: int, largest_svd: int) -> dict[str, Callable[[], object]]:
+    """What takes the rank-8 approximation Y of the last frame to that of A, whose increment is dA."""
+    torch.manual_seed(0)
+    A, dA = torch.randn(rows, columns), torch.randn(rows, columns) / 100
+    U, V = (torch.linalg.qr(torch.randn(size, RANK))[0] for size in (rows, columns))
+    Y = LowRank(U, torch.eye(RANK), V)
+    functions = {
+        "BUG": lambda: bug(Y, dA),
+        "augmented BUG": lambda: augmented_bug(Y, dA, max_rank=RANK),
+        "projector splitting": lambda: projector_splitting(Y, dA),
+        "anchored BUG": lambda: bug(Y, Residual(A, Y)),
+        "anchored augmented BUG": lambda: augmented_bug(Y, Residual(A, Y), max_rank=RANK),
+        "subspace iteration": lambda: qr(times(A.mT, qr(times(A, V))[0])),
+        "randomised SVD, q = 8": lambda: torch.svd_lowrank(A, q=RANK, niter=1),
+        "randomised SVD, q = 16": lambda: torch.svd_lowrank(A, q=2 * RANK, niter=1),
+    }
+    if rows != columns:
+        functions |= {"thin SVD": lambda: torch.linalg.svd(A, full_matrices=False)}
+        functions |= {"Gram matrix, eigenvalues": lambda: gram(A)}
+    elif rows <= largest_svd:
+        functions |= {"full SVD": lambda: torch.linalg.svd(A)}
+    return functions
+
+
+def measure(shape: tuple[int, int], repeats: int, largest_svd: int) -> pd.DataFrame:
+    """A row for each method: median ms, and the quartiles of its ratio to BUG of the same round."""
+    functions = contenders(*shape, largest_svd)
+    in_turn(list(functions.values()), 1)
+    repeats *= max(1, min(8, 2048**2 // (shape[0] * shape[1])))  # short times need more
+    taken = in_turn(list(functions.values()), repeats, seconds=200)
+    rows = []
+    for name, its in zip(functions, taken, strict=True):
+        ratios = [time / reference for time, reference in zip(its, taken[0], strict=False)]
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        ratio = {"ratio": middle, "ratio_low": low, "ratio_high": high, "repeats": len(its)}
+        row = {"rows": shape[0], "columns": shape[1], "method": name, "ms": statistics.median(its)}
+        rows.append(row | ratio)
+    return pd.DataFrame(rows)
+
+
+def draw(table: pd.DataFrame) -> Figure:
+    """Ratios to BUG with their quartiles: over the size of a square frame, and for the video's window."""
+    with mpl.rc_context(LOOK):
+        figure, (sizes, video) = plt.subplots(1, 2, figsize=(11, 4.6), width_ratios=(1.3, 1))
+        square = table[table["rows"] == table["columns"]]
+        for number, (name, rows) in enumerate(square.groupby("method", sort=False)):
+            sizes.loglog(rows["rows"], rows["ratio"], marker=".", label=name, **style(number))
+            band = {"color": style(number)["color"], "alpha": 0.2, "linewidth": 0}
+            sizes.fill_between(rows["rows"], rows["ratio_low"], rows["ratio_high"], **band)
+        sizes.set(xlabel="n", ylabel="time / time of a BUG step", title="a frame of n x n")
+        ticks = sorted(set(square["rows"]))
+        sizes.set_xticks(ticks, ticks)
+        sizes.minorticks_off()
+        window = table[table["rows"] != table["columns"]].iloc[::-1]
+        bars = [window["ratio"] - window["ratio_low"], window["ratio_high"] - window["ratio"]]
+        video.barh(window["method"], window["ratio"], xerr=bars, color="0.7", ecolor="0.2", capsize=3)
+        video.set(
+            xlabel="time / time of a BUG step", title=f"a {WINDOW[0]} x {WINDOW[1]} window of the video"
+        )
+        shown = sizes.get_legend_handles_labels()
+        figure.legend(*shown, loc="outside lower center", ncols=3, fontsize="small")
+    return figure
+
+
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    sizes = (512, 1024, 2048, 4096, 8192, 16384)
+    parser.add_argument("--sizes", type=int, nargs="+", default=sizes, help="of square frames")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds at least (default 5)")
+    parser.add_argument("--largest-svd", type=int, default=1024, help="size of the largest full SVD")
+    figures = Path(__file__).parents[1] / "figures"
+    parser.add_argument("--output-dir", type=Path, default=figures, help="for the table and the figure")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    tables = []
+    for shape in [WINDOW, *((size, size) for size in args.sizes)]:
+        tables.append(measure(shape, args.repeats, args.largest_svd))
+        print(tables[-1].to_string(index=False, float_format="%.3g"), flush=True)
+        table = pd.concat(tables)
+        path = save(draw(table), [args.output_dir], "pca_costs")
+        table.to_csv(path.with_suffix(".csv"), index=False, float_format="%.4g")
+    print(f"{path} and {path.with_suffix('.csv')}")
+
+
+if __name__ == "__main__":
+    main()
