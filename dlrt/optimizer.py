@@ -104,6 +104,12 @@ class DLRT(torch.optim.Optimizer):
         check_tolerance(value)
         self.group["tau"] = value
 
+    @property
+    def budget(self) -> int | None:
+        """How many parameters the low-rank layers may have by now, in all; None without a budget."""
+        group = self.group
+        return falling_budget(*group["budget"], group["steps"]) if "budget" in group else None
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """One step of the integrator; gives the closure's loss, if there is a closure.

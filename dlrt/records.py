@@ -29,6 +29,7 @@ class Row(Epoch, total=False):
     test_loss: float
     test_accuracy: float
     ranks: str
+    budget: int
     evaluation_parameters: int
     evaluation_compression: float
     training_parameters: int
@@ -48,7 +49,7 @@ class Options(TypedDict, total=False):
     seed: int
     lr: float
     tau: float
-    width: int
+    width: float
     decay: float
     compression: float
 
@@ -115,12 +116,13 @@ def read_runs(results: Path) -> pd.DataFrame:
 
 
 def chosen_epoch(metrics: pd.DataFrame) -> int:
-    """The row to report: of the epochs at the final tolerance, the one most accurate on the validation split.
+    """The row to report: at the final tolerance and budget, the most accurate on the validation split.
 
     Among equals the one with the smallest validation loss. Epoch 0, what training began with, is not one of
     them. The same for every method; the test split has no say.
     """
-    final = metrics[(metrics["tau"] == metrics["tau"].iloc[-1]) & (metrics["epoch"] > 0)]
+    bounds = metrics[["tau"] + ["budget"] * ("budget" in metrics)]
+    final = metrics[(bounds == bounds.iloc[-1]).all(axis=1) & (metrics["epoch"] > 0)]
     if final.empty:  # nothing was trained yet
         final = metrics
     order = final.sort_values(

@@ -170,6 +170,7 @@ def _epoch(
         "test_loss": test_loss,
         "test_accuracy": test_accuracy,
         "ranks": "/".join(map(str, cost.ranks.values())),
+        "budget": (optimizer.budget or 0) if isinstance(optimizer, DLRT) else 0,  # 0 is none
         "evaluation_parameters": cost.evaluation_parameters,
         "evaluation_compression": cost.evaluation_compression,
         "training_parameters": cost.training_parameters,

@@ -271,6 +271,11 @@ def test_metrics_stay_numbers_where_one_is_not_finite(tmp_path):
     assert chosen_epoch(table) == 0
 
 
+def test_an_epoch_before_the_budget_is_met_is_not_chosen():
+    rows = [row(1, 95.0) | {"budget": 900}, row(2, 90.0) | {"budget": 200}, row(3, 91.0) | {"budget": 200}]
+    assert chosen_epoch(pd.DataFrame(rows)) == 2
+
+
 def test_a_dense_run_has_no_ranks(tmp_path):
     started(tmp_path, row(1, 92.0) | {"ranks": ""})
     assert read_metrics(tmp_path)["ranks"].tolist() == [""]

@@ -51,7 +51,7 @@ def make_parser(description: str, ranks: Sequence[int] = (5, 20, 80, 320)) -> Pa
     parser = Parser(description=description, formatter_class=HelpFormatter)
     parser.add_argument("--width", type=NATURAL, default=5120, help="of the five-layer net")
     parser.add_argument("--ranks", type=NATURAL, nargs="+", default=ranks, help="of the five-layer net")
-    parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent, help="of the table")
+    parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent, help="where it writes to")
     return parser
 
 

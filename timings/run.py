@@ -190,7 +190,7 @@ def main() -> None:
     add("--slowest", type=cli.POSITIVE, default=1.2, help=enough)
     add("--device", type=cli.device, default=cli.DEFAULT_DEVICE, help="where to train; cpu or a GPU as cuda")
     add("--name", help="of the device's folder; by default what the device calls itself")
-    add("--output-dir", type=Path, default=Path(__file__).parent / "results", help="where the folders go")
+    parser.set_defaults(output_dir=Path(__file__).parent / "results")
     args = parse(parser)
     if torch.device(args.device).type not in ("cpu", "cuda"):
         parser.error(f"--device must be cpu or cuda, for others memory is not counted, got {args.device}")
