@@ -134,7 +134,9 @@ def main() -> None:
     summary, table = compared(study)
     absent = [name for name in NETWORKS if name not in set(summary["network"])]
     missing = f"Runs of {', '.join(absent)} are still to come, on a GPU. " if absent else ""
-    figures = {"cifar10_training_time": drawings.over_time(study, args.results)}
+    figures = {}
+    if study["budget"].notna().any():
+        figures["cifar10_training_time"] = drawings.over_time(study, args.results)
     if (summary["way"] != drawings.DENSE).any():
         figures["cifar10_accuracy_vs_cr"] = drawings.below_dense(summary)
     if (ours := study[study["way"].str.startswith("DLRT, budget")].sort_values(["seed", "run"])).size:

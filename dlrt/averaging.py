@@ -20,6 +20,8 @@ def average(models: Sequence[nn.Module], weights: Sequence[float] | None = None)
     """
     if not models or (weights is not None and len(weights) != len(models)):
         raise ValueError(f"an average takes models, and a weight for each, got {len(models)} and {weights}")
+    if weights is not None and abs(sum(weights) - 1) > 1e-6:
+        raise ValueError(f"weights must sum to 1, got {sum(weights):g}: divide them by their sum")
     weights = weights or [1 / len(models)] * len(models)
     states = [to_dense(deepcopy(model)).state_dict() for model in models]
     mean = to_dense(deepcopy(models[0]))

@@ -140,17 +140,14 @@ def complement(U: Tensor, A: Tensor) -> Tensor:
     A = A[:, : len(U) - U.shape[1]]  # as many directions as there are outside U complete it, whatever A is
     A = A / A.abs().amax(0).clamp(min=torch.finfo(A.dtype).tiny)  # squares neither overflow nor vanish
     if 4 * A.shape[1] < len(A):
-        B = A
+        B, identity = A, torch.eye(A.shape[1], dtype=A.dtype, device=A.device)
         for _ in range(2):
             B = torch.addmm(B, U, U.mT @ B, alpha=-1)
             gram = B.mT @ B
-            R, failed = torch.linalg.cholesky_ex(gram, upper=True)
-            if failed:
-                break
+            R, _ = torch.linalg.cholesky_ex(gram, upper=True)  # if it fails, the next is not near I
             B = torch.linalg.solve_triangular(R, B, upper=True, left=False)
-        else:
-            if torch.linalg.vector_norm(gram.diagonal() - 1) < 0.5:  # then the second pass has finished it
-                return B
+        if torch.linalg.matrix_norm(gram - identity) < 0.5:  # then the second pass has finished it
+            return B
     return qr(torch.cat([U, A], dim=1))[0][:, U.shape[1] :]
 
 

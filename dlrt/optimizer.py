@@ -153,6 +153,12 @@ class DLRT(torch.optim.Optimizer):
         """The layers that took part; FloatingPointError where their gradients are not finite."""
         for layer, name in self.names.items():
             check_factors(name, layer.S)
+            past = self.state[layer.S].get("velocity")
+            if past is not None and past.shape != layer.S.shape:
+                raise RuntimeError(
+                    f"{name} has a coefficient matrix of shape {tuple(layer.S.shape)}, its velocity "
+                    f"{tuple(past.shape)}: load the optimizer's state with the model's, or make a new DLRT"
+                )
         layers = [layer for layer in self.names if layer.S.grad is not None]
         gradients = [[p.grad for p in (L.U, L.S, L.V) if p.grad is not None] for L in layers]
         largest = torch._foreach_norm([g for of in gradients for g in of], float("inf")) if layers else []
@@ -205,7 +211,7 @@ class DLRT(torch.optim.Optimizer):
     def _update_bases(self, layers: list[LowRankLayer]) -> None:
         """K- and L-step of an integrator that takes its S-step by another pass; the velocity goes along."""
         with _full_precision(self.names):
-            for layer in layers:
+            for layer in (L for L in layers if L.trains_bases):  # others are augmented: a second pass failed
                 Y, past = layer.factors, self._past(layer)
                 _, N = self._accelerate(layer, keep=False)
                 if self.integrator == "bug":
@@ -287,6 +293,7 @@ class DLRT(torch.optim.Optimizer):
         """Cut all layers to the ranks that fit the budget of that step."""
         now = {layer: moved.get(layer) or self._at(layer) for layer in self.names}
         spectra = worths([Y_hat.S for Y_hat, _ in now.values()])
+        spectra = [worth[: self._max_rank(L)] for L, worth in zip(now, spectra, strict=True)]
         budget = falling_budget(*self.group["budget"], step)
         ranks = allot(budget, spectra, [layer.shape for layer in now], self.min_rank)
         for (layer, (Y_hat, M)), rank in zip(now.items(), ranks, strict=True):
@@ -305,11 +312,9 @@ class DLRT(torch.optim.Optimizer):
         if self.integrator == "bug":
             Y1 = Y_hat
         elif decides:
-            bounds = [bound for bound in (self._max_rank(layer), rank) if bound is not None]
-            most = min(bounds) if bounds else None
-            least = min(self.min_rank, *layer.shape, most or self.min_rank)
+            most = min(bound for bound in (rank, self._max_rank(layer), *layer.shape) if bound is not None)
             try:
-                Y1 = truncate(Y_hat, self.tau, least, most)
+                Y1 = truncate(Y_hat, self.tau, min(self.min_rank, most), most)
             except torch.linalg.LinAlgError as error:
                 raise torch.linalg.LinAlgError(
                     f"the SVD of S fails in {self.names[layer]}: {error}"

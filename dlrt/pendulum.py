@@ -11,15 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Arc
 from PIL import Image
 from torch import Tensor
 
 from dlrt.fields import rk4
 from dlrt.lowrank import LowRank
-from dlrt.plots import COLOURS, plt
+from dlrt.plots import COLOURS, Axes, Figure, mpl, plt
+
+Arc = mpl.patches.Arc
 
 GRAVITY = 9.81  # m/s²
 SOFTNESS, ROD, BOB = 0.03, 0.03, 0.15  # m: of edges in the video; half the rod's width; the bob's radius

@@ -87,17 +87,18 @@ def check_integration(
         raise ValueError(f"integrator must be one of {', '.join(INTEGRATORS)}, got {integrator!r}")
     if integrator == "bug" and (update != "sgd" or compression is not None):
         raise ValueError('integrator="bug" keeps ranks and steps by update="sgd": take another for the rest')
-    if not isinstance(s_steps, int) or s_steps < 1 or (s_steps > 1 and integrator != "parallel"):
-        raise ValueError(
-            f's_steps must be a whole number from 1 on, and 1 unless "parallel", got {s_steps!r}'
-        )
+    for name, steps in (("s_steps", s_steps), ("allot_every", allot_every)):
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"{name} must be a whole number from 1 on, got {steps!r}")
+    if s_steps > 1 and integrator != "parallel":
+        raise ValueError(f's_steps > 1 needs integrator="parallel", got {integrator!r}: leave s_steps out')
     check_tolerance(tau)
     if isinstance(max_rank, str) and max_rank != "initial":
         raise ValueError(f'max_rank must be a whole number, "initial" or None, got {max_rank!r}')
     check_rank_bounds(min_rank, None if max_rank == "initial" else max_rank)
     check_compression(compression)
-    if (compression is None) != (ramp is None) or (ramp is not None and ramp < 0) or allot_every < 1:
+    if (compression is None) != (ramp is None) or (ramp is not None and ramp < 0):
         raise ValueError(
-            "compression and ramp, the number of steps over which the budget falls, come together, and "
-            f"allot_every must be at least 1, got {compression}, {ramp} and {allot_every}"
+            "compression and ramp, the number of steps over which the budget falls, come together, got "
+            f"{compression} and {ramp}: give both"
         )

@@ -51,6 +51,8 @@ class Tangent:
 
 def tangent_at(M: Operator, Y: LowRank) -> Tangent:
     """The projection of M onto the tangent space at Y: its products with the bases."""
+    if isinstance(M, Tangent) and M.U is Y.U and M.V is Y.V:
+        return M
     MV = M @ Y.V
     return Tangent(Y.U, Y.V, MV, M.T @ Y.U, Y.U.mT @ MV)
 

@@ -120,7 +120,7 @@ def broken_epoch(folder):
 def error_in(order, s_steps):
     """What is said where "backward", "sum" and "step" come in that order, after a step as it should be."""
     model = network()
-    optimizer, (x, y) = optimizer_for(model, s_steps=s_steps), next(batches())
+    optimizer, (x, y) = optimizer_for(model, s_steps=s_steps, allot_every=1), next(batches())
     acts = {
         "backward": lambda: cross_entropy(model(x), y).backward(),
         "sum": lambda: distributed.reduce_gradients(model),

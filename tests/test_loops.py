@@ -190,7 +190,7 @@ def both(make, ranks, loop, batches):
     start = dlrt.to_low_rank(make(), rank=3)
     dense = dlrt.to_dense(copy.deepcopy(start))
     layers = [m for m in start.modules() if isinstance(m, LowRankLayer)]
-    optimizer = DLRT(start, torch.optim.SGD, lr=LR, momentum=BETA, tau=TAU, min_rank=1)
+    optimizer = DLRT(start, torch.optim.SGD, lr=LR, momentum=BETA, tau=TAU, min_rank=1, allot_every=1)
     loop(start, optimizer, batches)
     loop(dense, DenseDLRT(dense, [3] * len(layers)), batches)
     assert any(layer.rank != 3 for layer in layers), "ranks are to change"
@@ -250,7 +250,7 @@ def test_two_nets_that_zero_one_anothers_gradients():
     dense = dlrt.to_dense(copy.deepcopy(start))
     data = [torch.randn(5, 16, 7), torch.randn(5, 16, 8)]
     options = {"lr": LR, "momentum": BETA, "tau": TAU}
-    loop(start, [DLRT(net, torch.optim.SGD, min_rank=1, **options) for net in start], *data)
+    loop(start, [DLRT(net, torch.optim.SGD, min_rank=1, allot_every=1, **options) for net in start], *data)
     loop(dense, [DenseDLRT(net, [3, 3], **options) for net in dense], *data)
     for a, b in zip(dlrt.to_dense(start).parameters(), dense.parameters(), strict=True):
         assert (a - b).norm() <= 1e-10 * b.norm()

@@ -385,7 +385,7 @@ def test_mistakes_are_named():
     for integrator in ("augmented", "bug"):
         with pytest.raises(RuntimeError, match=r"step\(closure\)"):
             DLRT(model, torch.optim.SGD, lr=0.1, integrator=integrator).step()
-        with pytest.raises(ValueError, match=r"whole number from 1 on, and 1 unless .parallel., got 2"):
+        with pytest.raises(ValueError, match=r"s_steps > 1 needs integrator=.parallel., got"):
             DLRT(model, torch.optim.SGD, lr=0.1, integrator=integrator, s_steps=2)
     with pytest.raises(ValueError, match="parallel, augmented, bug, got 'foo'"):
         DLRT(model, torch.optim.SGD, lr=0.1, integrator="foo")
@@ -488,3 +488,43 @@ def test_a_refused_optimizer_leaves_the_layers_alone():
     with pytest.raises(ValueError, match="learning rate"):
         DLRT(model, torch.optim.SGD, lr=-1.0)
     assert not any(layer.trains_bases for layer in low_rank_layers(model))
+
+
+def test_a_failed_second_pass_can_be_made_again():
+    model = dlrt.to_low_rank(network(), rank=3)
+    optimizer = DLRT(model, torch.optim.SGD, lr=0.1, integrator="augmented")
+    x, y = batch()
+    calls = []
+
+    def closure():
+        calls.append(None)
+        optimizer.zero_grad()
+        loss = cross_entropy(model(x), y) * (float("nan") if len(calls) == 2 else 1.0)
+        loss.backward()
+        return loss
+
+    with pytest.raises(FloatingPointError):
+        optimizer.step(closure)
+    assert optimizer.step(closure) > optimizer.step(closure)
+
+
+def test_what_a_largest_rank_leaves_of_a_budget_goes_to_other_layers():
+    model = dlrt.to_low_rank(nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40)))
+    with torch.no_grad():
+        model[0].S.copy_(torch.diag(torch.linspace(1, 0.9, 40)))  # the first layer alone would take it all
+        model[1].S.copy_(torch.diag(torch.logspace(0, -6, 40)))
+    optimizer = DLRT(model, torch.optim.SGD, lr=1e-9, compression=0.6, ramp=0, max_rank=8)
+    model(torch.randn(4, 40)).sum().backward()
+    optimizer.step()
+    assert [layer.rank for layer in model] == [8, 8]
+
+
+def test_weights_of_another_rank_under_a_velocity_are_told_before_anything_moves():
+    model = dlrt.to_low_rank(network(), rank=4)
+    optimizer = DLRT(model, torch.optim.SGD, lr=0.1, momentum=0.9, tau=0.0)
+    train(model, optimizer, [batch()])
+    model.load_state_dict(dlrt.to_low_rank(network(), rank=2).state_dict())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="load the optimizer's state with the model's"):
+        train(model, optimizer, [batch()])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

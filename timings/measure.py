@@ -23,8 +23,9 @@ from dlrt.timing import wait_for
 PARTS = {
     "qr": ((integrators, "complement"), (torch.linalg, "qr")),
     "s_gradient": ((optimizer, "parallel_step"), (optimizer, "augment"), (optimizer, "update_bases")),
-    "svd": ((optimizer, "truncate"),),
+    "svd": ((optimizer, "truncate"), (optimizer, "truncate_to")),
 }
+ROUND = 10  # steps from one decision of ranks to the next
 SHARES = ("forward_backward", *PARTS, "rest")  # the rest: the inner optimizer, momentum's change of basis
 
 

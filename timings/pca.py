@@ -11,16 +11,14 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib as mpl
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from dlrt import LowRank
 from dlrt.integrators import Residual, augmented_bug, bug, projector_splitting, times
 from dlrt.lowrank import qr
-from dlrt.plots import LOOK, plt, save, style
+from dlrt.plots import LOOK, Figure, mpl, plt, save, style
 from dlrt.timing import in_turn
 
 RANK, WINDOW = 8, (4096, 32)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from measure import device_name, evaluation, flops, inference, training_steps
+from measure import ROUND, device_name, evaluation, flops, inference, training_steps
 from networks import LENET5_RANKS, RESTING, low_rank, make_parser, mlp_ranks, parse, resting_dlrt
 from torch import nn
 
@@ -37,7 +37,7 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Time and count all networks on the same input; a row for each low-rank one, which is printed as well.
 
-    A low-rank training step is the mean of those from one basis update to the next.
+    A low-rank training step is the mean of those from one decision of ranks to the next.
     """
     y = torch.randint(0, 10, (len(x),))
     factors = [replace_layers(deepcopy(model), as_factors) for model in others]
@@ -46,10 +46,10 @@ def compare(
     optimizers += [torch.optim.SGD(model.parameters(), **RESTING) for model in factors]
     models, rows = [dense, *others, *factors], []
     closures = [evaluation(m, o, x, y) for m, o in zip(models, optimizers, strict=True)]
-    steps = [1, *(s_steps for _ in others), *(1 for _ in factors)]
+    steps = [1, *(ROUND for _ in others), *(1 for _ in factors)]
     training = [training_steps(*each) for each in zip(optimizers, closures, steps, strict=True)]
     for what, functions, calls, repeats in (
-        ("training step", training, s_steps, max(AT_LEAST, args.repeats // s_steps)),
+        ("training step", training, ROUND, max(AT_LEAST, args.repeats // ROUND)),
         ("inference", [inference(model, x) for model in models], 1, args.repeats),
     ):
         times, counts = (
