@@ -97,8 +97,9 @@ def check_integration(
         raise ValueError(f'max_rank must be a whole number, "initial" or None, got {max_rank!r}')
     check_rank_bounds(min_rank, None if max_rank == "initial" else max_rank)
     check_compression(compression)
-    if (compression is None) != (ramp is None) or (ramp is not None and ramp < 0):
+    if (compression is None) != (ramp is None):
+        raise ValueError(f"compression and ramp come together, got {compression} and {ramp}: give both")
+    if ramp is not None and (not isinstance(ramp, int) or isinstance(ramp, bool) or ramp < 0):
         raise ValueError(
-            "compression and ramp, the number of steps over which the budget falls, come together, got "
-            f"{compression} and {ramp}: give both"
+            f"ramp must be a whole number, the steps over which the budget falls, got {ramp!r}: count them"
         )

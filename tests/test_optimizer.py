@@ -528,3 +528,10 @@ def test_weights_of_another_rank_under_a_velocity_are_told_before_anything_moves
     with pytest.raises(RuntimeError, match="load the optimizer's state with the model's"):
         train(model, optimizer, [batch()])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("ramp", [0.6, 5.0, True, -1, float("nan")])
+def test_a_ramp_is_a_whole_number_of_steps(ramp):
+    """A share of the steps, as on the command line, would cut the whole budget at once."""
+    with pytest.raises(ValueError, match="ramp must be a whole number"):
+        DLRT(dlrt.to_low_rank(network()), torch.optim.SGD, lr=0.1, compression=0.5, ramp=ramp)
