@@ -45,12 +45,13 @@ def check_rank_bounds(min_rank: int, max_rank: int | None) -> None:
 
 
 def check_orthonormal(name: str, *bases: Tensor) -> None:
-    """Raise ValueError where a layer's bases are not orthonormal: a mean of factors is no model."""
+    """Raise ValueError where a layer's bases are not orthonormal: as after averaging factors."""
     for U in bases:
         if U.is_meta:
             continue
-        off = torch.linalg.matrix_norm(U.mT.double() @ U.double() - torch.eye(U.shape[1]).to(U.double()))
         most = 5e-2 if U.dtype.itemsize < 4 else 1e-3
+        U = U.to(torch.promote_types(U.dtype, torch.float32))
+        off = torch.linalg.matrix_norm(U.mT @ U - torch.eye(U.shape[1], dtype=U.dtype, device=U.device))
         if not off <= most * U.shape[1] ** 0.5:
             raise ValueError(
                 f"the bases of {name} must be orthonormal, got ‖Uᵀ U - I‖ = {float(off):.2g}: change dense "

@@ -151,8 +151,11 @@ class DLRT(torch.optim.Optimizer):
 
     def _layers_with_gradient(self) -> list[LowRankLayer]:
         """The layers that took part; FloatingPointError where their gradients are not finite."""
+        decides = not self.group["frozen"] and self.group["steps"] + 1 >= self.group["allot_at"]
         for layer, name in self.names.items():
             check_factors(name, layer.S)
+            if decides:  # else somebody's clamped or averaged bases would go wrong in silence
+                check_orthonormal(name, layer.U, layer.V)
             past = self.state[layer.S].get("velocity")
             if past is not None and past.shape != layer.S.shape:
                 raise RuntimeError(

@@ -535,3 +535,18 @@ def test_a_ramp_is_a_whole_number_of_steps(ramp):
     """A share of the steps, as on the command line, would cut the whole budget at once."""
     with pytest.raises(ValueError, match="ramp must be a whole number"):
         DLRT(dlrt.to_low_rank(network()), torch.optim.SGD, lr=0.1, compression=0.5, ramp=ramp)
+
+
+@pytest.mark.parametrize("way", [{}, {"s_steps": 5}, {"integrator": "augmented"}])
+def test_bases_that_somebody_writes_into_are_noticed_when_ranks_are_decided(way):
+    model = dlrt.to_low_rank(network(), rank=3)
+    optimizer = DLRT(model, torch.optim.SGD, lr=0.1, **way)
+
+    def clamped_steps():
+        for _ in range(25):
+            train(model, optimizer, [batch()])
+            for parameter in model.parameters():
+                parameter.data.clamp_(-0.1, 0.1)
+
+    with pytest.raises(ValueError, match="orthonormal"):
+        clamped_steps()
