@@ -51,7 +51,8 @@ def check_orthonormal(name: str, *bases: Tensor) -> None:
             continue
         most = 5e-2 if U.dtype.itemsize < 4 else 1e-3
         U = U.to(torch.promote_types(U.dtype, torch.float32))
-        off = torch.linalg.matrix_norm(U.mT @ U - torch.eye(U.shape[1], dtype=U.dtype, device=U.device))
+        with torch.autocast(U.device.type, enabled=False):
+            off = torch.linalg.matrix_norm(U.mT @ U - torch.eye(U.shape[1], dtype=U.dtype, device=U.device))
         if not off <= most * U.shape[1] ** 0.5:
             raise ValueError(
                 f"the bases of {name} must be orthonormal, got ‖Uᵀ U - I‖ = {float(off):.2g}: change dense "
