@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import drawings
 import pandas as pd
-from drawings import DENSE, WAYS
+import study_figures
+from study_figures import DENSE, WAYS
 
 from dlrt import records, results, tables
 
@@ -136,11 +136,11 @@ def main() -> None:
     missing = f"Runs of {', '.join(absent)} are still to come, on a GPU. " if absent else ""
     figures = {}
     if study["budget"].notna().any():
-        figures["cifar10_training_time"] = drawings.over_time(study, args.results)
-    if (summary["way"] != drawings.DENSE).any():
-        figures["cifar10_accuracy_vs_cr"] = drawings.below_dense(summary)
+        figures["cifar10_training_time"] = study_figures.over_time(study, args.results)
+    if (summary["way"] != study_figures.DENSE).any():
+        figures["cifar10_accuracy_vs_cr"] = study_figures.below_dense(summary)
     if (ours := study[study["way"].str.startswith("DLRT, budget")].sort_values(["seed", "run"])).size:
-        figures["cifar10_ranks"] = drawings.ranks_over_training(ours.iloc[0], args.results)
+        figures["cifar10_ranks"] = study_figures.ranks_over_training(ours.iloc[0], args.results)
     results.publish(args, table, CAPTION.format(data=data, missing=missing), figures)
 
 
