@@ -138,7 +138,7 @@ def main() -> None:
     if study["budget"].notna().any():
         figures["cifar10_training_time"] = study_figures.over_time(study, args.results)
     if (summary["way"] != study_figures.DENSE).any():
-        figures["cifar10_accuracy_vs_cr"] = study_figures.below_dense(summary)
+        figures["cifar10_accuracy_vs_cr"] = study_figures.relative_to_dense(summary)
     if (ours := study[study["way"].str.startswith("DLRT, budget")].sort_values(["seed", "run"])).size:
         figures["cifar10_ranks"] = study_figures.ranks_over_training(ours.iloc[0], args.results)
     results.publish(args, table, CAPTION.format(data=data, missing=missing), figures)

@@ -26,8 +26,8 @@ def curves(summary: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
     return dict(iter(low.groupby(["way", "rule"], sort=False)))
 
 
-def below_dense(summary: pd.DataFrame) -> Figure:
-    """Points below one's own dense net over compression, bars both ways; a row of axes per network."""
+def relative_to_dense(summary: pd.DataFrame) -> Figure:
+    """Points above one's own dense net over compression, bars both ways; a row of axes per network."""
     networks = list(summary["network"].unique())
     with plt.rc_context(plots.LOOK):
         height = 3.4 * len(networks) + 0.1 * len(curves(summary))
