@@ -13,7 +13,7 @@ from dlrt.export import plain_layer
 from dlrt.layers import LowRankLayer
 from dlrt.lowrank import LowRank, truncate
 from dlrt.ranks import parameters
-from dlrt.velocity import muon
+from dlrt.velocity import MUON_LR, msign, muon_scale
 
 SHARES = tuple(k / 200 for k in range(200, 0, -1))  # of the full rank
 
@@ -38,7 +38,7 @@ class Muon(torch.optim.Optimizer):
         weights = [module.weight for module in modules]
         theirs = {id(weight) for weight in weights}
         rest = [p for p in parameters if id(p) not in theirs]
-        share = 0.3 if update_lr is None else update_lr / lr
+        share = MUON_LR if update_lr is None else update_lr / lr
         options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         self.inner = torch.optim.SGD([{"params": rest}], **options)
         groups = [*self.inner.param_groups, {"params": weights, "update_share": share}]
@@ -68,8 +68,8 @@ class Muon(torch.optim.Optimizer):
         state = self.state[W]
         M = state["velocity"] = group["momentum"] * state.get("velocity", 0) + W.grad
         N = (W.grad + group["momentum"] * M if group["nesterov"] else M).flatten(1)
-        h = group["lr"] * group["update_share"] * max(1, N.shape[0] / N.shape[1]) ** 0.5
-        W.mul_(1 - group["lr"] * group["weight_decay"]).sub_(h * muon(N, {}, {}).view_as(W))
+        h = group["lr"] * group["update_share"] * muon_scale(N.shape)
+        W.mul_(1 - group["lr"] * group["weight_decay"]).sub_(h * msign(N).view_as(W))
 
 
 class Factors(nn.Sequential):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Integral, Real
+
 import torch
 from torch import Tensor
 
@@ -26,21 +29,36 @@ def check_precision(name: str, A: Tensor) -> None:
 def check_rank(rank: int | None, rows: int, columns: int) -> None:
     """Raise ValueError where no rows x columns matrix has this rank (None stands for the full rank)."""
     largest = min(rows, columns)
-    if rank is not None and not 1 <= rank <= largest:
-        raise ValueError(f"rank must lie in [1, {largest}] for a {rows} x {columns} weight, got {rank}")
+    if rank is not None and not (isinstance(rank, Integral) and 1 <= rank <= largest):
+        raise ValueError(f"rank must lie in [1, {largest}] for a {rows} x {columns} weight, got {rank!r}")
+
+
+def check_number(name: str, value: float, least: float = 0.0) -> None:
+    """Raise ValueError unless it is a finite number from `least` on."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not least <= value < math.inf:
+        raise ValueError(f"{name} must be a number from {least:g} on, got {value!r}")
+
+
+def check_whole(name: str, value: int, least: int = 1) -> None:
+    """Raise ValueError unless it is a whole number from `least` on."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be a whole number from {least} on, got {value!r}")
 
 
 def check_tolerance(tau: float | None) -> None:
     """Raise ValueError unless tau is a relative tolerance (None stands for no truncation by tolerance)."""
-    if tau is not None and not 0 <= tau < 1:
+    if tau is not None and not (isinstance(tau, Real) and 0 <= tau < 1):
         raise ValueError(
-            f"tau, the share of the norm that truncation may drop, must lie in [0, 1), got {tau}"
+            f"tau, the share of the norm that truncation may drop, must lie in [0, 1), got {tau!r}"
         )
 
 
 def check_rank_bounds(min_rank: int, max_rank: int | None) -> None:
     """Raise ValueError unless some rank satisfies both bounds (max_rank = None is no bound)."""
-    if min_rank < 1 or (max_rank is not None and max_rank < min_rank):
+    check_whole("min_rank", min_rank)
+    if max_rank is not None:
+        check_whole("max_rank", max_rank)
+    if max_rank is not None and max_rank < min_rank:
         raise ValueError(f"ranks must satisfy 1 ≤ min_rank ≤ max_rank, got {min_rank} and {max_rank}")
 
 
@@ -72,6 +90,8 @@ def check_factors(name: str, S: Tensor) -> None:
 
 def check_compression(compression: float | None) -> None:
     """Raise ValueError unless compression is a fraction (None stands for no budget)."""
-    if compression is not None and not 0 < compression < 1:
-        hint = f": {compression / 100:g} for {compression:g} %" if 1 <= compression < 100 else ""
-        raise ValueError(f"compression must be a fraction in (0, 1), got {compression:g}{hint}")
+    number = isinstance(compression, Real)
+    if compression is not None and not (number and 0 < compression < 1):
+        hint = f": {compression / 100:g} for {compression:g} %" if number and 1 <= compression < 100 else ""
+        came = f"{compression:g}{hint}" if number else repr(compression)
+        raise ValueError(f"compression must be a fraction in (0, 1), got {came}")

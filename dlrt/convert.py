@@ -19,7 +19,7 @@ from dlrt.costs import compression as cost_of
 from dlrt.curvature import Terms, kronecker_factors, terms
 from dlrt.layers import LowRankLayer, LowRankLinear, become
 from dlrt.lowrank import rank_within
-from dlrt.ranks import allot, budget_for
+from dlrt.ranks import allocate_ranks, budget_for
 
 LOW_RANK_TYPES = {nn.Linear: LowRankLinear, nn.Conv2d: LowRankConv2d}
 OTHER_KINDS = {
@@ -200,7 +200,7 @@ def _ranks_for(
     cost, shapes = cost_of(model), [tuple(W.shape) for W in weights]
     others = cost.evaluation_parameters - sum(W.numel() for W in weights)
     budget = budget_for(compression, cost.dense_parameters, others, shapes)
-    ranks = allot(budget, [part.sigma.square().tolist() for part in parts], shapes)
+    ranks = allocate_ranks(budget, [part.sigma.square().tolist() for part in parts], shapes)
     return [
         None if r * sum(shape) >= shape[0] * shape[1] else r for r, shape in zip(ranks, shapes, strict=True)
     ]

@@ -42,7 +42,8 @@ def parallel_bug(
     It is the truncated projected Euler step T(Y + h P_Y F), P_Y F = U Uᵀ F + F V Vᵀ - U Uᵀ F V Vᵀ. The rank
     may double before truncation to the relative tolerance tau; tau = None truncates to max_rank only.
     """
-    return truncate(parallel_step(Y, F, h), tau, min_rank, max_rank)
+    Y_hat, _ = parallel_step(Y, times(F, Y.V), times(F.T, Y.U), h)
+    return truncate(Y_hat, tau, min_rank, max_rank)
 
 
 def augmented_bug(
@@ -148,21 +149,23 @@ def galerkin(F: Operator, Y: LowRank) -> Tensor:
     return Y.U.mT @ times(F, Y.V)
 
 
-def parallel_step(Y: LowRank, F: Operator, h: float, rule: Rule | None = None) -> LowRank:
-    """Y + h P_Y F in the augmented bases, before truncation; Û, V̂ have up to twice the rank.
+def parallel_step(
+    Y: LowRank, FV: Tensor, FtU: Tensor, h: float, core: Tensor | None = None, rule: Rule | None = None
+) -> tuple[LowRank, Tensor]:
+    """Y + h P_Y F in augmented bases, before truncation, and D = Ûᵀ P_Y F V̂; they have up to twice the rank.
 
-    rule(D, Ŷ) turns the small matrix D = Ûᵀ P_Y F V̂ into the direction in which S moves, for Ŷ = Y in those
-    bases (see `velocity`); without one it is D itself. D[:r, :r] is Uᵀ F V, or F.core where F has one.
+    F is given by FV (m, s) and FtU (n, r), and core (r, s) stands for Uᵀ F V where a weight has terms of its
+    own in there. rule(D, Ŷ) turns the small matrix D into the direction in which S moves, for Ŷ = Y in those
+    bases (see `velocity`); without one it is D itself.
     """
-    FV, FtU = times(F, Y.V), times(F.T, Y.U)
-    Y_hat = augment(Y, FV, FtU)  # K-step and L-step
+    U1, C, R = complement(Y.U, FV)  # K-step: F V = U C + U1 R
+    V1, _, Rt = complement(Y.V, FtU)  # L-step
+    U_hat, V_hat = torch.cat([Y.U, U1], dim=1), torch.cat([Y.V, V1], dim=1)
+    Y_hat = LowRank(U_hat, pad(Y.S, (U_hat.shape[1], V_hat.shape[1])), V_hat)
+    D = pad(C if core is None else core, Y_hat.S.shape)
     r, s = Y.S.shape
-    U1, V1 = Y_hat.U[:, r:], Y_hat.V[:, s:]
-    core = getattr(F, "core", None)
-    top = torch.cat([Y.U.mT @ FV if core is None else core, FtU.mT @ V1], dim=1)
-    D = pad(top, Y_hat.S.shape)
-    D[r:, :s] = U1.mT @ FV
-    return LowRank(Y_hat.U, Y_hat.S + h * (D if rule is None else rule(D, Y_hat)), Y_hat.V)  # S-step
+    D[:r, s:], D[r:, :s] = Rt.mT, R
+    return LowRank(U_hat, Y_hat.S + h * (D if rule is None else rule(D, Y_hat)), V_hat), D  # S-step
 
 
 def augment(Y: LowRank, FV: Tensor, FtU: Tensor) -> LowRank:
@@ -170,8 +173,8 @@ def augment(Y: LowRank, FV: Tensor, FtU: Tensor) -> LowRank:
 
     span Û = span[U, K1], since K1 = U S + h F V; likewise V̂. So Û diag(S, 0) V̂ᵀ = U S Vᵀ exactly.
     """
-    U_hat = torch.cat([Y.U, complement(Y.U, FV)], dim=1)
-    V_hat = torch.cat([Y.V, complement(Y.V, FtU)], dim=1)
+    U_hat = torch.cat([Y.U, complement(Y.U, FV)[0]], dim=1)
+    V_hat = torch.cat([Y.V, complement(Y.V, FtU)[0]], dim=1)
     return LowRank(U_hat, pad(Y.S, (U_hat.shape[1], V_hat.shape[1])), V_hat)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -79,14 +80,14 @@ def qr(A: Tensor) -> tuple[Tensor, Tensor]:
     return torch.linalg.qr(A)
 
 
-def relative(sigma: Tensor) -> Tensor:
+def normalized(sigma: Tensor) -> Tensor:
     """Singular values, which descend, over the largest: their squares neither overflow nor vanish."""
     return sigma / sigma[0].clamp(min=torch.finfo(sigma.dtype).tiny)
 
 
 def rank_within(sigma: Tensor, tau: float) -> int:
     """The smallest r with ‖sigma[r:]‖ ≤ tau ‖sigma‖, for singular values that descend."""
-    tail = relative(sigma).square().flip(0).cumsum(0).flip(0).sqrt()  # tail[j] = ‖sigma[j:]‖ / sigma[0]
+    tail = normalized(sigma).square().flip(0).cumsum(0).flip(0).sqrt()  # tail[j] = ‖sigma[j:]‖ / sigma[0]
     return int((tail > tau * tail[0]).sum())
 
 
@@ -116,47 +117,77 @@ def truncate(Y: LowRank, tau: float | None = None, min_rank: int = 1, max_rank: 
     return LowRank(rotate(Y.U, P), sigma.diag(), rotate(Y.V, Q))
 
 
-def truncate_to(Y: LowRank, rank: int) -> LowRank:
-    """Y at a rank that is known, by one step of subspace iteration; S1 is not diagonal.
+def leading_subspace(S: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """P (k, r), S1 (r, r), Q (l, r) with P S1 Qᵀ close to S (k, l), by one step of subspace iteration.
 
-    It starts from the first columns of S, which an augmented step has changed little, and is exact where Y
-    has that rank: P = orth(S[:, :r]), Q R = Sᵀ P. Two thin QR, where singular values take ten times as long.
+    It starts from the first columns of S, which an augmented step has changed little, and is exact where S
+    has that rank: P = orth(S[:, :r]), Q S1ᵀ = Sᵀ P. Two thin QR; singular values take ten times as long.
     """
-    if Y.S.shape == (rank, rank):
-        return Y
-    P, _ = qr(Y.S[:, :rank])
-    Q, R = qr(Y.S.mT @ P)
-    return LowRank(rotate(Y.U, P), R.mT, rotate(Y.V, Q))
+    if S.shape == (rank, rank):
+        identity = torch.eye(rank, dtype=S.dtype, device=S.device)
+        return identity, S, identity
+    P, _ = qr(S[:, :rank])
+    Q, S1t = qr(S.mT @ P)
+    return P, S1t.mT, Q
 
 
-def complement(U: Tensor, A: Tensor) -> Tensor:
-    """U1 (m, p), p = min(r, m - k), such that [U U1] is orthonormal and spans A, for U (m, k), A (m, r).
+def complement(U: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U1 (m, p), C (k, r), R (p, r) with A = U C + U1 R and [U U1] orthonormal, for U (m, k), A (m, r).
 
-    U is orthonormal already, so only A is factorised: block Gram-Schmidt against U and a Cholesky QR, both
-    twice, all of it matrix products (Yamamoto et al. 2015), which pays where columns are long. It needs a
-    Gram matrix that rounding leaves definite. Where A adds fewer than p directions, or some hardly,
-    Householder's QR of [U A] does it, which adds arbitrary ones.
+    p = min(r, m - k). U is orthonormal already, so only A is factorised. Where columns are long that is block
+    Gram-Schmidt against U and a Cholesky QR, both twice, all of it matrix products (Yamamoto et al. 2015).
+    Where A adds fewer than p directions, or some hardly, its Gram matrix is not definite: then Householder's
+    QR takes the first Cholesky's place, and adds arbitrary directions.
     """
-    A = A[:, : len(U) - U.shape[1]]  # as many directions as there are outside U complete it, whatever A is
-    A = A / A.abs().amax(0).clamp(min=torch.finfo(A.dtype).tiny)  # squares neither overflow nor vanish
-    if 4 * A.shape[1] < len(A):
-        B, identity = A, torch.eye(A.shape[1], dtype=A.dtype, device=A.device)
-        for _ in range(2):
-            B = torch.addmm(B, U, U.mT @ B, alpha=-1)
-            gram = B.mT @ B
-            R, _ = torch.linalg.cholesky_ex(gram, upper=True)  # if it fails, the next is not near I
-            B = torch.linalg.solve_triangular(R, B, upper=True, left=False)
-        if torch.linalg.matrix_norm(gram - identity) < 0.5:  # then the second pass has finished it
-            return B
-    return qr(torch.cat([U, A], dim=1))[0][:, U.shape[1] :]
+    scale = A.abs().amax(0).clamp(min=torch.finfo(A.dtype).tiny)  # squares neither overflow nor vanish
+    r, outside = A.shape[1], len(U) - U.shape[1]
+    if 4 * r < len(A) and r <= outside:
+        for first in (cholesky_qr, noisy_qr):
+            U1, C, R, converged = _gram_schmidt_twice(U, A / scale, first)
+            if converged:
+                return U1, C * scale, R * scale
+    # as many directions as there are outside U complete it, whatever A is
+    U1 = qr(torch.cat([U, (A / scale)[:, :outside]], dim=1))[0][:, U.shape[1] :]
+    return U1, U.mT @ A, U1.mT @ A
 
 
-def rotate(U: Tensor, P: Tensor) -> Tensor:
+def _gram_schmidt_twice(
+    U: Tensor, A: Tensor, factorise: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """U1, C, R of `complement`, and whether U1 is orthonormal; A is overwritten."""
+    C = U.mT @ A
+    B, R = factorise(A.addmm_(U, C, alpha=-1))
+    again = U.mT @ B
+    B.addmm_(U, again, alpha=-1)
+    gram = B.mT @ B  # near the identity, which the second pass makes it
+    identity = torch.eye(len(gram), dtype=A.dtype, device=A.device)
+    converged = torch.linalg.matrix_norm(gram - identity) < 0.5
+    R1, _ = torch.linalg.cholesky_ex(gram, upper=True)
+    U1 = B @ torch.linalg.solve_triangular(R1, identity, upper=True)
+    return U1, C + again @ R, R1 @ R, bool(converged)
+
+
+def cholesky_qr(A: Tensor) -> tuple[Tensor, Tensor]:
+    """A = Q R by the Cholesky factor R of Aᵀ A: cheap, and inexact where columns are nearly dependent."""
+    R, _ = torch.linalg.cholesky_ex(A.mT @ A, upper=True)
+    return torch.linalg.solve_triangular(R, A, upper=True, left=False), R
+
+
+def noisy_qr(A: Tensor) -> tuple[Tensor, Tensor]:
+    """Householder's QR of A (columns of order 1) with rounding errors added: what A lacks becomes random."""
+    generator = torch.Generator(A.device).manual_seed(0)  # the same in all processes
+    noise = torch.randn(A.shape, dtype=A.dtype, device=A.device, generator=generator)
+    return qr(A.add(noise, alpha=4 * torch.finfo(A.dtype).eps))
+
+
+def rotate(U: Tensor, P: Tensor, polish: bool = True) -> Tensor:
     """U P, orthonormal, for orthonormal U (m, k) and P (k, r).
 
-    Rounding would add up over thousands of steps; one Newton-Schulz step, U (3 I - Uᵀ U) / 2, squares the
-    error away.
+    Rounding would add up over thousands of steps; with `polish` one Newton-Schulz step, U (3 I - Uᵀ U) / 2,
+    squares the error away.
     """
     B = U @ P
+    if not polish:
+        return B
     gram = B.mT @ B
     return B @ torch.eye(len(gram), dtype=gram.dtype, device=gram.device).mul_(1.5).sub_(gram, alpha=0.5)

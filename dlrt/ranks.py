@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dlrt.checks import check_compression
-from dlrt.lowrank import relative
+from dlrt.lowrank import normalized
 
 Shape = tuple[int, int]
 
@@ -45,23 +45,23 @@ def falling_budget(start: int, end: int, ramp: int, step: int) -> int:
     return int(end + (start - end) * left**3)
 
 
-def worths(coefficients: Sequence[Tensor]) -> list[list[float]]:
-    """What the directions of each S (k, l) are worth, descending: σ² / ‖S‖², whatever the layer's norm."""
-    spectra = [relative(torch.linalg.svdvals(S)).square() for S in coefficients]
+def direction_scores(coefficients: Sequence[Tensor]) -> list[list[float]]:
+    """The score σ² / ‖S‖² of every direction of each S (k, l), descending, whatever the layer's norm."""
+    spectra = [normalized(torch.linalg.svdvals(S)).square() for S in coefficients]
     return [(squares / squares.sum().clamp(min=1)).tolist() for squares in spectra]
 
 
-def allot(
-    budget: int, worths: Sequence[Sequence[float]], shapes: Sequence[Shape], min_rank: int = 1
+def allocate_ranks(
+    budget: int, scores: Sequence[Sequence[float]], shapes: Sequence[Shape], min_rank: int = 1
 ) -> list[int]:
-    """Ranks with at most so many parameters in all that keep the most of what directions are worth.
+    """Ranks with at most `budget` parameters in all that keep the largest sum of scores.
 
-    worths[i] are those of layer i's directions, descending; the layer has at least min_rank of them, at most
-    all. Greedy by worth per parameter, as for a knapsack, and then no exchange of a layer's last direction
+    scores[i] are those of layer i's directions, descending; the layer has at least min_rank of them, at most
+    all. Greedy by score per parameter, as for a knapsack, and then no exchange of a layer's last direction
     for others improves what is kept. A layer whose factors would cost as much as its weight has all its
-    directions for m n parameters: it is worth staying dense. The budget must cover the smallest ranks.
+    directions for m n parameters: it had better stay dense. The budget must cover the smallest ranks.
     """
-    ranks = [min(min_rank, len(worth)) for worth in worths]
+    ranks = [min(min_rank, len(score)) for score in scores]
 
     def cost(i: int, rank: int) -> int:
         return parameters(rank, shapes[i])
@@ -71,12 +71,12 @@ def allot(
         ranks, gained, queue = list(ranks), 0.0, []
         for i in range(len(ranks)):
             if i != closed:
-                _offer(queue, i, ranks[i], worths[i], cost)
+                _offer(queue, i, ranks[i], scores[i], cost)
         while queue:
             _, i, rank, price, value = heapq.heappop(queue)
             if price <= left:
                 left, gained, ranks[i] = left - price, gained + value, rank
-                _offer(queue, i, rank, worths[i], cost)
+                _offer(queue, i, rank, scores[i], cost)
         return ranks, left, gained
 
     ranks, left, _ = fill(ranks, budget - sum(cost(i, rank) for i, rank in enumerate(ranks)))
@@ -86,24 +86,24 @@ def allot(
         for i in range(len(ranks)):
             rank = ranks[i]
             last = _block_start(i, rank, cost)
-            if last < min(min_rank, len(worths[i])):
+            if last < min(min_rank, len(scores[i])):
                 continue
             smaller = [*ranks[:i], last, *ranks[i + 1 :]]
-            freed, lost = cost(i, rank) - cost(i, last), sum(worths[i][last:rank])
+            freed, lost = cost(i, rank) - cost(i, last), sum(scores[i][last:rank])
             others, rest, gained = fill(smaller, left + freed, closed=i)
             if gained > lost * (1 + 1e-12):
                 ranks, left, improved = others, rest, True
     return ranks
 
 
-def _offer(queue: list, i: int, rank: int, worth: Sequence[float], cost: Callable[[int, int], int]) -> None:
+def _offer(queue: list, i: int, rank: int, score: Sequence[float], cost: Callable[[int, int], int]) -> None:
     """Queue a layer's next direction, with those that cost nothing on top of it."""
-    if rank >= len(worth):
+    if rank >= len(score):
         return
     more = rank + 1
-    while more < len(worth) and cost(i, more + 1) == cost(i, more):
+    while more < len(score) and cost(i, more + 1) == cost(i, more):
         more += 1
-    price, value = cost(i, more) - cost(i, rank), sum(worth[rank:more])
+    price, value = cost(i, more) - cost(i, rank), sum(score[rank:more])
     heapq.heappush(queue, (-value / price if price else float("-inf"), i, more, price, value))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,22 +12,18 @@ from torch import nn
 from dlrt.checks import (
     check_compression,
     check_factors,
+    check_number,
     check_orthonormal,
     check_rank_bounds,
     check_tolerance,
+    check_whole,
 )
 from dlrt.layers import LowRankLayer
-from dlrt.velocity import RULES
+from dlrt.velocity import MUON_LR, RULES
 
 INTEGRATORS = ("parallel", "augmented", "bug")
 UPDATES = tuple(RULES)
 UPDATE_OF = {torch.optim.SGD: "sgd", torch.optim.Adam: "adam", torch.optim.AdamW: "adam"}
-MUON_LR = 0.3  # its step size as a share of lr
-
-
-def update_for(optimizer_class: type[torch.optim.Optimizer]) -> str | None:
-    """The update rule of a torch class, if it has one."""
-    return next((name for kind, name in UPDATE_OF.items() if issubclass(optimizer_class, kind)), None)
 
 
 def low_rank_layers(model: nn.Module) -> dict[LowRankLayer, str]:
@@ -49,57 +47,107 @@ def low_rank_layers(model: nn.Module) -> dict[LowRankLayer, str]:
     return names
 
 
-def low_rank_group(defaults: dict[str, Any], update: str, update_lr: float | None) -> dict[str, Any]:
-    """The settings for low-rank weights, from those of the torch class; ValueError where they have no law."""
-    if defaults.get("dampening") or defaults.get("amsgrad"):
-        raise ValueError("dampening and amsgrad have no low-rank form here: leave them out")
-    share = MUON_LR if update == "muon" else 1.0
-    if update_lr is not None:
-        share = update_lr / defaults["lr"]
-    decoupled = update == "muon" or defaults.get("decoupled_weight_decay", False)
-    if not {"momentum", "betas"} & defaults.keys():
-        raise ValueError("the torch class must have momentum or betas: use SGD, Adam or AdamW")
-    betas = {} if "momentum" in defaults else {"betas": defaults["betas"]}
-    if update == "adam" and not betas:
-        raise ValueError('update="adam" takes its betas from torch.optim.Adam or AdamW: use one of them')
-    common = {"nesterov": False, "maximize": False, "weight_decay": 0.0}
-    common |= {name: defaults[name] for name in common if name in defaults}
-    return {"update": update, "update_share": share, "decoupled": decoupled, **common, **betas}
+@dataclass
+class Settings:
+    """How a `DLRT` treats low-rank weights. ValueError for what is impossible, alone or together."""
 
+    optimizer_class: type[torch.optim.Optimizer]
+    update: str | None
+    update_lr: float | None
+    tau: float | None
+    compression: float | None
+    ramp: int | None
+    allot_every: int
+    integrator: str
+    min_rank: int
+    max_rank: int | str | None
+    s_steps: int
 
-def check_integration(
-    update: str | None,
-    integrator: str,
-    s_steps: int,
-    tau: float,
-    min_rank: int,
-    max_rank: int | str | None,
-    compression: float | None,
-    ramp: int | None,
-    allot_every: int,
-) -> None:
-    """Raise ValueError for options of `DLRT` that are impossible, or impossible together."""
-    if update not in UPDATES:
-        raise ValueError(
-            f"update must be one of {', '.join(UPDATES)} (SGD, Adam and AdamW have their own), got {update!r}"
-        )
-    if integrator not in INTEGRATORS:
-        raise ValueError(f"integrator must be one of {', '.join(INTEGRATORS)}, got {integrator!r}")
-    if integrator == "bug" and (update != "sgd" or compression is not None):
-        raise ValueError('integrator="bug" keeps ranks and steps by update="sgd": take another for the rest')
-    for name, steps in (("s_steps", s_steps), ("allot_every", allot_every)):
-        if not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"{name} must be a whole number from 1 on, got {steps!r}")
-    if s_steps > 1 and integrator != "parallel":
-        raise ValueError(f's_steps > 1 needs integrator="parallel", got {integrator!r}: leave s_steps out')
-    check_tolerance(tau)
-    if isinstance(max_rank, str) and max_rank != "initial":
-        raise ValueError(f'max_rank must be a whole number, "initial" or None, got {max_rank!r}')
-    check_rank_bounds(min_rank, None if max_rank == "initial" else max_rank)
-    check_compression(compression)
-    if (compression is None) != (ramp is None):
-        raise ValueError(f"compression and ramp come together, got {compression} and {ramp}: give both")
-    if ramp is not None and (not isinstance(ramp, int) or isinstance(ramp, bool) or ramp < 0):
-        raise ValueError(
-            f"ramp must be a whole number, the steps over which the budget falls, got {ramp!r}: count them"
-        )
+    def __post_init__(self) -> None:
+        kind = self.optimizer_class
+        if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+            raise TypeError(
+                f"the second argument must be a class as torch.optim.SGD, which steps the rest, got {kind!r}"
+            )
+        if self.update is None:
+            self.update = next((name for of, name in UPDATE_OF.items() if issubclass(kind, of)), None)
+        if self.update not in UPDATES:
+            raise ValueError(
+                f"update must be one of {', '.join(UPDATES)} (SGD, Adam and AdamW have their own), got "
+                f"{self.update!r}"
+            )
+        if self.update_lr is not None:
+            check_number("update_lr", self.update_lr)
+        self._check_integrator()
+        self._check_ranks()
+
+    def _check_integrator(self) -> None:
+        integrator = self.integrator
+        if integrator not in INTEGRATORS:
+            raise ValueError(f"integrator must be one of {', '.join(INTEGRATORS)}, got {integrator!r}")
+        if integrator == "bug" and (self.update != "sgd" or self.compression is not None):
+            raise ValueError(
+                'integrator="bug" keeps ranks and steps by update="sgd": take another for the rest'
+            )
+        check_whole("s_steps", self.s_steps)
+        if self.s_steps > 1 and integrator != "parallel":
+            raise ValueError(
+                f's_steps > 1 needs integrator="parallel", got {integrator!r}: leave s_steps out'
+            )
+
+    def _check_ranks(self) -> None:
+        check_whole("allot_every", self.allot_every)
+        check_tolerance(self.tau)
+        if self.tau is None:
+            self.tau = 0.1 if self.compression is None else 0.0
+        if isinstance(self.max_rank, str) and self.max_rank != "initial":
+            raise ValueError(f'max_rank must be a whole number, "initial" or None, got {self.max_rank!r}')
+        check_rank_bounds(self.min_rank, None if self.max_rank == "initial" else self.max_rank)
+        check_compression(self.compression)
+        if (self.compression is None) != (self.ramp is None):
+            raise ValueError(
+                f"compression and ramp come together, got {self.compression} and {self.ramp}: give both"
+            )
+        if self.ramp is not None:
+            check_whole("ramp", self.ramp, least=0)
+
+    def group(self, defaults: dict[str, Any], layers: Sequence[LowRankLayer]) -> dict[str, Any]:
+        """The parameter group of these layers, where a torch class with these defaults steps the rest.
+
+        ValueError for options of the class that have no low-rank form.
+        """
+        for name in ("lr", "weight_decay"):
+            if not isinstance(defaults.get(name), torch.Tensor):
+                check_number(name, defaults.get(name, 0.0))
+        if defaults.get("dampening") or defaults.get("amsgrad"):
+            raise ValueError("dampening and amsgrad have no low-rank form here: leave them out")
+        if "momentum" not in defaults and "betas" not in defaults:
+            raise ValueError("the torch class must have momentum or betas: use SGD, Adam or AdamW")
+        if self.update == "adam" and "betas" not in defaults:
+            raise ValueError('update="adam" takes its betas from torch.optim.Adam or AdamW: use one of them')
+        if defaults.get("nesterov") and self.integrator == "augmented":
+            raise ValueError(
+                'integrator="augmented" keeps of the velocity what lies in the bases, which is less than '
+                "Nesterov's step needs: leave nesterov out"
+            )
+        share = MUON_LR if self.update == "muon" else 1.0
+        least = [min(self.min_rank, *layer.shape) for layer in layers]
+        most = {None: [min(layer.shape) for layer in layers], "initial": [layer.rank for layer in layers]}
+        taken_over = ("nesterov", "maximize", "weight_decay", "momentum", "betas", "eps")
+        return {
+            **{"nesterov": False, "maximize": False, "weight_decay": 0.0},
+            **{name: defaults[name] for name in taken_over if name in defaults},
+            "update": self.update,
+            "update_share": share if self.update_lr is None else self.update_lr / defaults["lr"],
+            "decoupled": self.update == "muon" or defaults.get("decoupled_weight_decay", False),
+            "integrator": self.integrator,
+            "tau": self.tau,
+            "min_rank": self.min_rank,
+            "max_ranks": most.get(self.max_rank) or [max(r, self.max_rank) for r in least],
+            "allot_every": self.allot_every,
+            "s_steps": self.s_steps,
+            "steps": 0,  # made, of the bases or of S alone
+            "s_steps_taken": 0,  # since the bases were updated
+            "allot_at": 0,  # the step that decides ranks next
+            "frozen": False,
+        }

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlrt.integrators import Operator, pad
+from dlrt.integrators import pad
 from dlrt.lowrank import LowRank, svd
 
 
@@ -24,8 +24,8 @@ from dlrt.lowrank import LowRank, svd
 class Tangent:
     """M (m, n) in the tangent space at U S Vᵀ, by MV (m, r), MU (n, r) and core = Uᵀ M V (r, r).
 
-    core may hold more than Uᵀ MV: what somebody added to S.grad alone, such as a penalty on S. Where bases
-    rest there is no MV and no MU.
+    core counts where Uᵀ MV differs from it: weight decay, or a penalty on S, is written into core alone.
+    Where bases rest there is no MV and no MU.
     """
 
     U: Tensor
@@ -39,31 +39,44 @@ class Tangent:
         return Tangent(self.V, self.U, self.MU, self.MV, self.core.mT)
 
     def __matmul__(self, X: Tensor) -> Tensor:
-        if X is self.V:
-            return self.MV
         VtX = self.V.mT @ X
-        twice = (
-            self.U.mT @ self.MV + self.MU.mT @ self.V
-        )  # both, or their difference would double at each use
-        inner = self.MU.mT @ X + (self.core - twice) @ VtX
-        return torch.addmm(self.MV @ VtX, self.U, inner)
+        twice = self.U.mT @ self.MV + self.MU.mT @ self.V  # their block is core's alone
+        return self.MV @ VtX + self.U @ (self.MU.mT @ X + (self.core - twice) @ VtX)
 
 
-def tangent_at(M: Operator, Y: LowRank) -> Tangent:
-    """The projection of M onto the tangent space at Y: its products with the bases."""
-    if isinstance(M, Tangent) and M.U is Y.U and M.V is Y.V:
-        return M
-    MV = M @ Y.V
-    return Tangent(Y.U, Y.V, MV, M.T @ Y.U, Y.U.mT @ MV)
+MUON_LR = 0.3  # the step size of muon as a share of lr, by default
+Velocity = Tangent | LowRank  # a LowRank in augmented bases, whose S is D
 
 
-def sgd(D: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+def coefficients(M: Velocity, Y_hat: LowRank) -> Tensor:
+    """D = Ûᵀ M V̂ for a velocity in the bases of Ŷ, or in those that Ŷ augments."""
+    if isinstance(M, LowRank):
+        return M.S
+    r, s = M.core.shape
+    D = pad(M.core, Y_hat.S.shape)
+    if Y_hat.S.shape != (r, s):
+        D[:r, s:], D[r:, :s] = M.MU.mT @ Y_hat.V[:, s:], Y_hat.U[:, r:].mT @ M.MV
+    return D
+
+
+def carried(M: Velocity, Y_hat: LowRank, P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """MV, MU and core of the tangent part of M in the bases Û P, V̂ Q, by small matrices and thin ones."""
+    D = coefficients(M, Y_hat)
+    if isinstance(M, LowRank):
+        return Y_hat.U @ (D @ Q), Y_hat.V @ (D.mT @ P), P.mT @ D @ Q
+    r, s = M.core.shape  # M may have parts outside the augmented bases
+    MV = M.MV @ Q[:s] + M.U @ (D[:r] @ Q - M.U.mT @ M.MV @ Q[:s])
+    MU = M.MU @ P[:r] + M.V @ (D[:, :s].mT @ P - M.V.mT @ M.MU @ P[:r])
+    return MV, MU, P.mT @ D @ Q
+
+
+def sgd(D: Tensor) -> Tensor:
     """D itself. A change of basis D → Pᵀ D Q changes the direction likewise."""
     return D
 
 
-def muon(D: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-    """msign(D) = P Qᵀ for D = P Σ Qᵀ: the orthogonal polar factor on the range of D.
+def msign(D: Tensor) -> Tensor:
+    """P Qᵀ for D = P Σ Qᵀ: the orthogonal polar factor on the range of D.
 
     Singular values that are rounding errors stay out. msign(Pᵀ D Q) = Pᵀ msign(D) Q for orthonormal P, Q.
     Jordan et al. 2024, Muon.
@@ -73,33 +86,36 @@ def muon(D: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
     return (P * (sigma > rounding * sigma[0])) @ Qh
 
 
-def adam(D: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-    """Entries of the mean D over the root of the mean squares, both corrected for their start from zero.
+def muon_scale(shape: tuple[int, int]) -> float:
+    """√max(1, m/n), by which the step of an m x n weight is longer, so that its entries change alike."""
+    m, n = shape
+    return max(1.0, m / n) ** 0.5
 
-    It depends on the bases: only an exchange or mirroring of basis vectors changes the direction likewise.
-    Kingma & Ba 2015.
+
+def adam(D: Tensor, DG: Tensor, state: dict[str, Any], betas: tuple[float, float], eps: float) -> Tensor:
+    """Entries of the mean D over the root of the mean squares of DG, both corrected for a start from zero.
+
+    D and DG (k, l) are the coefficients of velocity and gradient. An entry in a new direction has no past
+    squares: it begins with the larger of DG² and the mean's square, so that it moves by at most h. `weights`
+    counts for each entry how much of a mean its squares are. The direction depends on the bases: only an
+    exchange or mirroring of basis vectors changes it likewise. Kingma & Ba 2015.
     """
-    beta1, beta2 = group["betas"]
-    mean, squares = D / (1 - beta1 ** state["step"]), state["squares"] / (1 - beta2 ** state["step"])
-    return mean / (squares.sqrt() + group["eps"])
+    beta1, beta2 = betas
+    step = state["step"] = state.get("step", 0) + 1
+    none = torch.zeros_like(DG)
+    squares, weights = (pad(state[key], DG.shape) if key in state else none for key in ("squares", "weights"))
+    mean = D / (1 - beta1**step)
+    of_now = torch.where(weights > 0, DG.square(), torch.maximum(DG.square(), mean.square()))
+    squares, weights = squares.lerp(of_now, 1 - beta2), weights.lerp(torch.ones_like(DG), 1 - beta2)
+    state["squares"], state["weights"] = squares, weights
+    return mean / ((squares / weights).sqrt() + eps)
 
 
-RULES: dict[str, Callable[[Tensor, dict[str, Any], dict[str, Any]], Tensor]] = {
-    "sgd": sgd,
-    "muon": muon,
-    "adam": adam,
-}
+RULES: dict[str, Callable[[Tensor], Tensor] | None] = {"sgd": sgd, "muon": msign, "adam": None}
 
 
-def add_squares(state: dict[str, Any], DG: Tensor, beta2: float) -> None:
-    """Take the coefficients DG (k, l) of a gradient into the mean of squares; new directions have no past."""
-    state["step"] = state.get("step", 0) + 1
-    squares = pad(state["squares"], DG.shape) if "squares" in state else torch.zeros_like(DG)
-    state["squares"] = squares.lerp(DG.square(), 1 - beta2)
-
-
-def turn_squares(state: dict[str, Any], Y_hat: LowRank, Y1: LowRank) -> None:
-    """Write the mean of squares in the bases of Y1: exact for entries without mean and correlation."""
-    if "squares" in state:
-        P, Q = Y_hat.U.mT @ Y1.U, Y_hat.V.mT @ Y1.V
-        state["squares"] = P.square().mT @ state["squares"] @ Q.square()
+def rotate_squares(state: dict[str, Any], P: Tensor, Q: Tensor) -> None:
+    """Write the mean of squares in the bases Û P, V̂ Q: exact for entries without mean and correlation."""
+    for key in ("squares", "weights"):
+        if key in state:
+            state[key] = P.square().mT @ state[key] @ Q.square()

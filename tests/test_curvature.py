@@ -1,4 +1,4 @@
-"""A trained weight is cut where the loss needs it least, and layers share a budget by what they are worth."""
+"""A trained weight is cut where the loss needs it least, and layers share a budget by what they are score."""
 
 import copy
 
@@ -11,7 +11,7 @@ import dlrt
 from dlrt import curvature
 from dlrt.curvature import kronecker_factors, terms
 from dlrt.models import LeNet5
-from dlrt.ranks import allot, parameters
+from dlrt.ranks import allocate_ranks, parameters
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -210,29 +210,29 @@ def test_a_layer_without_influence_is_cut_by_its_weights():
 def test_ranks_within_a_budget_lose_least_and_use_it():
     shapes = [(4, 6), (5, 3), (2, 9)]
     parts = [terms(torch.randn(shape)) for shape in shapes]
-    worths = [part.sigma.square().tolist() for part in parts]
+    scores = [part.sigma.square().tolist() for part in parts]
 
     def loss(ranks):
-        return sum(sum(worth[rank:]) for worth, rank in zip(worths, ranks, strict=True))
+        return sum(sum(score[rank:]) for score, rank in zip(scores, ranks, strict=True))
 
     def cost(ranks):
         return sum(parameters(rank, shape) for rank, shape in zip(ranks, shapes, strict=True))
 
     grid = torch.cartesian_prod(*(torch.arange(1, min(shape) + 1) for shape in shapes)).tolist()
     for budget in range(29, 60):
-        ranks = allot(budget, worths, shapes)
+        ranks = allocate_ranks(budget, scores, shapes)
         assert cost(ranks) <= budget
         more = [[*ranks[:i], ranks[i] + 1, *ranks[i + 1 :]] for i in range(3) if ranks[i] < min(shapes[i])]
         assert all(cost(other) > budget for other in more)
-        # the bound of a greedy knapsack: what it loses more than the best is worth less than one term
+        # the bound of a greedy knapsack: what it loses more than the best is score less than one term
         best = min(loss(other) for other in grid if cost(other) <= budget)
-        assert loss(ranks) <= best + max(worth[1] for worth in worths)
+        assert loss(ranks) <= best + max(score[1] for score in scores)
 
 
 def test_what_does_not_fit_leaves_room_for_smaller_terms():
     wide, narrow = [0.5, 0.3, 0.2], [0.98, 0.011, 0.009]
-    assert allot(40 + 6 + 2, [wide, narrow], [(20, 20), (3, 3)]) == [1, 1]
-    assert allot(40 + 12 + 39, [wide, narrow], [(20, 20), (6, 6)]) == [1, 3]
+    assert allocate_ranks(40 + 6 + 2, [wide, narrow], [(20, 20), (3, 3)]) == [1, 1]
+    assert allocate_ranks(40 + 12 + 39, [wide, narrow], [(20, 20), (6, 6)]) == [1, 3]
 
 
 def test_a_layer_worth_its_whole_weight_stays_dense_and_computes_the_same():

@@ -14,6 +14,7 @@ ORDER = [
     ["ranks", "integrators", "layers", "curvature"],
     ["velocity", "fields", "convolutions", "costs", "streaming"],
     ["convert", "distributed", "settings"],
+    ["weight_step"],
     ["averaging", "export", "optimizer"],
     ["baselines"],
     [

@@ -53,7 +53,7 @@ def test_unfreezing_the_whole_model_leaves_the_bases_to_the_integrator(when):
 def train(model, optimizer, batches, parts=1):
     """A step on every batch, whose gradient is accumulated over so many parts."""
     for x, y in batches:
-        if getattr(optimizer, "integrator", "parallel") != "parallel":
+        if getattr(optimizer, "group", {"integrator": "parallel"})["integrator"] != "parallel":
             loss = optimizer.step(closure_of(model, optimizer, x, y))
             continue
         optimizer.zero_grad()
@@ -550,3 +550,62 @@ def test_bases_that_somebody_writes_into_are_noticed_when_ranks_are_decided(way)
 
     with pytest.raises(ValueError, match="orthonormal"):
         clamped_steps()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"update_lr": float("nan")}, "update_lr must be a number from 0 on, got nan"),
+        ({"update_lr": "big"}, "update_lr must be a number from 0 on, got 'big'"),
+        ({"update_lr": -0.1}, "update_lr must be a number"),
+        ({"lr": float("nan")}, "lr must be a number from 0 on, got nan"),
+        ({"lr": float("inf")}, "lr must be a number"),
+        ({"weight_decay": float("nan")}, "weight_decay must be a number"),
+        ({"min_rank": 2.5}, "min_rank must be a whole number from 1 on, got 2.5"),
+        ({"min_rank": "2"}, "min_rank must be a whole number"),
+        ({"min_rank": True}, "min_rank must be a whole number"),
+        ({"max_rank": 4.0}, "max_rank must be a whole number"),
+        ({"max_rank": float("nan")}, "max_rank must be a whole number"),
+        ({"max_rank": 0}, "max_rank must be a whole number"),
+        ({"tau": "0.1"}, "tau, the share of the norm"),
+        ({"tau": float("nan")}, "tau, the share of the norm"),
+        ({"compression": "60", "ramp": 5}, r"compression must be a fraction in \(0, 1\), got '60'"),
+        ({"compression": float("nan"), "ramp": 5}, "compression must be a fraction"),
+        ({"s_steps": 2.0}, "s_steps must be a whole number"),
+        ({"allot_every": 0}, "allot_every must be a whole number"),
+        ({"integrator": "bug", "compression": 0.5, "ramp": 3}, 'integrator="bug" keeps ranks'),
+        ({"integrator": "augmented", "momentum": 0.9, "nesterov": True}, "leave nesterov out"),
+    ],
+    ids=str,
+)
+def test_impossible_options_are_named_with_what_must_hold(options, message):
+    model = dlrt.to_low_rank(network(), rank=3)
+    with pytest.raises(ValueError, match=message):
+        DLRT(model, torch.optim.SGD, **{"lr": 0.1, **options})
+
+
+@pytest.mark.parametrize("kind", ["sgd", None, torch.optim.SGD([torch.zeros(1)], lr=0.1), nn.Linear])
+def test_the_second_argument_is_a_class_of_optimizers(kind):
+    with pytest.raises(TypeError, match=r"must be a class as torch\.optim\.SGD"):
+        DLRT(dlrt.to_low_rank(network(), rank=3), kind, lr=0.1)
+
+
+def test_a_loaded_state_brings_its_settings_along():
+    model = dlrt.to_low_rank(network(), rank=3)
+    optimizer = DLRT(model, torch.optim.SGD, lr=0.1, s_steps=3, min_rank=1, max_rank="initial", tau=0.02)
+    train(model, optimizer, [batch()])
+    other = DLRT(model, torch.optim.SGD, lr=0.1)
+    other.load_state_dict(optimizer.state_dict())
+    for name in ("s_steps", "min_rank", "max_ranks", "tau", "allot_every", "integrator"):
+        assert other.group[name] == optimizer.group[name]
+
+
+def test_truncation_between_two_decisions_keeps_the_tolerance():
+    model, tau = dlrt.to_low_rank(network()), 0.2
+    optimizer = DLRT(model, torch.optim.SGD, lr=0.1, momentum=0.9, tau=0.0, min_rank=1)
+    train(model, optimizer, [batch() for _ in range(3)])
+    before, optimizer.tau = factors_of(model), tau
+    optimizer.truncate()
+    for layer, Y in zip(low_rank_layers(model), before, strict=True):
+        assert layer.rank == dlrt.truncate(Y, tau).rank
+        assert (layer.factors.dense() - Y.dense()).norm() <= tau * Y.dense().norm()

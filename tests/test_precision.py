@@ -14,10 +14,10 @@ import dlrt
 from dlrt import DLRT, LowRank, LowRankLinear, cli, integrators, to_low_rank
 from dlrt.lowrank import truncate
 from dlrt.models import MLP
-from dlrt.ranks import worths
+from dlrt.ranks import direction_scores
 from dlrt.runs import Run
 from dlrt.training import Recipe, fit, train_epoch
-from dlrt.velocity import muon
+from dlrt.velocity import msign
 
 __all__ = ["dataset", "one_thread"]  # fixtures
 
@@ -236,5 +236,5 @@ def test_scale_changes_neither_ranks_nor_directions_in_float32(scale):
         scaled, plain = step(scale), step(1)
         assert scaled.rank == plain.rank
         assert_near(scaled.dense().double() / scale, plain.dense(), 1e-4)
-    assert worths([scale * Y.S])[0] == pytest.approx(worths([Y.S])[0], rel=1e-4)
-    assert_near(muon(scale * F, {}, {}), muon(F, {}, {}), 1e-3)
+    assert direction_scores([scale * Y.S])[0] == pytest.approx(direction_scores([Y.S])[0], rel=1e-4)
+    assert_near(msign(scale * F), msign(F), 1e-3)

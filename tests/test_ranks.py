@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlrt.ranks import allot, budget_for, falling_budget, parameters
+from dlrt.ranks import allocate_ranks, budget_for, falling_budget, parameters
 
 LAYERS = st.lists(
     st.tuples(st.integers(2, 6), st.integers(2, 6)).flatmap(
@@ -23,17 +23,17 @@ def spent(ranks, shapes):
     return sum(parameters(rank, shape) for rank, shape in zip(ranks, shapes, strict=True))
 
 
-def kept(ranks, worths):
-    return sum(sum(worth[:rank]) for rank, worth in zip(ranks, worths, strict=True))
+def kept(ranks, scores):
+    return sum(sum(score[:rank]) for rank, score in zip(ranks, scores, strict=True))
 
 
 @given(LAYERS, st.floats(0, 1))
 def test_the_budget_is_kept_and_no_exchange_of_a_direction_for_another_keeps_more(layers, share):
     shapes = [shape for shape, _ in layers]
-    worths = [sorted(values, reverse=True) for _, values in layers]
+    scores = [sorted(values, reverse=True) for _, values in layers]
     least, most = spent([1] * len(shapes), shapes), spent([min(s) for s in shapes], shapes)
     budget = int(least + share * (most - least))
-    ranks = allot(budget, worths, shapes)
+    ranks = allocate_ranks(budget, scores, shapes)
     assert spent(ranks, shapes) <= budget
     assert all(1 <= rank <= min(shape) for rank, shape in zip(ranks, shapes, strict=True))
     for moves in itertools.product((-1, 0, 1), repeat=len(shapes)):
@@ -42,18 +42,18 @@ def test_the_budget_is_kept_and_no_exchange_of_a_direction_for_another_keeps_mor
         other = [rank + move for rank, move in zip(ranks, moves, strict=True)]
         possible = all(1 <= rank <= min(shape) for rank, shape in zip(other, shapes, strict=True))
         if possible and spent(other, shapes) <= budget:
-            assert kept(other, worths) <= kept(ranks, worths) * (1 + 1e-9)
+            assert kept(other, scores) <= kept(ranks, scores) * (1 + 1e-9)
 
 
 def test_layers_of_one_shape_share_a_budget_by_their_largest_values():
-    worths = [[0.5, 0.3, 0.1, 0.01], [0.9, 0.05, 0.02, 0.01]]
-    assert allot(4 * 20, worths, [(10, 10)] * 2) == [3, 1]
-    assert allot(4 * 20, worths, [(10, 10)] * 2, min_rank=2) == [2, 2]
+    scores = [[0.5, 0.3, 0.1, 0.01], [0.9, 0.05, 0.02, 0.01]]
+    assert allocate_ranks(4 * 20, scores, [(10, 10)] * 2) == [3, 1]
+    assert allocate_ranks(4 * 20, scores, [(10, 10)] * 2, min_rank=2) == [2, 2]
 
 
 def test_a_layer_worth_its_whole_weight_keeps_all_directions_for_the_weights_price():
     flat, steep = [0.25] * 4, [1.0, 1e-6, 1e-6, 1e-6]
-    ranks = allot(16 + 8, [flat, steep], [(4, 4), (4, 4)])
+    ranks = allocate_ranks(16 + 8, [flat, steep], [(4, 4), (4, 4)])
     assert ranks == [4, 1]
     assert spent(ranks, [(4, 4)] * 2) == 24
 

@@ -15,7 +15,7 @@ import dlrt
 from dlrt import DLRT, LowRank, integrators, to_low_rank
 from dlrt.baselines import plain_factors
 from dlrt.convert import load_factors
-from dlrt.lowrank import truncate, truncate_to
+from dlrt.lowrank import truncate
 
 FIXED = {"tau": 0.0, "max_rank": "initial"}
 SGD = {"optimizer_class": torch.optim.SGD, "momentum": 0.9}
@@ -72,7 +72,6 @@ def test_a_matrix_holds_no_more_than_its_factors():
         LowRank.from_dense(A, tau=0.3),
         Y.T,
         truncate(LowRank.from_dense(A), 0.3),
-        truncate_to(LowRank.from_dense(A), 3),
         integrators.parallel_bug(Y, F, tau=0.2),
         integrators.augmented_bug(Y, F, max_rank=5),
         integrators.bug(Y, F),

@@ -9,7 +9,8 @@ from torch import nn
 import dlrt
 from dlrt import DLRT, LowRank, LowRankLayer, LowRankLinear
 from dlrt.baselines import Muon
-from dlrt.velocity import Tangent, muon, tangent_at
+from dlrt.integrators import parallel_step
+from dlrt.velocity import Tangent, adam, carried, msign
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -118,10 +119,39 @@ def test_full_rank_muon_is_muon_on_the_dense_weight(name, nesterov):
 def test_the_polar_factor_is_that_of_the_range_and_turns_with_the_bases():
     D = torch.randn(6, 2) @ torch.randn(2, 8)
     P, Q = (torch.linalg.qr(torch.randn(n, n)).Q for n in (6, 8))
-    sign = muon(D, {}, {})
+    sign = msign(D)
     assert torch.allclose(torch.linalg.svdvals(sign), torch.tensor([1.0, 1, 0, 0, 0, 0]), atol=1e-12)
-    assert torch.allclose(muon(P.mT @ D @ Q, {}, {}), P.mT @ sign @ Q, atol=1e-12)
-    assert torch.equal(muon(torch.zeros(3, 3), {}, {}), torch.zeros(3, 3))
+    assert torch.allclose(msign(P.mT @ D @ Q), P.mT @ sign @ Q, atol=1e-12)
+    assert torch.equal(msign(torch.zeros(3, 3)), torch.zeros(3, 3))
+
+
+def test_adam_moves_entries_in_new_directions_by_at_most_the_step_size():
+    """They have no past squares, and would move by thirty times as much were they taken to be zero."""
+    state = {}
+    for _ in range(30):
+        adam(torch.randn(4, 4), torch.randn(4, 4), state, (0.9, 0.999), 1e-8)
+    old = adam(torch.randn(4, 4), torch.randn(4, 4), dict(state), (0.9, 0.999), 1e-8)
+    grown = adam(torch.randn(6, 5), 0.01 * torch.randn(6, 5), state, (0.9, 0.999), 1e-8)
+    new = torch.ones(6, 5, dtype=bool)
+    new[:4, :4] = False
+    assert grown[new].abs().max() <= 1
+    assert old.abs().max() > 1
+
+
+@pytest.mark.parametrize("options", [{"tau": 0.05}, {"compression": 0.4, "ramp": 30}], ids=str)
+def test_adam_trains_while_new_directions_come_in_at_every_step(options):
+    torch.manual_seed(0)
+    model, x = dlrt.to_low_rank(NETS["two layers"][0]()), torch.randn(64, 12)
+    y, optimizer = x[:, :5].sin(), DLRT(model, torch.optim.Adam, lr=0.005, **options)
+    losses = []
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = model(x).sub(y).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    assert max(losses) < 1.5 * losses[0]
 
 
 def projected(M, Y):
@@ -134,13 +164,29 @@ def dense(M):
     return M @ torch.eye(len(M.V))
 
 
-def test_a_tangent_vector_is_an_operator_and_its_transport_the_orthogonal_projection():
-    Y, Y1 = (LowRank.from_dense(torch.randn(9, 7), rank=r) for r in (3, 4))
-    A = torch.randn(9, 7)
+def test_a_tangent_vector_is_an_operator():
+    Y, A = LowRank.from_dense(torch.randn(9, 7), rank=3), torch.randn(9, 7)
     M = Tangent(Y.U, Y.V, A @ Y.V, A.mT @ Y.U, Y.U.mT @ A @ Y.V)
     assert torch.allclose(dense(M), projected(A, Y), atol=1e-13)
     assert torch.allclose(dense(M.T), dense(M).mT, atol=1e-13)
-    assert torch.allclose(dense(tangent_at(M, Y1)), projected(dense(M), Y1), atol=1e-13)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5])
+@pytest.mark.parametrize("inside", [False, True])
+def test_the_velocity_is_carried_by_the_orthogonal_projection(inside, rank):
+    """To bases in the span of the augmented ones, in which the velocity may lie or not."""
+    Y, A = LowRank.from_dense(torch.randn(9, 7), rank=3), torch.randn(9, 7)
+    M = Tangent(Y.U, Y.V, A @ Y.V, A.mT @ Y.U, Y.U.mT @ A @ Y.V + torch.randn(3, 3))
+    along = A if inside else torch.randn(9, 7)
+    Y_hat, D = parallel_step(Y, along @ Y.V, along.mT @ Y.U, 1.0, M.core)
+    P, Q = (torch.linalg.qr(torch.randn(k, rank)).Q for k in Y_hat.S.shape)
+    Y1 = LowRank(Y_hat.U @ P, torch.eye(rank), Y_hat.V @ Q)
+    MV, MU, core = carried(M, Y_hat, P, Q)
+    assert torch.allclose(dense(Tangent(Y1.U, Y1.V, MV, MU, core)), projected(dense(M), Y1), atol=1e-13)
+    if inside:
+        by_coefficients = carried(LowRank(Y_hat.U, D, Y_hat.V), Y_hat, P, Q)
+        for one, other in zip(by_coefficients, (MV, MU, core), strict=True):
+            assert torch.allclose(one, other, atol=1e-13)
 
 
 @pytest.mark.parametrize("nesterov", [False, True])

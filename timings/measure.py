@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from dlrt import integrators, optimizer
+from dlrt import integrators, optimizer, weight_step
 from dlrt.timing import wait_for
 
 # the functions in which a step spends its time; one that is called by another counts for itself only
 PARTS = {
     "qr": ((integrators, "complement"), (torch.linalg, "qr")),
-    "s_gradient": ((optimizer, "parallel_step"), (optimizer, "augment"), (optimizer, "update_bases")),
-    "svd": ((optimizer, "truncate"), (optimizer, "truncate_to")),
+    "s_gradient": tuple((weight_step, name) for name in ("parallel_step", "augment", "update_bases")),
+    "svd": ((optimizer, "truncated_svd"), (optimizer, "leading_subspace")),
 }
 ROUND = 10  # steps from one decision of ranks to the next
 SHARES = ("forward_backward", *PARTS, "rest")  # the rest: the inner optimizer, momentum's change of basis

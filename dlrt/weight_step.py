@@ -1,0 +1,162 @@
+"""One step of one low-rank weight: its gradient, its velocity, K-, L- and S-step, and the cut afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlrt.distributed import check_ranks_may_move
+from dlrt.integrators import Rule, augment, galerkin, parallel_step, update_bases
+from dlrt.layers import LowRankLayer
+from dlrt.lowrank import LowRank, rotate
+from dlrt.velocity import RULES, Tangent, Velocity, adam, carried, coefficients, muon_scale, rotate_squares
+
+
+@dataclass(frozen=True, eq=False)
+class WeightStep:
+    """What a DLRT does with a layer: `state` is the optimizer's, by parameter, `group` holds the settings.
+
+    While bases rest they are augmented, U (m, k) and V (n, l), and S (k, l) alone is trained; the layer keeps
+    its rank r in the state.
+    """
+
+    layer: LowRankLayer
+    name: str
+    state: dict[torch.nn.Parameter, dict[str, Any]]
+    group: dict[str, Any]
+
+    @property
+    def beta(self) -> float:
+        """The share of the velocity that stays in a step."""
+        return self.group["momentum"] if "momentum" in self.group else self.group["betas"][0]
+
+    @property
+    def h(self) -> float:
+        """The step size: lr, and for muon update_lr √max(1, m/n)."""
+        h = self.group["lr"] * self.group["update_share"]
+        return h * muon_scale(self.layer.shape) if self.group["update"] == "muon" else h
+
+    @property
+    def kept_rank(self) -> int:
+        """The rank before the bases were augmented."""
+        kept = None if self.layer.trains_bases else self.state[self.layer.S].get("rank")
+        return kept or self.layer.rank
+
+    @property
+    def velocity(self) -> Velocity | None:
+        """M of the last step; of a layer whose bases rest, in these alone."""
+        U, S, V = self.layer.U, self.layer.S, self.layer.V
+        MV, core, MU = (self.state[factor].get("velocity") for factor in (U, S, V))
+        if core is None:
+            return None
+        return LowRank(U, core, V) if MV is None else Tangent(U, V, MV, MU, core)
+
+    def gradient(self) -> Tangent:
+        """∇_W L, by what the backward pass has left in .grad; λ W = U (λ S) Vᵀ adds to core alone."""
+        layer, group, Y = self.layer, self.group, self.layer.factors
+        decay = 0.0 if group["decoupled"] else group["weight_decay"]
+        core = (-layer.S.grad if group["maximize"] else layer.S.grad) + decay * Y.S
+        if not layer.trains_bases:
+            return Tangent(Y.U, Y.V, None, None, core)
+        GV, GU = (torch.zeros_like(B) if B.grad is None else B.grad for B in (layer.U, layer.V))
+        return Tangent(Y.U, Y.V, *((-GV, -GU) if group["maximize"] else (GV, GU)), core)
+
+    def accelerate(self, G: Tangent, keep: bool = True) -> tuple[Tangent, Tangent]:
+        """The velocity M = β M + G, as torch's SGD has it, and what the step goes along: M, or G + β M.
+
+        Without `keep` the optimizer's state stays what it is.
+        """
+        layer, beta = self.layer, self.beta
+        if not beta:
+            return G, G
+        gain = 1 - beta if self.group["update"] == "adam" else 1.0
+
+        def mixed(g: Tensor | None, factor: torch.nn.Parameter) -> Tensor | None:
+            past = self.state[factor].get("velocity")
+            if g is None or past is None:
+                return None if g is None else gain * g
+            return past.to(g, copy=not keep).mul_(beta).add_(g, alpha=gain)
+
+        M = replace(G, MV=mixed(G.MV, layer.U), MU=mixed(G.MU, layer.V), core=mixed(G.core, layer.S))
+        if keep:
+            self._remember(M.MV, M.MU, M.core)
+        if not self.group["nesterov"]:
+            return M, M
+        ahead = ((g if g is None else g.add(m, alpha=beta)) for g, m in ((G.MV, M.MV), (G.MU, M.MU)))
+        return M, Tangent(G.U, G.V, *ahead, G.core.add(M.core, alpha=beta))
+
+    def parallel_step(self) -> tuple[LowRank, Velocity]:
+        """The factors in augmented bases after K-, L- and S-step along the velocity; and the velocity."""
+        M, N, rule = self._along()
+        Y_hat, D = parallel_step(self._decayed(), N.MV, N.MU, -self.h, N.core, rule)
+        return Y_hat, LowRank(Y_hat.U, D, Y_hat.V) if M is N else M
+
+    def s_step(self) -> tuple[LowRank, Velocity]:
+        """The factors after the S-step alone, in the bases as they are; and the velocity."""
+        Y = self._decayed()
+        M, N, rule = self._along()
+        S1 = Y.S - self.h * rule(N.core, Y)
+        return LowRank(Y.U, S1, Y.V), M if self.layer.trains_bases else LowRank(Y.U, M.core, Y.V)
+
+    def update_bases(self) -> None:
+        """K- and L-step of an integrator that takes its S-step by another pass; the velocity goes along."""
+        Y, M = self.layer.factors, self.velocity
+        _, N = self.accelerate(self.gradient(), keep=False)
+        if self.group["integrator"] == "augmented":
+            self.rest(augment(Y, N.MV, N.MU), M)
+        else:
+            Y1 = update_bases(Y, N @ Y.V, N.T @ Y.U, -self.h)
+            self._put(Y1, *((None, None, None) if M is None else (M @ Y1.V, M.T @ Y1.U, galerkin(M, Y1))))
+
+    def rest(self, Y_hat: LowRank, M: Velocity | None) -> None:
+        """Leave the layer in these bases, and of the velocity what lies in them."""
+        rank = self.kept_rank
+        self._put(Y_hat, None, None, None if M is None else coefficients(M, Y_hat))
+        self.state[self.layer.S]["rank"] = rank
+        self.layer.trains_bases = False
+
+    def stay(self, Y1: LowRank) -> None:
+        """Take new coefficients in the present bases, to which the velocity belongs."""
+        M = self.velocity
+        self._put(Y1, *((None, None, None) if M is None else (M.MV, M.MU, M.core)))
+
+    def cut(self, Y_hat: LowRank, M: Velocity | None, P: Tensor, S1: Tensor, Q: Tensor, polish: bool) -> None:
+        """Leave the layer at Û P S1 Qᵀ V̂ᵀ, and the velocity in its tangent space; then its bases train."""
+        rotate_squares(self.state[self.layer.S], P, Q)
+        along = carried(M, Y_hat, P, Q) if M is not None and self.beta else (None, None, None)
+        self._put(LowRank(rotate(Y_hat.U, P, polish), S1, rotate(Y_hat.V, Q, polish)), *along)
+        self.layer.trains_bases = True
+
+    def _along(self) -> tuple[Tangent, Tangent, Rule]:
+        """Velocity, what the step goes along, and the rule; the gradient is used up."""
+        G, group, state = self.gradient(), self.group, self.state[self.layer.S]
+        M, N = self.accelerate(G)
+        self.layer.U.grad = self.layer.V.grad = None
+        if group["update"] == "adam":
+            return M, N, lambda D, Y_hat: adam(D, coefficients(G, Y_hat), state, group["betas"], group["eps"])
+        return M, N, lambda D, Y_hat: RULES[group["update"]](D)
+
+    def _decayed(self) -> LowRank:
+        group, Y = self.group, self.layer.factors
+        shrink = 1 - group["lr"] * group["weight_decay"] if group["decoupled"] else 1
+        return LowRank(Y.U, shrink * Y.S, Y.V)
+
+    def _put(self, Y1: LowRank, *velocity: Tensor | None) -> None:
+        """Give the layer new factors, and their velocity; old gradients are not theirs."""
+        layer = self.layer
+        if Y1.S.shape != layer.S.shape:
+            check_ranks_may_move(layer.S, self.name)
+        for factor in (layer.U, layer.S, layer.V):
+            factor.grad = None
+        layer.factors = Y1
+        self._remember(*(velocity if self.beta else (None, None, None)))
+
+    def _remember(self, MV: Tensor | None, MU: Tensor | None, core: Tensor | None) -> None:
+        layer = self.layer
+        for factor, product in ((layer.U, MV), (layer.V, MU), (layer.S, core)):
+            self.state[factor].pop("velocity", None)
+            if product is not None:
+                self.state[factor]["velocity"] = product
