@@ -42,7 +42,7 @@ def published() -> pd.DataFrame:
     })  # fmt: skip
 
 
-@results.told
+@results.boundary()
 def main() -> None:
     args = results.parse(__doc__, Path(__file__).parent)
     found = results.read(args, "python Lenet_experiment/run.py")

@@ -10,7 +10,7 @@ weight decay. The dense net is trained with both.
 
 from pathlib import Path
 
-from dlrt import cli, grid
+from dlrt import cli, errors, grid
 
 HERE = Path(__file__).parent
 TAUS = (0.09, 0.11, 0.13, 0.15, 0.2, 0.3, 0.4, 0.45)
@@ -20,6 +20,7 @@ PLAIN = {"weight_decay": 0, "augment": False, "label_smoothing": 0}
 PLAIN_DLRT = {"tau_warmup": 0, "s_steps": 1, "skip": ["fc2"]}
 
 
+@errors.boundary("the same command goes on")
 def main() -> None:
     parser = cli.grid_parser(__doc__, HERE, epochs=10, taus=TAUS, runs="the plain sweep")
     parser.add_argument(

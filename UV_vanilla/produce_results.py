@@ -40,7 +40,7 @@ def curves(found: pd.DataFrame, folder: Path) -> dict[tuple[str, float, float], 
     """
     results.over_seeds(found, ["network", "decay", "lr"])  # refuses runs that differ in more than the seed
     vanilla = found["network"] == "vanilla_lenet5"
-    best = found["lr"] == found["decay"].map(results.best_lrs(found[vanilla], "decay"))
+    best = found["lr"] == found["decay"].map(tables.best_lrs(found[vanilla], "decay"))
     shown = best | (~vanilla & (found["lr"] == AS_IN_THE_PAPER["lr"]))
     return {
         (METHODS[network], decay, lr): [read_metrics(folder / run) for run in rows["run"]]
@@ -85,7 +85,7 @@ def draw(of_setting: dict[tuple[str, float, float], list[pd.DataFrame]]) -> Figu
     return figure
 
 
-@results.told
+@results.boundary()
 def main() -> None:
     args = results.parse(__doc__, Path(__file__).parent)
     found = results.read(args, "python UV_vanilla/run.py", needs=["decay"])

@@ -11,12 +11,13 @@ from pathlib import Path
 
 from factored import AS_IN_THE_PAPER, DECAY
 
-from dlrt import cli, grid
+from dlrt import cli, errors, grid
 
 HERE = Path(__file__).parent
 SCRIPTS = {"dlrt": "lenet5_mnist.py", "vanilla": "lenet5_mnist_baseline.py"}
 
 
+@errors.boundary("the same command goes on")
 def main() -> None:
     parser = cli.grid_parser(__doc__, HERE, epochs=20, seeds=5)
     add = parser.add_argument

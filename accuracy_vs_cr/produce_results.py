@@ -45,7 +45,7 @@ def with_methods(found: pd.DataFrame, folder: Path) -> pd.DataFrame:
     pruned = found["from_checkpoint"].notna()
     found.loc[pruned, "method"] = "retrained"
     if pruned.any():
-        best = found["rank"].map(results.best_lrs(found[pruned], "rank"))
+        best = found["rank"].map(tables.best_lrs(found[pruned], "rank"))
         found = found[~pruned | (found["lr"] == best)]
         pruned = found["method"] == "retrained"
     truncated = found[pruned].assign(method="truncated", epochs=0)
@@ -95,7 +95,7 @@ def pruning(summary: pd.DataFrame) -> Figure:
     return figure
 
 
-@results.told
+@results.boundary()
 def main() -> None:
     args = results.parse(__doc__, Path(__file__).parent)
     found = results.read(args, "python accuracy_vs_cr/run.py", needs=["width"])

@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from dlrt import cli, grid
+from dlrt import cli, errors, grid
 
 HERE = Path(__file__).parent
 TAUS = (0.03, 0.05, 0.07, 0.09, 0.11, 0.13, 0.15, 0.17)
@@ -22,6 +22,7 @@ DLRT = {"rank": 0.25, "s_steps": 40}
 RETRAINING = {"tau": 0, "tau_warmup": 0, "cut_by": "weights"}
 
 
+@errors.boundary("the same command goes on")
 def main() -> None:
     parser = cli.grid_parser(__doc__, HERE, epochs=20, taus=TAUS)
     parser.add_argument(

@@ -8,7 +8,7 @@ the table of accuracy before and after.
 
 from pathlib import Path
 
-from dlrt import cli, grid
+from dlrt import cli, errors, grid
 
 HERE = Path(__file__).parent
 SCRIPTS = {
@@ -20,6 +20,7 @@ SCRIPTS = {
 TAUS = {"lenet5": 0.25, "alexnet": 0.2, "vgg16": 0.25, "resnet20": 0.4}
 
 
+@errors.boundary("the same command goes on")
 def main() -> None:
     parser = cli.grid_parser(__doc__, HERE, epochs=4, seeds=1)
     parser.set_defaults(dataset="cifar10")

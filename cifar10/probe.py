@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from dlrt import DLRT, cli, compression, to_low_rank
+from dlrt import DLRT, cli, compression, errors, to_low_rank
 from dlrt.baselines import Muon, plain_factors
 from dlrt.data import Split, augmented_batch
 from dlrt.datasets import load
 from dlrt.models import ResNet8
-from dlrt.records import RunError, damaged, read_table
+from dlrt.records import damaged, read_table
 
 HERE = Path(__file__).parent
 SAMPLES, EPOCHS, BATCH = 10_000, 8, 128
@@ -184,6 +184,7 @@ def mean_and_spread(values: pd.Series) -> str:
     return f"{values.mean():.2f}" + (f" ± {values.std(ddof=0):.2f}" if len(values) > 1 else "")
 
 
+@errors.boundary()
 def main() -> None:
     parser = cli.Parser(description=__doc__, formatter_class=cli.HelpFormatter)
     add = parser.add_argument
@@ -208,18 +209,15 @@ def main() -> None:
                 made.to_csv(record, mode="a", header=not record.exists(), index=False, float_format="%.6g")
                 print(made.drop(columns="ranks").to_string(index=False, header=False), flush=True)
 
-    try:
-        if args.tune:
-            make_runs([(name, 0, setting) for name in args.rows for setting in ROWS[name].choices])
-        best = best_settings(recorded(record))
-        if untuned := [name for name in args.rows if name not in best]:
-            parser.error(f"no settings have been tried for {', '.join(untuned)}: add --tune")
-        make_runs([(name, seed, best[name]) for seed in range(args.seeds) for name in args.rows])
-        text = table(recorded(record))
-        (record.with_suffix(".md")).write_text(text + "\n", encoding="utf-8")
-        print(text)
-    except RunError as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
+    if args.tune:
+        make_runs([(name, 0, setting) for name in args.rows for setting in ROWS[name].choices])
+    best = best_settings(recorded(record))
+    if untuned := [name for name in args.rows if name not in best]:
+        parser.error(f"no settings have been tried for {', '.join(untuned)}: add --tune")
+    make_runs([(name, seed, best[name]) for seed in range(args.seeds) for name in args.rows])
+    text = table(recorded(record))
+    (record.with_suffix(".md")).write_text(text + "\n", encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def fine_tuned(found: pd.DataFrame, folder: Path) -> pd.DataFrame:
     return pd.concat([table, published]).fillna("").sort_values("network", kind="stable")
 
 
-@results.told
+@results.boundary()
 def main() -> None:
     args = results.parse(__doc__, HERE)
     command = "python cifar10/run.py, or the training scripts beside it"

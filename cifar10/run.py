@@ -24,7 +24,8 @@ from typing import Any
 
 from probe import best_settings, recorded
 
-from dlrt import cli, grid
+from dlrt import cli, errors, grid
+from dlrt.errors import RunError
 from dlrt.grid import Plan
 from dlrt.records import epochs_done, read_metrics
 
@@ -108,7 +109,7 @@ def choose_scales(network: str, args: argparse.Namespace, jobs: int) -> dict[Cho
     for choice, of in tried.items():
         ended = {scale: made for scale, made in of.items() if epochs_done(results / made.name) == args.tune}
         if not ended:
-            sys.exit(f"{network}: every step size diverges for {' with '.join(choice)}: add smaller ones")
+            raise RunError(f"{network}: all step sizes diverge for {' with '.join(choice)}: add smaller ones")
         best[choice] = max(
             ended, key=lambda scale: read_metrics(results / ended[scale].name)["validation_accuracy"].iloc[-1]
         )
@@ -149,6 +150,7 @@ def make(network: str, epochs: int, jobs: int, args: argparse.Namespace) -> None
             grid.make([*made.values(), *then], args.output_dir, jobs, may_diverge=True)
 
 
+@errors.boundary("the same command goes on")
 def main() -> None:
     parser = cli.grid_parser(__doc__, HERE, epochs=None)
     add = parser.add_argument

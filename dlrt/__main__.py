@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,20 +17,18 @@ import torch
 from torch import nn
 
 import dlrt
-from dlrt import plots, tables
+from dlrt import errors, plots, tables
 from dlrt.cli import HelpFormatter, Parser
+from dlrt.errors import RunError
 from dlrt.loading import load_network
-from dlrt.records import RunError
 
 SUFFIXES = {"pt2": ".pt2", "onnx": ".onnx", "state_dict": ".pt"}
 
 
+@errors.boundary("")
 def main(arguments: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
-    try:
-        args.command(args)
-    except (RunError, OSError) as error:
-        sys.exit(f"python -m dlrt: {error}")
+    args.command(args)
 
 
 def _parser() -> Parser:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dlrt.clutter import clutter, held_out
 from dlrt.data import Dataset, Split
+from dlrt.errors import DataError
 
 MNIST_FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -25,10 +26,6 @@ CIFAR10_FILES = tuple(f"data_batch_{number}" for number in range(1, 6))
 Arrays = tuple[
     Tensor, Tensor, Tensor, Tensor
 ]  # training images (N, C, H, W) uint8, labels (N,); the same of the test
-
-
-class DataError(RuntimeError):
-    """A data set is missing or damaged; the message says which file and what to do."""
 
 
 def load(name: str, folder: Path, seed: int) -> Dataset:

@@ -20,13 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dlrt.errors import ProcessError
+
 TIMEOUT = timedelta(minutes=10)  # for a process that hangs; one that dies is noticed at once
 
 T = TypeVar("T")
-
-
-class ProcessError(RuntimeError):
-    """The processes cannot go on together; the message says why and what to do."""
 
 
 def start(device: str) -> str:

@@ -19,8 +19,9 @@ import torch
 from tqdm import tqdm
 
 from dlrt import tables
-from dlrt.records import RunError, epochs_done, read_options, read_runs, same_option
-from dlrt.runs import DIVERGED, NOT_PART_OF_THE_EXPERIMENT
+from dlrt.errors import DIVERGED, RunError
+from dlrt.records import epochs_done, read_options, read_runs, same_option
+from dlrt.runs import NOT_PART_OF_THE_EXPERIMENT
 
 
 @dataclass(frozen=True)
@@ -79,45 +80,42 @@ def make(
 ) -> None:
     """Make every run that is not finished yet, `jobs` at a time, each with its share of the CPU's cores.
 
-    A run that fails is told and the others go on; then the program ends with 1, unless it was for a loss that
-    is not finite and runs may diverge. Ctrl-C and SIGTERM stop the runs, whose last complete epochs are kept,
-    and end with 130 and 143. A run that is there with other options or damaged, or a folder that cannot be
-    made, ends the program with 1 before any of these is made. Records without weights are finished runs, too,
-    unless one of the plans `then` is missing and begins with those weights: such a run is made again.
+    A run that fails is reported and the others go on; then RunError, unless it was for a loss that is not
+    finite and runs may diverge. Ctrl-C and SIGTERM (exit code 143) stop the runs, whose last complete epochs
+    are kept. RunError before any is made where a run is there with other options or damaged, or the folder
+    cannot be made. Records without weights are finished runs, too, unless one of the plans `then` is missing
+    and begins with those weights: such a run is made again.
     """
     if not plans:
         return
     try:
         for plan in plans:
             if other := plan.other_options(results):
-                folder = results / plan.name
-                sys.exit(f"{folder} was made with {', '.join(other)}: move it, or take another --output-dir")
+                was = f"{results / plan.name} was made with {', '.join(other)}"
+                raise RunError(f"{was}: move it, or take another --output-dir")
         missing = _missing(plans, then, results)
         results.mkdir(parents=True, exist_ok=True)
-    except RunError as error:
-        sys.exit(str(error))
     except OSError as error:
-        sys.exit(f"{results} cannot be used ({error.strerror}): take another --output-dir")
+        raise RunError(f"{results} cannot be used ({error.strerror}): take another --output-dir") from error
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory() as logs:
         codes = _run_all(plans, missing, results, jobs, Path(logs))
     failed = [name for name, code in codes.items() if not (may_diverge and code == DIVERGED)]
     print(f"{len(plans) - len(codes)} of {len(plans)} runs are in {results}")
     if failed:
-        sys.exit(f"failed: {', '.join(failed)}; the same command tries them again")
+        raise RunError(f"failed: {', '.join(failed)}; the same command tries them again")
 
 
 def best_lrs(plans: Sequence[Plan], results: Path, by: str) -> dict[Any, float]:
-    """`tables.best_lrs` of the runs of these plans; where all of a value diverged, the program ends."""
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "left out, since unfinished or diverged")
-            found = read_runs(results)
-    except RunError as error:
-        sys.exit(str(error))
+    """`tables.best_lrs` of the runs of these plans; RunError where all of a value diverged."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "left out, since unfinished or diverged")
+        found = read_runs(results)
     best = tables.best_lrs(found[found["run"].isin([plan.name for plan in plans])], by).to_dict()
     if hopeless := {f"{plan.options[by]:g}" for plan in plans if plan.options[by] not in best}:
-        sys.exit(f"every learning rate diverges at {by} {', '.join(sorted(hopeless))}: add smaller ones")
+        raise RunError(
+            f"every learning rate diverges at {by} {', '.join(sorted(hopeless))}: add smaller ones"
+        )
     return best
 
 
@@ -163,14 +161,11 @@ def _run_all(
                     tqdm.write(f"{plan.name} failed: {_last_line(_log(logs, plan))}")
             bar.set_postfix_str(", ".join(plan.name for plan in running.values()), refresh=False)
             bar.update(sum(done.values()) - bar.n)
-    except BaseException as error:  # whatever ends this program ends its runs
+    except BaseException:  # whatever ends this program ends its runs
         for process in running:
             process.terminate()  # they may ignore SIGINT, as in the background
         for process in running:
             process.wait()
-        if isinstance(error, KeyboardInterrupt):
-            print("\ninterrupted; the same command goes on", file=sys.stderr)
-            sys.exit(130)
         raise
     finally:
         bar.close()

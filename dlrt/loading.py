@@ -10,7 +10,8 @@ from torch import nn
 from dlrt import models
 from dlrt.baselines import plain_factors
 from dlrt.convert import load_factors
-from dlrt.records import RunError, one_line
+from dlrt.errors import RunError
+from dlrt.records import one_line
 from dlrt.runs import load_checkpoint
 
 

@@ -9,6 +9,8 @@ from typing import Any, TypedDict, get_args, get_type_hints
 
 import pandas as pd
 
+from dlrt.errors import RunError
+
 
 class Epoch(TypedDict):
     """What a row of metrics.csv must say."""
@@ -56,10 +58,6 @@ class Options(TypedDict, total=False):
 
 KINDS = {int: "iu", float: "iuf", bool: "b"}  # of the columns that hold a type; whatever else is text
 AGAIN = "delete the run's folder and make the run again"
-
-
-class RunError(RuntimeError):
-    """A run's folder cannot be used as asked; the message says why and what to do."""
 
 
 def same_option(name: str, one: Any, other: Any) -> bool:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import warnings
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from dlrt import plots, records, tables
+from dlrt import errors, plots, records, tables
 from dlrt.cli import ROOT, HelpFormatter, Parser
+from dlrt.errors import RunError
 from dlrt.plots import Figure
-from dlrt.records import RunError, read_runs
+from dlrt.records import read_runs
 
 DATA = {"mnist": "MNIST", "cifar10": "CIFAR-10"}
 
@@ -36,23 +35,18 @@ def parse(description: str, folder: Path) -> argparse.Namespace:
     return args
 
 
-def told(main: Callable[[], None]) -> Callable[[], None]:
-    """A produce_results.py's main function, which ends with one line where it cannot use the records."""
-
-    @wraps(main)
-    def one_line() -> None:
+@contextmanager
+def boundary() -> Iterator[None]:
+    """`errors.boundary` of a produce_results.py, to whose main function records may be anything."""
+    with errors.boundary():
         try:
-            main()
-        except RunError as error:
-            sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+            yield
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             reason = records.one_line(f"{type(error).__name__}: {error}")
-            sys.exit(
-                f"{Path(sys.argv[0]).name}: the records are damaged, or of another experiment ({reason}): "
+            raise RunError(
+                f"the records are damaged, or of another experiment ({reason}): "
                 "give --results of this one, or move away what does not belong to it"
-            )
-
-    return one_line
+            ) from error
 
 
 def read(
@@ -64,20 +58,19 @@ def read(
 ) -> pd.DataFrame:
     """What the reader finds, and a line for each of its warnings. All runs must have the options in `needs`.
 
-    All of one data set, that one where it is there; the runs on others are named and left out. Where there is
-    nothing the program ends and says which command makes the runs.
+    All of one data set, that one where it is there; the runs on others are named and left out. RunError where
+    there is nothing, which says which command makes the runs.
     """
-    script = Path(sys.argv[0]).name
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             found = reader(args.results)
         except FileNotFoundError:
             found = None
-    for warning in told:
-        print(f"{script}: {warning.message}", file=sys.stderr)
+    for warning in caught:
+        errors.report(warning.message)
     if found is None:
-        sys.exit(f"{script}: no finished runs in {args.results}; make them with: {command}")
+        raise RunError(f"no finished runs in {args.results}; make them with: {command}")
     if reader is not read_runs:
         return found
     for option in ("name", "network", "dataset", "seed", "lr", *needs):
@@ -88,7 +81,7 @@ def read(
     wanted = dataset if (found["dataset"] == dataset).any() else found["dataset"].iloc[0]
     others = found.loc[found["dataset"] != wanted, "run"]
     if len(others):
-        print(f"{script}: left out, since not on {wanted}: {', '.join(others)}", file=sys.stderr)
+        errors.report(f"left out, since not on {wanted}: {', '.join(others)}")
     return found[found["dataset"] == wanted].reset_index(drop=True)
 
 
@@ -98,20 +91,8 @@ def data(found: pd.DataFrame) -> str:
 
 
 def over_seeds(found: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """`tables.over_seeds`, ordered; what it refuses ends the program."""
-    return _or_exit(tables.over_seeds, found, by).sort_values(by, na_position="first")
-
-
-def best_lrs(found: pd.DataFrame, by: str) -> pd.Series:
-    """`tables.best_lrs`; what it refuses ends the program."""
-    return _or_exit(tables.best_lrs, found, by)
-
-
-def _or_exit(function: Callable[..., Any], *args: Any) -> Any:
-    try:
-        return function(*args)
-    except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    """`tables.over_seeds`, ordered."""
+    return tables.over_seeds(found, by).sort_values(by, na_position="first")
 
 
 def publish(args: argparse.Namespace, table: pd.DataFrame, caption: str, figures: dict[str, Figure]) -> None:
@@ -119,8 +100,8 @@ def publish(args: argparse.Namespace, table: pd.DataFrame, caption: str, figures
     try:
         tables.write(table, args.output_dir, caption)
     except OSError as error:
-        script = Path(sys.argv[0]).name
-        sys.exit(f"{script}: {args.output_dir} cannot be written to ({error.strerror}): take another")
+        why = f"cannot be written to ({error.strerror}): take another"
+        raise RunError(f"{args.output_dir} {why}") from error
     print(tables.markdown(table, caption))
     for name, figure in figures.items():
         print(f"figure: {plots.save(figure, args.figures, name)}")

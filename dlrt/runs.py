@@ -18,7 +18,8 @@ import torch
 
 import dlrt
 from dlrt.distributed import world_size
-from dlrt.records import Row, RunError, holds, read_options, same_option
+from dlrt.errors import RunError
+from dlrt.records import Row, holds, read_options, same_option
 
 try:
     import fcntl
@@ -27,7 +28,6 @@ except ImportError:  # not on Windows
 
 
 NOT_PART_OF_THE_EXPERIMENT = ("data_dir", "output_dir", "resume", "quiet", "device", "workers")
-DIVERGED = 3  # the exit code of a run whose loss is not finite
 RESUME = "once it can be, --resume continues from the last epoch"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,21 +13,22 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from dlrt import distributed
+from dlrt import distributed, errors
 from dlrt.baselines import Muon, plain_factors, product_decay
 from dlrt.cli import OPTIMIZERS
 from dlrt.convert import to_low_rank
 from dlrt.data import Dataset
-from dlrt.datasets import DataError, load
-from dlrt.distributed import ProcessError
+from dlrt.datasets import load
+from dlrt.errors import OptionError, RunError
 from dlrt.optimizer import DLRT
-from dlrt.records import RunError, chosen_epoch
-from dlrt.runs import DIVERGED, NOT_PART_OF_THE_EXPERIMENT, Run, trained_weights
+from dlrt.records import chosen_epoch
+from dlrt.runs import NOT_PART_OF_THE_EXPERIMENT, Run, trained_weights
 from dlrt.training import Recipe, fit
 
 CALIBRATION_IMAGES = 1000  # of the training split: they say what the loss needs of trained weights
 
 
+@errors.boundary("the epochs that were completed are kept: continue with --resume")
 def run(
     args: argparse.Namespace,
     network: Callable[..., nn.Module],
@@ -37,34 +37,18 @@ def run(
 ) -> None:
     """Train a network as the flags say, print the result and leave a run's folder.
 
-    network is called with the data's shape, its number of classes and `settings`. Exit codes: 130 after
-    Ctrl-C, 3 where the loss is not finite, 1 where something else is in the way.
+    network is called with the data's shape, its number of classes and `settings`.
     """
     _check_skip(args, network, settings or {})
-    try:
-        args.device = distributed.start(args.device)
-        _train(args, network, results, settings or {})
-        distributed.stop()
-    except FloatingPointError as error:
-        if distributed.process_rank() == 0:  # all processes have the same loss
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(DIVERGED)
-    except (DataError, RunError, OSError, ProcessError) as error:
-        process = f", process {distributed.process_rank()}" if distributed.world_size() > 1 else ""
-        sys.exit(f"{Path(sys.argv[0]).name}{process}: {error}")
-    except KeyboardInterrupt:
-        if distributed.process_rank() == 0:
-            print(
-                "\ninterrupted; the epochs that were completed are kept: continue with --resume",
-                file=sys.stderr,
-            )
-        sys.exit(130)
+    args.device = distributed.start(args.device)
+    _train(args, network, results, settings or {})
+    distributed.stop()
 
 
 def _check_skip(
     args: argparse.Namespace, network: Callable[..., nn.Module], settings: dict[str, Any]
 ) -> None:
-    """End with 2 where --skip names no layer of the network, or all that could be low-rank."""
+    """OptionError where --skip names no layer of the network, or all that could be low-rank."""
     if not getattr(args, "skip", ()):
         return
     with torch.device("meta"):
@@ -74,8 +58,7 @@ def _check_skip(
     if unknown or all(_is_skipped(name, args.skip) for name in layers):
         wrong = f"takes layers of {', '.join(layers)}" if unknown else "must leave a layer that is low-rank"
         got = ", ".join(unknown or args.skip)
-        print(f"{Path(sys.argv[0]).name}: --skip {wrong}, got {got}", file=sys.stderr)
-        sys.exit(2)
+        raise OptionError(f"--skip {wrong}, got {got}")
 
 
 def _is_skipped(name: str, skip: list[str]) -> bool:

@@ -9,6 +9,7 @@ import pandas as pd
 from torch import nn
 
 from dlrt.costs import compression, singular_values
+from dlrt.errors import RunError
 from dlrt.records import one_line, same_option
 
 COUNTED = "Weights only, biases and norms left out; a layer of rank r counts r (m + n), a dense one m n."
@@ -34,7 +35,7 @@ def comparison(runs: pd.DataFrame) -> pd.DataFrame:
 def over_seeds(runs: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """Means and standard deviations over the runs of each setting, a row per value of the columns `by`.
 
-    Accuracies and compressions in %; the ranks are those of the first seed. ValueError where the runs of a
+    Accuracies and compressions in %; the ranks are those of the first seed. RunError where the runs of a
     setting differ in more than the seed, or not even in that.
     """
     groups = runs.sort_values("seed").groupby(by, sort=False, dropna=False)
@@ -62,7 +63,7 @@ def over_seeds(runs: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 def best_lrs(runs: pd.DataFrame, by: str) -> pd.Series:
     """The learning rate with which the first seed validates best, for every value of the column `by`.
 
-    ValueError where the runs of that seed and one value differ in more than lr, or not even in that.
+    RunError where the runs of that seed and one value differ in more than lr, or not even in that.
     """
     tried = runs[runs["seed"] == runs["seed"].min()]
     for _, rows in tried.groupby(by):
@@ -83,11 +84,11 @@ def _check_difference(rows: pd.DataFrame, name: str) -> None:
         ]
         if changed:
             both = f"{first.run} and {other.run}"
-            told = f"{both} must differ in the {name} only, got {', '.join(changed)}"
-            raise ValueError(f"{told}: move one away")
+            raise RunError(f"{both} must differ in the {name} only, got {', '.join(changed)}: move one away")
     if rows[name].duplicated().any():
-        told = f"runs of one setting need a {name} each, got {', '.join(rows['run'])}"
-        raise ValueError(f"{told}: move some away")
+        raise RunError(
+            f"runs of one setting need a {name} each, got {', '.join(rows['run'])}: move some away"
+        )
 
 
 def dense_or_tau(runs: pd.DataFrame) -> pd.Series:

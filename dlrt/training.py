@@ -21,8 +21,9 @@ from tqdm import tqdm
 from dlrt import distributed
 from dlrt.costs import compression
 from dlrt.data import Dataset, Split, augmented_batch
+from dlrt.errors import RunError
 from dlrt.optimizer import DLRT
-from dlrt.records import Row, RunError, chosen_epoch
+from dlrt.records import Row, chosen_epoch
 from dlrt.runs import Run
 
 AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -8,7 +8,7 @@ from pathlib import Path
 from dlrt import plots, records, results, tables
 
 
-@results.told
+@results.boundary()
 def main() -> None:
     args = results.parse(__doc__, Path(__file__).parent)
     found = results.read(args, "python mnist/lenet5_mnist.py, or the other scripts beside it")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from endings import KEPT
 from PIL import Image
 
 from dlrt.cams import CLASSLESS, Maps, explain
@@ -20,6 +19,7 @@ from dlrt.cams.guided import guided_gradients, visible
 from dlrt.cams.networks import Network
 from dlrt.cams.pictures import Picture, overlay
 from dlrt.cams.targets import of_classes
+from dlrt.errors import KEPT
 from dlrt.runs import write_whole
 
 LEAST = 256  # pixels of the longer side of what is drawn

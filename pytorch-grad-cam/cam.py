@@ -23,16 +23,15 @@ from pathlib import Path
 import network_flags
 import pandas as pd
 from batch_maps import Classes, explained
-from endings import KEPT, LEFT_OUT, told
 from sources import batches, readable
 
 import dlrt
-from dlrt import cli, plots
+from dlrt import cli, errors, plots
 from dlrt.cams import METHODS, check_options, known, networks
 from dlrt.cams.figure import figure
 from dlrt.cams.networks import Network
 from dlrt.cams.pictures import PictureError, files, read_labels
-from dlrt.records import RunError
+from dlrt.errors import KEPT, LEFT_OUT, RunError
 from dlrt.runs import NOT_PART_OF_THE_EXPERIMENT, surroundings, write_whole
 
 FIGURE_ROWS = 12
@@ -89,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for network in nets:
         networks.warn_if_larger(network)
     table, rows, failed = [], [], False
-    with told(parser):
+    with errors.boundary(code=errors.STOPPED):
         for part in batches(len(paths), args.batch_size, args.method):
             pictures, unread = readable(paths[part])
             failed |= unread

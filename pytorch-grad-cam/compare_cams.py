@@ -27,15 +27,15 @@ import measure
 import network_flags
 import numpy as np
 import pandas as pd
-from endings import KEPT, LEFT_OUT, told
 from map_times import map_times
 from sources import digest, pictures_of
 
-from dlrt import cli
+from dlrt import cli, errors
 from dlrt.cams import Maps, networks
 from dlrt.cams.pictures import Picture
-from dlrt.datasets import DATASETS, DataError
-from dlrt.records import RunError, read_table
+from dlrt.datasets import DATASETS
+from dlrt.errors import KEPT, LEFT_OUT, DataError, RunError
+from dlrt.records import read_table
 from dlrt.runs import Run, write_whole
 
 FULL_RANK_TOLERANCE = 2e-5
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for network in {one.network.trained: one.network for one in reversed(found)}.values():
         networks.warn(network)  # once of each size
     settings = measure.Settings(layer, args.batch_size, not args.no_faithfulness)
-    with told(parser):
+    with errors.boundary(code=errors.STOPPED):
         compare(found, pictures, settings, run.folder)
         if args.time_shares:
             sizes = args.time_sizes or sorted({reference.shape[1], 224})

@@ -14,13 +14,12 @@ from functools import partial
 import network_flags
 import pandas as pd
 import torch
-from endings import told
 
 import dlrt
-from dlrt import cli
+from dlrt import cli, errors
 from dlrt.cams import explain, networks
 from dlrt.cams.networks import Network
-from dlrt.records import RunError
+from dlrt.errors import RunError
 from dlrt.timing import medians
 
 PIXELS = 16 * 32 * 32  # at a time
@@ -73,7 +72,7 @@ def main() -> None:
     try:
         network = network_flags.read(args)
         layer = network_flags.target_layer(network, None, args.method)
-        with told(parser):
+        with errors.boundary(code=errors.STOPPED):
             map_times(network, layer, args.method, args.shares, args.sizes, args.repeats)
     except (RunError, ValueError, OSError) as error:
         parser.error(str(error))

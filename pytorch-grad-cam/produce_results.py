@@ -5,14 +5,14 @@ python pytorch-grad-cam/produce_results.py
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import drawings
 import pandas as pd
 
-from dlrt import results, tables
-from dlrt.records import RunError, one_line, read_options
+from dlrt import errors, results, tables
+from dlrt.errors import RunError
+from dlrt.records import one_line, read_options
 
 KINDS = ["reference", "low-rank", "SVD", "other seed", "full rank", "random weights", "RandomCAM"]
 LAST = "randomcam.csv"  # a comparison is complete when it has its last table
@@ -118,6 +118,7 @@ def readable(study: str, config: dict, summary: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
+@errors.boundary()
 def main() -> None:
     args = results.parse(__doc__, Path(__file__).parent)
     studied, figures = [], {}
@@ -131,12 +132,12 @@ def main() -> None:
             studied.append(readable(folder.name, config, summary))
         except Exception as error:  # numpy and pandas raise many types on what they cannot read
             reason = one_line(str(error) if isinstance(error, OSError | RunError) else repr(error))
-            print(f"produce_results.py: {folder} is left out ({reason}): {FINISH}", file=sys.stderr)
+            errors.report(f"{folder} is left out ({reason}): {FINISH}")
             continue
         figures |= {f"gradcam_{folder.name}{kind}": figure for kind, figure in drawn.items()}
     if not studied:
-        sys.exit(
-            f"produce_results.py: no finished comparisons in {args.results}; make one with: "
+        raise RunError(
+            f"no finished comparisons in {args.results}; make one with: "
             "python pytorch-grad-cam/compare_cams.py --help"
         )
     results.publish(args, pd.concat(studied, ignore_index=True), CAPTION, figures)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dlrt import errors
 from dlrt.cams.networks import Network
 from dlrt.cams.pictures import Labels, Picture, PictureError, files, labelled, read, read_labels
 from dlrt.clutter import held_out
@@ -61,7 +62,7 @@ def readable(paths: Sequence[Path], labels: Labels | None = None) -> tuple[list[
         try:
             pictures.append(labelled(read(path), labels or {}))
         except PictureError as error:
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+            errors.report(error)
     return pictures, len(pictures) < len(paths)
 
 

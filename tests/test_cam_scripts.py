@@ -18,7 +18,7 @@ import dlrt
 from dlrt import models
 from dlrt.cams import Maps, known, networks
 from dlrt.cams.pictures import Picture
-from dlrt.records import RunError
+from dlrt.errors import RunError
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,7 +9,7 @@ from PIL import Image
 from test_cam_scripts import modules, pictures, runs, script
 
 from dlrt.cams.networks import Network
-from dlrt.records import RunError
+from dlrt.errors import RunError
 
 __all__ = ["modules", "pictures", "runs", "script"]  # fixtures
 

@@ -8,7 +8,8 @@ import torch
 import torchvision.datasets as tv
 
 from dlrt.data import Dataset, Split, augmented_batch
-from dlrt.datasets import DataError, _read_npz, _split, cifar10, digits, digits32, load, mnist
+from dlrt.datasets import _read_npz, _split, cifar10, digits, digits32, load, mnist
+from dlrt.errors import DataError
 
 SAMPLES = 10_050  # MNIST's validation split takes 10,000 of them
 IDX_FILES = {

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dlrt import cli, grid
+from dlrt.errors import RunError
 from dlrt.records import epochs_done, read_metrics
 
 SCRIPT = cli.ROOT / "mnist" / "mlp_mnist_baseline.py"
@@ -65,7 +66,7 @@ def test_a_run_that_broke_off_is_continued_and_a_finished_one_left_alone(tmp_pat
 def test_a_failure_is_told_with_its_reason_and_the_others_go_on(tmp_path, script, capsys):
     """Even if it says more than a pipe holds."""
     bad, good = (grid.Plan(f"{lr}", script, {"epochs": 1, "lr": lr}) for lr in (-1, 2))
-    with pytest.raises(SystemExit, match="failed: -1; the same command tries them again"):
+    with pytest.raises(RunError, match="failed: -1; the same command tries them again"):
         grid.make([bad, good], tmp_path)
     assert epochs_done(tmp_path / "2") == 1
     assert "-1 failed: argument --lr: must be positive\n" in capsys.readouterr().out
@@ -73,11 +74,11 @@ def test_a_failure_is_told_with_its_reason_and_the_others_go_on(tmp_path, script
 
 def test_a_run_that_diverges_may_be_a_result(tmp_path, script, capsys):
     diverging, bad = (grid.Plan(lr, script, {"epochs": 1, "lr": lr}) for lr in ("1e9", "-1"))
-    with pytest.raises(SystemExit, match="failed: 1e9"):
+    with pytest.raises(RunError, match="failed: 1e9"):
         grid.make([diverging], tmp_path)
     grid.make([diverging], tmp_path, may_diverge=True)
     assert capsys.readouterr().out.count("1e9 failed: the loss is inf") == 2
-    with pytest.raises(SystemExit, match="failed: -1"):  # that is another reason
+    with pytest.raises(RunError, match="failed: -1"):  # that is another reason
         grid.make([bad], tmp_path, may_diverge=True)
 
 
@@ -119,7 +120,7 @@ def test_a_run_of_other_options_is_not_taken_for_the_one_planned(tmp_path):
     assert other(spatial=True) == ["spatial None instead of True"]
     del same["finetune_epochs"]
     assert other() == ["finetune_epochs 1 instead of 0"]
-    with pytest.raises(SystemExit, match="one was made with finetune_epochs 1 instead of 0: move it"):
+    with pytest.raises(RunError, match="one was made with finetune_epochs 1 instead of 0: move it"):
         grid.make([grid.Plan("one", SCRIPT, same)], tmp_path)
 
 
@@ -130,15 +131,15 @@ def test_a_damaged_record_and_a_place_that_is_none_end_a_grid_before_its_first_r
         path = tmp_path / "one" / name
         whole = path.read_text()
         path.write_text(text)
-        with pytest.raises(SystemExit, match=rf"one/{name} is lost or damaged: restore it, or delete"):
+        with pytest.raises(RunError, match=rf"one/{name} is lost or damaged: restore it, or delete"):
             grid.make(plans, tmp_path)
         path.write_text(whole)
     path.unlink()
-    with pytest.raises(SystemExit, match=r"one/config.json is lost or damaged"):
+    with pytest.raises(RunError, match=r"one/config.json is lost or damaged"):
         grid.make(plans, tmp_path)
     path.write_text(whole)
     (tmp_path / "file").touch()
-    with pytest.raises(SystemExit, match=r"file cannot be used \(Not a directory|File exists"):
+    with pytest.raises(RunError, match=r"file cannot be used \(Not a directory|File exists"):
         grid.make(plans, tmp_path / "file")
     assert not (tmp_path / "two").exists()
     grid.make(plans, tmp_path)  # nothing was lost
@@ -161,17 +162,19 @@ def test_what_ends_a_grid_ends_its_runs_and_keeps_their_epochs(sent, code, tmp_p
     program = f"""
 import signal
 from pathlib import Path
-from dlrt import grid
+from dlrt import errors, grid
 signal.signal(signal.SIGINT, signal.default_int_handler)
 options = {QUICK | {"epochs": 100_000}!r}
-grid.make([grid.Plan("long", Path({str(SCRIPT)!r}), options)], Path({str(tmp_path)!r}))
+with errors.boundary("the same command goes on"):
+    grid.make([grid.Plan("long", Path({str(SCRIPT)!r}), options)], Path({str(tmp_path)!r}))
 """
     with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True) as process:
         while epochs_done(tmp_path / "long") < 2 and process.poll() is None:
             time.sleep(0.1)
         process.send_signal(sent)
-        process.communicate(timeout=60)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == code
+    assert ("interrupted; the same command goes on" in err) == (sent == signal.SIGINT)
     done = epochs_done(tmp_path / "long")
     assert done >= 2
     time.sleep(0.5)

@@ -7,7 +7,7 @@ import signal
 import struct
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 
 import pytest
@@ -20,9 +20,9 @@ from torch.overrides import TorchFunctionMode
 
 from dlrt import DLRT, LowRankConv2d, LowRankLinear, cli, script, to_low_rank
 from dlrt.data import Split
-from dlrt.datasets import DataError, _split
+from dlrt.datasets import _split
+from dlrt.errors import DataError, RunError
 from dlrt.models import MLP
-from dlrt.records import RunError
 from dlrt.runs import Run, load_checkpoint
 from dlrt.training import fit
 
@@ -31,7 +31,7 @@ QUICK = ["--dataset", "digits", "--epochs", "1", "--batch-size", "128", "--devic
 
 
 def trained(folder, *flags):
-    """A training script, in this process; its exit code or last words."""
+    """A training script, in this process; its exit code."""
     parser = cli.training_parser("", low_rank=True, skip=["fc5"])
     args = cli.parse(parser, [*QUICK, "--output-dir", str(folder), *flags])
     try:
@@ -106,9 +106,10 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_how_to_go_on(dataset, t
     train(dataset, run, replace(RECIPE, epochs=2))  # there is room again
 
 
-def test_a_script_on_a_full_disk_ends_with_one_line(tmp_path):
+def test_a_script_on_a_full_disk_ends_with_one_line(tmp_path, capsys):
     with files_up_to(5_000):
-        message = trained(tmp_path, "--quiet")
+        assert trained(tmp_path, "--quiet") == 1
+    message = capsys.readouterr().err
     assert f"{tmp_path / 'a' / 'checkpoint.pt'} cannot be written" in message
     assert len(message.splitlines()) == 1
     lock = ["git", "rev-parse", "--path-format=absolute", "--git-path", "index.lock"]
@@ -129,7 +130,8 @@ def test_a_folder_that_may_not_be_written_costs_one_line(tmp_path):
     def run():
         if os.geteuid() == 0:
             drop_root_privileges()
-        message.write_text(trained(folder))
+        with message.open("w") as file, redirect_stderr(file):
+            trained(folder)
 
     os.waitpid(in_a_child(run), 0)
     assert "Permission denied" in message.read_text()

@@ -9,8 +9,8 @@ import dlrt
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    ["checks", "clutter", "timing", "watching", "records"],
-    ["lowrank"],
+    ["checks", "clutter", "timing", "watching", "errors"],
+    ["lowrank", "records"],
     ["ranks", "integrators", "layers", "curvature"],
     ["velocity", "fields", "convolutions", "costs", "streaming"],
     ["convert", "distributed", "settings"],

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from dlrt.runs import DIVERGED
+from dlrt.errors import DIVERGED
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--dataset", "digits", "--epochs", "1"]

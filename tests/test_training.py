@@ -11,8 +11,9 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LambdaLR, Re
 from dlrt import DLRT, LowRankLayer, to_low_rank
 from dlrt.data import Split
 from dlrt.datasets import digits
+from dlrt.errors import RunError
 from dlrt.models import MLP
-from dlrt.records import RunError, chosen_epoch, read_metrics
+from dlrt.records import chosen_epoch, read_metrics
 from dlrt.runs import Run
 from dlrt.training import Recipe, evaluate, fit, train_epoch, warmth
 

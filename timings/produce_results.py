@@ -205,7 +205,7 @@ def caption(rows: pd.DataFrame) -> str:
     )
 
 
-@results.told
+@results.boundary()
 def main() -> None:
     args = results.parse(__doc__, Path(__file__).parent)
     rows = results.read(args, "python timings/run.py", read)

@@ -12,7 +12,6 @@ ranks.
 import argparse
 import copy
 import gc
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -27,9 +26,9 @@ from networks import RESTING, low_rank, make_parser, mlp_ranks, parse, resting_d
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dlrt import cli, compression
+from dlrt import cli, compression, errors
 from dlrt.models import MLP
-from dlrt.records import RunError, read_metrics
+from dlrt.records import read_metrics
 from dlrt.runs import Run
 from dlrt.settings import INTEGRATORS
 from dlrt.timing import Timing, in_turn
@@ -176,6 +175,7 @@ def make(args: argparse.Namespace) -> str:
     return f"{len(rows)} measurements are in {run.folder}"
 
 
+@errors.boundary("the same command measures what is missing")
 def main() -> None:
     parser = make_parser(__doc__, RANKS)
     add = parser.add_argument
@@ -194,13 +194,7 @@ def main() -> None:
     args = parse(parser)
     if torch.device(args.device).type not in ("cpu", "cuda"):
         parser.error(f"--device must be cpu or cuda, for others memory is not counted, got {args.device}")
-    try:
-        print(make(args))
-    except (RunError, OSError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command measures what is missing", file=sys.stderr)
-        sys.exit(130)
+    print(make(args))
 
 
 if __name__ == "__main__":
