@@ -10,7 +10,8 @@ weight decay. The dense net is trained with both.
 
 from pathlib import Path
 
-from dlrt import cli, errors, grid
+from dlrt import errors, grid
+from dlrt.options import NATURAL, TOLERANCE
 
 HERE = Path(__file__).parent
 TAUS = (0.09, 0.11, 0.13, 0.15, 0.2, 0.3, 0.4, 0.45)
@@ -22,11 +23,11 @@ PLAIN_DLRT = {"tau_warmup": 0, "s_steps": 1, "skip": ["fc2"]}
 
 @errors.boundary("the same command goes on")
 def main() -> None:
-    parser = cli.grid_parser(__doc__, HERE, epochs=10, taus=TAUS, runs="the plain sweep")
+    parser = grid.make_parser(__doc__, HERE, epochs=10, taus=TAUS, runs="the plain sweep")
     parser.add_argument(
-        "--best-taus", type=cli.TOLERANCE, nargs="*", default=BEST_TAUS, help="of the best recipe"
+        "--best-taus", type=TOLERANCE, nargs="*", default=BEST_TAUS, help="of the best recipe"
     )
-    parser.add_argument("--best-epochs", type=cli.NATURAL, default=30, help="of the best recipe")
+    parser.add_argument("--best-epochs", type=NATURAL, default=30, help="of the best recipe")
     args = parser.parse_args()
     low_rank, dense = (HERE.parent / "mnist" / f"lenet5_mnist{end}.py" for end in ("", "_baseline"))
     plans = []
@@ -35,7 +36,7 @@ def main() -> None:
             ("best", args.best_taus, args.best_epochs, BEST, {}),
             ("plain", args.taus, args.epochs, PLAIN, PLAIN_DLRT),
         ):
-            options = {**cli.shared_options(args), "epochs": epochs, "seed": seed, **recipe}
+            options = {**grid.shared_options(args), "epochs": epochs, "seed": seed, **recipe}
             plans.append(grid.Plan(f"{sweep}/dense_seed{seed}", dense, options))
             for tau in taus:
                 name = f"{sweep}/tau{tau}_seed{seed}"

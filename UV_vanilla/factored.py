@@ -7,17 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlrt import LowRank, LowRankConv2d, LowRankLayer, to_low_rank
-from dlrt.cli import number
 from dlrt.models import LeNet5
+from dlrt.options import number
 
 AS_IN_THE_PAPER = {
     "lr": 0.01, "momentum": 0.0, "schedule": "constant", "label_smoothing": 0.0, "augment": False
 }  # fmt: skip
-DECAY = {
-    "type": number(float, "[1, inf)"),
-    "default": 1.0,
-    "help": "of the singular values, from each to the next",
-}
+DECAY = number(float, "[1, inf)")
+OF_DECAY = "of the singular values, from each to the next"
 
 
 class VanillaLinear(nn.Module):

@@ -3,26 +3,36 @@
 python UV_vanilla/lenet5_mnist.py --decay 10        6 minutes on a CPU core, to 98.3 %
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from factored import AS_IN_THE_PAPER, DECAY, decayed_lenet5
+from factored import AS_IN_THE_PAPER, DECAY, OF_DECAY, decayed_lenet5
 
-from dlrt import cli, script
+from dlrt import script
+from dlrt.errors import OptionError
+from dlrt.options import LowRankOptions, option
+
+
+@dataclass(kw_only=True)
+class Options(LowRankOptions):
+    decay: float = option(1.0, OF_DECAY, DECAY)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fixed = self.max_rank in (None, self.rank) and self.min_rank in (2, self.rank)
+        if not isinstance(self.rank, int) or self.skip or self.tau or not fixed:
+            raise OptionError(
+                f"here all layers have one rank, --rank, a whole number (got {self.rank}), to the end: "
+                "leave out --skip, --tau, --min-rank and --max-rank"
+            )
+        self.min_rank = self.max_rank = self.rank
 
 
 def main() -> None:
     fixed = {"tau": 0.0, "tau_warmup": 0.0, "s_steps": 1, "rank": 20}
-    parser = cli.training_parser(__doc__, low_rank=True, **fixed, **AS_IN_THE_PAPER)
-    parser.add_argument("--decay", **DECAY)
-    args = cli.parse(parser)
-    of_other_ranks = [args.skip, args.tau, args.max_rank, args.min_rank != parser.get_default("min_rank")]
-    if not isinstance(args.rank, int) or any(of_other_ranks):
-        parser.error(
-            f"here all layers have one rank, --rank, a whole number (got {args.rank}), to the end: "
-            "leave out --skip, --tau, --min-rank and --max-rank"
-        )
-    args.min_rank = args.max_rank = args.rank
-    script.run(args, decayed_lenet5, Path(__file__).parent / "runs", {"rank": args.rank, "decay": args.decay})
+    options = Options.parse(__doc__, **fixed, **AS_IN_THE_PAPER)
+    settings = {"rank": options.rank, "decay": options.decay}
+    script.run(options, decayed_lenet5, Path(__file__).parent / "runs", settings)
 
 
 if __name__ == "__main__":

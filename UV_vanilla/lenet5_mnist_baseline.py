@@ -3,19 +3,25 @@
 python UV_vanilla/lenet5_mnist_baseline.py --decay 10 --lr 0.1        5 minutes on a CPU core, to 98.6 %
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from factored import AS_IN_THE_PAPER, DECAY, vanilla_lenet5
+from factored import AS_IN_THE_PAPER, DECAY, OF_DECAY, vanilla_lenet5
 
-from dlrt import cli, script
+from dlrt import script
+from dlrt.options import NATURAL, DenseOptions, option
+
+
+@dataclass(kw_only=True)
+class Options(DenseOptions):
+    rank: int = option(20, "of every layer large enough", NATURAL)
+    decay: float = option(1.0, OF_DECAY, DECAY)
 
 
 def main() -> None:
-    parser = cli.training_parser(__doc__, low_rank=False, **AS_IN_THE_PAPER)
-    parser.add_argument("--rank", type=cli.NATURAL, default=20, help="of every layer large enough")
-    parser.add_argument("--decay", **DECAY)
-    args = cli.parse(parser)
-    script.run(args, vanilla_lenet5, Path(__file__).parent / "runs", {"rank": args.rank, "decay": args.decay})
+    options = Options.parse(__doc__, **AS_IN_THE_PAPER)
+    settings = {"rank": options.rank, "decay": options.decay}
+    script.run(options, vanilla_lenet5, Path(__file__).parent / "runs", settings)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ With that one DLRT is run as well.
 
 from pathlib import Path
 
-from factored import AS_IN_THE_PAPER, DECAY
+from factored import AS_IN_THE_PAPER, DECAY, OF_DECAY
 
-from dlrt import cli, errors, grid
+from dlrt import errors, grid
+from dlrt.options import POSITIVE
 
 HERE = Path(__file__).parent
 SCRIPTS = {"dlrt": "lenet5_mnist.py", "vanilla": "lenet5_mnist_baseline.py"}
@@ -19,14 +20,14 @@ SCRIPTS = {"dlrt": "lenet5_mnist.py", "vanilla": "lenet5_mnist_baseline.py"}
 
 @errors.boundary("the same command goes on")
 def main() -> None:
-    parser = cli.grid_parser(__doc__, HERE, epochs=20, seeds=5)
+    parser = grid.make_parser(__doc__, HERE, epochs=20, seeds=5)
     add = parser.add_argument
-    add("--decays", nargs="+", **DECAY | {"default": (1.0, 2.0, 10.0)})
-    add("--lrs", type=cli.POSITIVE, nargs="+", default=(0.01, 0.03, 0.1, 0.3), help="for the plain factors")
+    add("--decays", type=DECAY, nargs="+", default=(1.0, 2.0, 10.0), help=OF_DECAY)
+    add("--lrs", type=POSITIVE, nargs="+", default=(0.01, 0.03, 0.1, 0.3), help="for the plain factors")
     args = parser.parse_args()
 
     def plan(method: str, decay: float, lr: float, seed: int) -> grid.Plan:
-        options = {**cli.shared_options(args), "epochs": args.epochs, "decay": decay, "lr": lr, "seed": seed}
+        options = {**grid.shared_options(args), "epochs": args.epochs, "decay": decay, "lr": lr, "seed": seed}
         return grid.Plan(f"{method}_decay{decay:g}_lr{lr:g}_seed{seed}", HERE / SCRIPTS[method], options)
 
     seeds = [(decay, seed) for seed in range(args.seeds) for decay in args.decays]

@@ -13,7 +13,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from dlrt import cli, errors, grid
+from dlrt import errors, grid
+from dlrt.options import NATURAL, POSITIVE
 
 HERE = Path(__file__).parent
 TAUS = (0.03, 0.05, 0.07, 0.09, 0.11, 0.13, 0.15, 0.17)
@@ -24,24 +25,18 @@ RETRAINING = {"tau": 0, "tau_warmup": 0, "cut_by": "weights"}
 
 @errors.boundary("the same command goes on")
 def main() -> None:
-    parser = cli.grid_parser(__doc__, HERE, epochs=20, taus=TAUS)
-    parser.add_argument(
-        "--widths", type=cli.NATURAL, nargs="+", default=(500, 784), help="of the hidden layers"
-    )
+    parser = grid.make_parser(__doc__, HERE, epochs=20, taus=TAUS)
+    parser.add_argument("--widths", type=NATURAL, nargs="+", default=(500, 784), help="of the hidden layers")
     ranks = (10, 20, 40, 60, 80, 100)
-    parser.add_argument(
-        "--pruned-ranks", type=cli.NATURAL, nargs="*", default=ranks, help="of the largest width"
-    )
+    parser.add_argument("--pruned-ranks", type=NATURAL, nargs="*", default=ranks, help="of the largest width")
     lrs = (0.01, 0.03, 0.1, 0.3)
-    parser.add_argument(
-        "--retraining-lrs", type=cli.POSITIVE, nargs="+", default=lrs, help="of the pruned nets"
-    )
+    parser.add_argument("--retraining-lrs", type=POSITIVE, nargs="+", default=lrs, help="of the pruned nets")
     args = parser.parse_args()
     low_rank, dense = (HERE.parent / "mnist" / f"mlp_mnist{end}.py" for end in ("", "_baseline"))
 
     def plan(script: Path, width: int, what: str, seed: int, **options: Any) -> grid.Plan:
-        shared = {**cli.shared_options(args), **TRAINING, "epochs": args.epochs, "width": width, "seed": seed}
-        return grid.Plan(f"width{width}_{what}_seed{seed}", script, {**shared, **options})
+        shared = {**grid.shared_options(args), **TRAINING, "epochs": args.epochs, "width": width}
+        return grid.Plan(f"width{width}_{what}_seed{seed}", script, {**shared, "seed": seed, **options})
 
     def pruned(rank: int, lr: float, seed: int) -> grid.Plan:
         width = max(args.widths)

@@ -5,14 +5,15 @@ python cifar10/alexnet_cifar10.py --tau 0.1 --epochs 30
 
 from pathlib import Path
 
-from dlrt import cli, script
+from dlrt import script
 from dlrt.models import AlexNet
+from dlrt.options import LowRankOptions
 
 
 def main() -> None:
     defaults = {"dataset": "cifar10", "epochs": 30, "weight_decay": 5e-4}
-    parser = cli.training_parser(__doc__, low_rank=True, tau=0.1, skip=["conv1", "fc3"], **defaults)
-    script.run(cli.parse(parser), AlexNet, Path(__file__).parent / "results" / "alexnet")
+    options = LowRankOptions.parse(__doc__, tau=0.1, skip=["conv1", "fc3"], **defaults)
+    script.run(options, AlexNet, Path(__file__).parent / "results" / "alexnet")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ the table of accuracy before and after.
 
 from pathlib import Path
 
-from dlrt import cli, errors, grid
+from dlrt import errors, grid
+from dlrt.options import NATURAL, RANK
 
 HERE = Path(__file__).parent
 SCRIPTS = {
@@ -22,18 +23,18 @@ TAUS = {"lenet5": 0.25, "alexnet": 0.2, "vgg16": 0.25, "resnet20": 0.4}
 
 @errors.boundary("the same command goes on")
 def main() -> None:
-    parser = cli.grid_parser(__doc__, HERE, epochs=4, seeds=1)
+    parser = grid.make_parser(__doc__, HERE, epochs=4, seeds=1)
     parser.set_defaults(dataset="cifar10")
     add = parser.add_argument
-    add("--finetune-epochs", type=cli.NATURAL, default=4, help="of every run, after --epochs")
+    add("--finetune-epochs", type=NATURAL, default=4, help="of every run, after --epochs")
     add("--networks", choices=SCRIPTS, nargs="+", default=list(SCRIPTS), help="to train")
-    add("--rank", type=cli.rank, default=0.25, help="to begin with, a share of the full rank")
+    add("--rank", type=RANK, default=0.25, help="to begin with, a share of the full rank")
     args = parser.parse_args()
     plans = []
     for seed in range(args.seeds):
         for network in args.networks:
             epochs = {"epochs": args.epochs, "finetune_epochs": args.finetune_epochs}
-            options = {**cli.shared_options(args), **epochs, "seed": seed}
+            options = {**grid.shared_options(args), **epochs, "seed": seed}
             options |= {"rank": args.rank, "tau": TAUS[network]}
             name = f"fine_tuned/{network}_seed{seed}"
             plans.append(grid.Plan(name, SCRIPTS[network], options))

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from dlrt import DLRT, cli, compression, errors, to_low_rank
+from dlrt import DLRT, compression, errors, to_low_rank
 from dlrt.baselines import Muon, plain_factors
 from dlrt.data import Split, augmented_batch
 from dlrt.datasets import load
 from dlrt.models import ResNet8
+from dlrt.options import DATA_DIR, NATURAL, HelpFormatter, Parser
 from dlrt.records import damaged, read_table
 
 HERE = Path(__file__).parent
@@ -186,11 +187,11 @@ def mean_and_spread(values: pd.Series) -> str:
 
 @errors.boundary()
 def main() -> None:
-    parser = cli.Parser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--data-dir", type=Path, default=cli.DATA_DIR, help="or set DLRT_DATA")
-    add("--jobs", type=cli.NATURAL, default=1, help="runs at a time, which share the CPU's cores")
-    add("--seeds", type=cli.NATURAL, default=3, help="runs of every row at its best setting")
+    add("--data-dir", type=Path, default=DATA_DIR, help="or set DLRT_DATA")
+    add("--jobs", type=NATURAL, default=1, help="runs at a time, which share the CPU's cores")
+    add("--seeds", type=NATURAL, default=3, help="runs of every row at its best setting")
     add("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="to make")
     add("--tune", action="store_true", help="first try every setting of every row with seed 0")
     add("--output-dir", type=Path, default=HERE, help="of probe.csv and probe.md")

@@ -7,14 +7,15 @@ About two minutes an epoch on two CPU cores that do nothing else.
 
 from pathlib import Path
 
-from dlrt import cli, script
+from dlrt import script
 from dlrt.models import ResNet20
+from dlrt.options import LowRankOptions
 
 
 def main() -> None:
     defaults = {"dataset": "cifar10", "epochs": 30, "weight_decay": 5e-4}
-    parser = cli.training_parser(__doc__, low_rank=True, tau=0.17, skip=["conv1", "linear"], **defaults)
-    script.run(cli.parse(parser), ResNet20, Path(__file__).parent / "results" / "resnet20")
+    options = LowRankOptions.parse(__doc__, tau=0.17, skip=["conv1", "linear"], **defaults)
+    script.run(options, ResNet20, Path(__file__).parent / "results" / "resnet20")
 
 
 if __name__ == "__main__":

@@ -5,20 +5,24 @@ python cifar10/resnet20_cifar10_baseline.py --epochs 30
 About two minutes an epoch on two CPU cores that do nothing else.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from dlrt import cli, script
+from dlrt import script
 from dlrt.models import ResNet20
+from dlrt.options import POSITIVE, DenseOptions, option
+
+
+@dataclass(kw_only=True)
+class Options(DenseOptions):
+    width: float = option(1.0, "of its channels that each hidden layer has", POSITIVE, metavar="SHARE")
 
 
 def main() -> None:
     defaults = {"dataset": "cifar10", "epochs": 30, "weight_decay": 5e-4}
-    parser = cli.training_parser(__doc__, low_rank=False, skip=["conv1", "linear"], **defaults)
-    share = "of its channels that each hidden layer has"
-    parser.add_argument("--width", type=cli.POSITIVE, default=1.0, metavar="SHARE", help=share)
-    args = cli.parse(parser)
-    settings = {} if args.width == 1 else {"width": args.width}
-    script.run(args, ResNet20, Path(__file__).parent / "results" / "resnet20", settings)
+    options = Options.parse(__doc__, skip=["conv1", "linear"], **defaults)
+    settings = {} if options.width == 1 else {"width": options.width}
+    script.run(options, ResNet20, Path(__file__).parent / "results" / "resnet20", settings)
 
 
 if __name__ == "__main__":

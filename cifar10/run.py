@@ -24,9 +24,10 @@ from typing import Any
 
 from probe import best_settings, recorded
 
-from dlrt import cli, errors, grid
+from dlrt import errors, grid
 from dlrt.errors import RunError
 from dlrt.grid import Plan
+from dlrt.options import COUNT, PERCENT, POSITIVE
 from dlrt.records import epochs_done, read_metrics
 
 HERE = Path(__file__).parent
@@ -95,7 +96,7 @@ def _named(network: str, name: str, options: dict[str, Any], low_rank: bool) -> 
 
 def choose_scales(network: str, args: argparse.Namespace, jobs: int) -> dict[Choice, float]:
     """For each way and rule the scale of its step size that validates best in short runs of seed 0."""
-    common = {**cli.shared_options(args), "epochs": args.tune, "seed": 0}
+    common = {**grid.shared_options(args), "epochs": args.tune, "seed": 0}
     tried: dict[Choice, dict[float, Plan]] = {
         (way, rule): {} for rule in args.rules for way in WAYS if way in args.ways
     }
@@ -135,7 +136,7 @@ def make(network: str, epochs: int, jobs: int, args: argparse.Namespace) -> None
 
     for compression in args.compressions:
         for seed in range(args.seeds):
-            common = {**cli.shared_options(args), "epochs": epochs, "seed": seed}
+            common = {**grid.shared_options(args), "epochs": epochs, "seed": seed}
             made = {
                 (way, rule): plan(network, way, rule, compression, common, scales.get((way, rule), 1.0))
                 for rule in args.rules
@@ -152,17 +153,17 @@ def make(network: str, epochs: int, jobs: int, args: argparse.Namespace) -> None
 
 @errors.boundary("the same command goes on")
 def main() -> None:
-    parser = cli.grid_parser(__doc__, HERE, epochs=None)
+    parser = grid.make_parser(__doc__, HERE, epochs=None)
     add = parser.add_argument
     add("--preset", choices=EPOCHS, default="cpu", help="networks, their epochs, runs at a time")
     add("--networks", choices=EPOCHS["gpu"], nargs="+", help="to train; by default those of the preset")
-    percent = {"type": cli.percent, "metavar": "PERCENT", "nargs": "+"}
+    percent = {"type": PERCENT, "metavar": "PERCENT", "nargs": "+"}
     add("--compressions", **percent, default=[75.0, 60.0, 90.0], help="budgets, the most important first")
     all_ways = [*WAYS, "cut", "published"]
     add("--ways", choices=all_ways, nargs="+", default=all_ways, help="to train; cut needs dense, too")
     add("--rules", choices=RULES, nargs="+", default=list(RULES), help="update rules")
-    add("--tune", type=cli.COUNT, default=0, metavar="EPOCHS", help="of the runs that choose step sizes")
-    add("--minutes", type=cli.POSITIVE, help="stop after that time; the same command goes on")
+    add("--tune", type=COUNT, default=0, metavar="EPOCHS", help="of the runs that choose step sizes")
+    add("--minutes", type=POSITIVE, help="stop after that time; the same command goes on")
     add("--archive", type=Path, metavar="PATH", help="pack the records of all runs into this .tar.gz")
     parser.set_defaults(dataset="cifar10", jobs=None)
     args = parser.parse_args()

@@ -5,16 +5,15 @@ python cifar10/vgg16_cifar10.py --tau 0.1 --epochs 30
 
 from pathlib import Path
 
-from dlrt import cli, script
+from dlrt import script
 from dlrt.models import VGG16
+from dlrt.options import LowRankOptions
 
 
 def main() -> None:
     defaults = {"dataset": "cifar10", "epochs": 30, "weight_decay": 5e-4}
-    parser = cli.training_parser(
-        __doc__, low_rank=True, tau=0.1, skip=["features.0", "classifier"], **defaults
-    )
-    script.run(cli.parse(parser), VGG16, Path(__file__).parent / "results" / "vgg16")
+    options = LowRankOptions.parse(__doc__, tau=0.1, skip=["features.0", "classifier"], **defaults)
+    script.run(options, VGG16, Path(__file__).parent / "results" / "vgg16")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import signal
@@ -20,8 +21,48 @@ from tqdm import tqdm
 
 from dlrt import tables
 from dlrt.errors import DIVERGED, RunError
+from dlrt.options import (
+    NATURAL,
+    NOT_PART_OF_THE_EXPERIMENT,
+    TOLERANCE,
+    HelpFormatter,
+    Options,
+    Parser,
+    add_flags,
+    as_flags,
+)
 from dlrt.records import epochs_done, read_options, read_runs, same_option
-from dlrt.runs import NOT_PART_OF_THE_EXPERIMENT
+
+SHARED = ("dataset", "data_dir", "device")  # options of a grid that every one of its runs gets
+
+
+def make_parser(
+    description: str,
+    folder: Path,
+    epochs: int | None,
+    seeds: int = 3,
+    taus: Sequence[float] = (),
+    runs: str = "every run",
+) -> Parser:
+    """A parser for the run.py of an experiment, which makes a grid of runs in the folder's results/.
+
+    runs says of which of them --epochs and --taus are.
+    """
+    parser = Parser(description=description, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--epochs", type=NATURAL, default=epochs, help=f"of {runs}")
+    add("--seeds", type=NATURAL, default=seeds, help="runs of every setting")
+    if taus:
+        add("--taus", type=TOLERANCE, nargs="*", default=taus, help=f"tolerances of {runs}")
+    add("--jobs", type=NATURAL, default=1, help="runs at a time, which share the CPU's cores")
+    add_flags(parser, Options, *SHARED)
+    add("--output-dir", type=Path, default=folder / "results", help="where the run folders go")
+    return parser
+
+
+def shared_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of a grid that every one of its runs gets."""
+    return {name: getattr(args, name) for name in SHARED}
 
 
 @dataclass(frozen=True)
@@ -42,15 +83,9 @@ class Plan:
     def command(self, results: Path, threads: int) -> list[str]:
         """The command that begins the run or goes on with it."""
         folder = results / self.name
-        options = {**self.options, "output_dir": folder.parent, "name": folder.name}
-        command = [sys.executable, str(self.script), "--resume", "--quiet", "--workers", str(threads)]
-        for name, value in options.items():
-            flag = f"--{name.replace('_', '-')}"
-            if isinstance(value, bool):
-                command.append(flag if value else f"--no{flag[1:]}")
-            else:
-                command += [flag, *map(str, value if isinstance(value, list | tuple) else [value])]
-        return command
+        place = {"output_dir": folder.parent, "name": folder.name, "workers": threads}
+        command = [sys.executable, str(self.script), "--resume", "--quiet"]
+        return command + as_flags({**self.options, **place})
 
     def other_options(self, results: Path) -> list[str]:
         """In which options the run that is there differs from this plan."""

@@ -11,8 +11,8 @@ from pathlib import Path
 import pandas as pd
 
 from dlrt import errors, plots, records, tables
-from dlrt.cli import ROOT, HelpFormatter, Parser
 from dlrt.errors import RunError
+from dlrt.options import ROOT, HelpFormatter, Parser
 from dlrt.plots import Figure
 from dlrt.records import read_runs
 

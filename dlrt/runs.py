@@ -27,7 +27,6 @@ except ImportError:  # not on Windows
     fcntl = None
 
 
-NOT_PART_OF_THE_EXPERIMENT = ("data_dir", "output_dir", "resume", "quiet", "device", "workers")
 RESUME = "once it can be, --resume continues from the last epoch"
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,50 +15,52 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from dlrt import distributed, errors
 from dlrt.baselines import Muon, plain_factors, product_decay
-from dlrt.cli import OPTIMIZERS
 from dlrt.convert import to_low_rank
 from dlrt.data import Dataset
 from dlrt.datasets import load
 from dlrt.errors import OptionError, RunError
 from dlrt.optimizer import DLRT
+from dlrt.options import OPTIMIZERS, DenseOptions, LowRankOptions
 from dlrt.records import chosen_epoch
-from dlrt.runs import NOT_PART_OF_THE_EXPERIMENT, Run, trained_weights
-from dlrt.training import Recipe, fit
+from dlrt.runs import Run, trained_weights
+from dlrt.training import fit
 
 CALIBRATION_IMAGES = 1000  # of the training split: they say what the loss needs of trained weights
+Settings = dict[str, Any]  # what a network is called with besides shape and classes
 
 
 @errors.boundary("the epochs that were completed are kept: continue with --resume")
 def run(
-    args: argparse.Namespace,
+    options: DenseOptions | LowRankOptions,
     network: Callable[..., nn.Module],
     results: Path,
-    settings: dict[str, Any] | None = None,
+    settings: Settings | None = None,
 ) -> None:
-    """Train a network as the flags say, print the result and leave a run's folder.
+    """Train a network as the options say, print the result and leave a run's folder.
 
     network is called with the data's shape, its number of classes and `settings`.
     """
-    _check_skip(args, network, settings or {})
-    args.device = distributed.start(args.device)
-    _train(args, network, results, settings or {})
+    settings = settings or {}
+    _check_skip(options, network, settings)
+    name = options.name or _name(options, settings)
+    options = replace(options, name=name, device=distributed.start(options.device))
+    _train(options, network, Run((options.output_dir or results) / name), settings)
     distributed.stop()
 
 
 def _check_skip(
-    args: argparse.Namespace, network: Callable[..., nn.Module], settings: dict[str, Any]
+    options: DenseOptions | LowRankOptions, network: Callable[..., nn.Module], settings: Settings
 ) -> None:
     """OptionError where --skip names no layer of the network, or all that could be low-rank."""
-    if not getattr(args, "skip", ()):
+    if not options.skip:
         return
     with torch.device("meta"):
         modules = dict(network(**settings).named_modules())
     layers = [name for name, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))]
-    unknown = sorted(set(args.skip) - modules.keys())
-    if unknown or all(_is_skipped(name, args.skip) for name in layers):
+    unknown = sorted(set(options.skip) - modules.keys())
+    if unknown or all(_is_skipped(name, options.skip) for name in layers):
         wrong = f"takes layers of {', '.join(layers)}" if unknown else "must leave a layer that is low-rank"
-        got = ", ".join(unknown or args.skip)
-        raise OptionError(f"--skip {wrong}, got {got}")
+        raise OptionError(f"--skip {wrong}, got {', '.join(unknown or options.skip)}")
 
 
 def _is_skipped(name: str, skip: list[str]) -> bool:
@@ -66,22 +68,16 @@ def _is_skipped(name: str, skip: list[str]) -> bool:
 
 
 def _train(
-    args: argparse.Namespace,
-    network: Callable[..., nn.Module],
-    results: Path,
-    settings: dict[str, Any],
+    options: DenseOptions | LowRankOptions, network: Callable[..., nn.Module], run: Run, settings: Settings
 ) -> None:
     """Load the data, begin the run or go on with it, and print what came of it."""
-    if args.workers:
-        torch.set_num_threads(args.workers)
-    args.name = args.name or _name(args, settings)
-    run = Run((args.output_dir or results) / args.name)
-    dataset = distributed.first_before_others(lambda: load(args.dataset, args.data_dir, args.seed))
-    dataset = dataset.to(args.device)
-    model = _begin(args, network, settings, dataset, run)
-    recipe = make_recipe(args)
-    optimizer = make_optimizer(model, args, dataset.train.steps(args.batch_size))
-    scheduler = make_scheduler(optimizer, args.schedule, recipe.epochs + recipe.finetune_epochs)
+    if options.workers:
+        torch.set_num_threads(options.workers)
+    dataset = distributed.first_before_others(lambda: load(options.dataset, options.data_dir, options.seed))
+    dataset = dataset.to(options.device)
+    model = _begin(options, network, settings, dataset, run)
+    optimizer = make_optimizer(model, options, dataset.train.steps(options.batch_size))
+    scheduler = make_scheduler(optimizer, options.schedule, options.epochs + options.finetune_epochs)
     about = {
         "network": network.__name__,
         "settings": settings,
@@ -91,87 +87,84 @@ def _train(
         "mean": list(dataset.mean),
         "std": list(dataset.std),
     }
-    if percent := getattr(args, "factors", None):
-        about["factors"] = {"compression": percent / 100, "skip": args.skip}
-    quiet = args.quiet or distributed.process_rank() > 0
-    metrics = fit(model, optimizer, scheduler, dataset, recipe, run, about, quiet)
+    if isinstance(options, DenseOptions) and options.factors:
+        about["factors"] = {"compression": options.factors / 100, "skip": options.skip}
+    quiet = options.quiet or distributed.process_rank() > 0
+    metrics = fit(model, optimizer, scheduler, dataset, options, run, about, quiet)
     if distributed.process_rank() == 0:
         print(_result(metrics, run.folder))
 
 
 def _begin(
-    args: argparse.Namespace,
+    options: DenseOptions | LowRankOptions,
     network: Callable[..., nn.Module],
-    settings: dict[str, Any],
+    settings: Settings,
     dataset: Dataset,
     run: Run,
 ) -> nn.Module:
     """The network as training finds it, on its device, once the run's folder has taken the options."""
-    torch.manual_seed(args.seed)
+    torch.manual_seed(options.seed)
     try:
         model = network(dataset.shape, dataset.classes, **settings)
     except ValueError as error:  # pictures too small for it
-        raise RunError(f"--dataset {args.dataset} is not for this network: {error}") from error
-    options = {key: value for key, value in vars(args).items() if key not in NOT_PART_OF_THE_EXPERIMENT}
-    options["network"] = network.__name__
-    if args.from_checkpoint:
-        options["from_checkpoint"] = _take_weights(model, args.from_checkpoint, run)
+        raise RunError(f"--dataset {options.dataset} is not for this network: {error}") from error
+    record = options.record() | {"network": network.__name__}
+    if options.from_checkpoint:
+        record["from_checkpoint"] = _take_weights(model, options.from_checkpoint, run)
     else:
-        options.pop("cut_by", None)  # there is nothing to cut
-    distributed.first(lambda: run.start(options, args.resume))
-    if hasattr(args, "tau"):
-        model = _low_rank(model, args, dataset, run)
-    elif args.factors:
-        model = _factored(model, args)
+        record.pop("cut_by", None)  # there is nothing to cut
+    distributed.first(lambda: run.start(record, options.resume))
+    if isinstance(options, LowRankOptions):
+        model = _low_rank(model, options, dataset, run)
+    elif options.factors:
+        model = _factored(model, options)
     # on a CPU convolutions take half the time in this layout
-    return model.to(args.device, memory_format=torch.channels_last)
+    return model.to(options.device, memory_format=torch.channels_last)
 
 
-def _low_rank(model: nn.Module, args: argparse.Namespace, dataset: Dataset, run: Run) -> nn.Module:
-    """The network at the ranks that the flags say; one that goes on takes those of its checkpoint anyway."""
+def _low_rank(model: nn.Module, options: LowRankOptions, dataset: Dataset, run: Run) -> nn.Module:
+    """The network at the ranks that the options say; one that goes on takes those of its checkpoint."""
     if run.checkpoint.exists():
-        return _resumed(model, args, run)
+        return _resumed(model, options, run)
     kernels = [name for name, m in model.named_modules() if type(m) is nn.Conv2d and m.kernel_size[0] > 1]
-    if args.spatial and all(_is_skipped(name, args.skip) for name in kernels):
+    if options.spatial and all(_is_skipped(name, options.skip) for name in kernels):
         raise RunError(
             "--spatial needs a convolution that is still to become low-rank, and there is none: leave it out"
         )
-    by_loss = args.from_checkpoint and args.cut_by == "loss"
+    by_loss = options.from_checkpoint and options.cut_by == "loss"
     inputs = dataset.train.images[:CALIBRATION_IMAGES].cpu() if by_loss else None
-    compression = args.compression / 100 if args.compression and not args.ramp else None
+    compression = options.compression / 100 if options.ramp == 0 else None
+    ranks = {"rank": options.rank, "compression": compression, "spatial": options.spatial}
     try:
-        model = to_low_rank(
-            model, args.rank, skip=args.skip, inputs=inputs, compression=compression, spatial=args.spatial
-        )
+        return to_low_rank(model, skip=options.skip, inputs=inputs, **ranks)
     except ValueError as error:
         raise RunError(f"--{error}") from error
-    return model
 
 
-def _factored(model: nn.Module, args: argparse.Namespace) -> nn.Module:
+def _factored(model: nn.Module, options: DenseOptions) -> nn.Module:
     """The network with plain factors in place of its layers."""
     try:
-        return plain_factors(model, args.factors / 100, args.skip)
+        return plain_factors(model, options.factors / 100, options.skip)
     except ValueError as error:
         raise RunError(f"--factors: {error}") from error
 
 
-def _resumed(model: nn.Module, args: argparse.Namespace, run: Run) -> nn.Module:
+def _resumed(model: nn.Module, options: LowRankOptions, run: Run) -> nn.Module:
     """The network with the layers low-rank that are so in the run's checkpoint; their ranks follow."""
     weights = run.load()["model"]
     dense = [name for name, _ in model.named_modules() if f"{name}.weight" in weights]
-    return to_low_rank(model, args.rank or 1, skip=[*args.skip, *dense], spatial=args.spatial)
+    return to_low_rank(model, options.rank or 1, skip=[*options.skip, *dense], spatial=options.spatial)
 
 
-def _name(args: argparse.Namespace, settings: dict[str, Any]) -> str:
+def _name(options: DenseOptions | LowRankOptions, settings: Settings) -> str:
     """What a run's folder is called where nobody says."""
     prefix = "".join(f"{key}{value}_" for key, value in settings.items())
-    if not hasattr(args, "tau"):
-        kind = f"factors{args.factors:g}" if args.factors else "dense"
+    if isinstance(options, DenseOptions):
+        kind = f"factors{options.factors:g}" if options.factors else "dense"
     else:
-        kind = f"compression{args.compression:g}" if args.compression and args.ramp else f"tau{args.tau}"
-    rule = "_muon" if args.update == "muon" else ""
-    return f"{prefix}{kind}{rule}_seed{args.seed}"
+        kind = f"compression{options.compression:g}" if options.budget else f"tau{options.tau}"
+    rule = "_muon" if options.update == "muon" else ""
+    return f"{prefix}{kind}{rule}_seed{options.seed}"
 
 
 def _result(metrics: pd.DataFrame, folder: Path) -> str:
@@ -214,54 +207,41 @@ def _take_weights(model: nn.Module, path: Path, run: Run) -> str:
     return f"{path.name} {zlib.crc32(repr(sums).encode()):08x}"
 
 
-def make_optimizer(model: nn.Module, args: argparse.Namespace, steps: int) -> torch.optim.Optimizer:
-    """The optimizer that the flags describe, for so many steps an epoch: a DLRT for a low-rank run."""
-    inner = {"lr": args.lr, "weight_decay": args.weight_decay}
-    if args.optimizer == "sgd":
-        inner |= {"momentum": args.momentum, "nesterov": args.nesterov}
+def make_optimizer(
+    model: nn.Module, options: DenseOptions | LowRankOptions, steps: int
+) -> torch.optim.Optimizer:
+    """The optimizer that the options describe, for so many steps an epoch: a DLRT for a low-rank run."""
+    inner = {"lr": options.lr, "weight_decay": options.weight_decay}
+    if options.optimizer == "sgd":
+        inner |= {"momentum": options.momentum, "nesterov": options.nesterov}
     else:
-        inner["betas"] = (args.momentum, 0.999)
-    kind = OPTIMIZERS[args.optimizer]
-    if not hasattr(args, "tau"):
-        return _dense_optimizer(model, args, inner)
-    ranks = {"min_rank": args.min_rank, "max_rank": args.max_rank, "s_steps": args.s_steps, "tau": args.tau}
-    rule = {"integrator": args.integrator, "update": args.update, "update_lr": args.update_lr}
-    if args.compression and args.ramp:
-        ranks |= {"compression": args.compression / 100, "ramp": round(args.ramp * args.epochs * steps)}
+        inner["betas"] = (options.momentum, 0.999)
+    if isinstance(options, DenseOptions):
+        return _dense_optimizer(model, options, inner)
+    same = ("tau", "min_rank", "max_rank", "s_steps", "integrator", "update", "update_lr")
+    settings = {name: getattr(options, name) for name in same}
+    if options.budget:
+        ramp = round(options.ramp * options.epochs * steps)
+        settings |= {"compression": options.compression / 100, "ramp": ramp}
     try:
-        return DLRT(model, kind, **ranks, **rule, **inner)
+        return DLRT(model, OPTIMIZERS[options.optimizer], **settings, **inner)
     except ValueError as error:
         raise RunError(f"--{error}") from error
 
 
-def _dense_optimizer(model: nn.Module, args: argparse.Namespace, inner: dict) -> torch.optim.Optimizer:
+def _dense_optimizer(model: nn.Module, options: DenseOptions, inner: dict) -> torch.optim.Optimizer:
     """An optimizer of torch, or Muon; plain factors A B have the weight decay that A B would have."""
-    if args.update == "muon":
-        others = (module for name, module in model.named_modules() if not _is_skipped(name, args.skip))
+    if options.update == "muon":
+        others = (module for name, module in model.named_modules() if not _is_skipped(name, options.skip))
         hidden = [module for module in others if isinstance(module, (nn.Linear, nn.Conv2d))]
-        optimizer = Muon(model.parameters(), hidden, update_lr=args.update_lr, **inner)
+        optimizer = Muon(model.parameters(), hidden, update_lr=options.update_lr, **inner)
     else:
-        optimizer = OPTIMIZERS[args.optimizer](model.parameters(), **inner)
-    if args.factors and args.weight_decay:
+        optimizer = OPTIMIZERS[options.optimizer](model.parameters(), **inner)
+    if options.factors and options.weight_decay:
         # of SGD the decay goes through the momentum, and is worth so much more
-        through_momentum = args.optimizer == "sgd" and args.update != "muon"
-        product_decay(optimizer, model, args.weight_decay / (1 - args.momentum * through_momentum))
+        through_momentum = options.optimizer == "sgd" and options.update != "muon"
+        product_decay(optimizer, model, options.weight_decay / (1 - options.momentum * through_momentum))
     return optimizer
-
-
-def make_recipe(args: argparse.Namespace) -> Recipe:
-    """How to train as the flags describe it; a dense network has no tolerance and no bases to freeze."""
-    of_dlrt = ("tau", "tau_warmup", "finetune_epochs")
-    return Recipe(
-        args.epochs,
-        args.batch_size,
-        args.seed,
-        label_smoothing=args.label_smoothing,
-        augment=args.augment,
-        measure_first=args.from_checkpoint is not None,
-        amp=args.amp or None,
-        **{name: getattr(args, name) for name in of_dlrt if hasattr(args, name)},
-    )
 
 
 def make_scheduler(

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -23,31 +22,9 @@ from dlrt.costs import compression
 from dlrt.data import Dataset, Split, augmented_batch
 from dlrt.errors import RunError
 from dlrt.optimizer import DLRT
+from dlrt.options import AMP, Options
 from dlrt.records import Row, chosen_epoch
 from dlrt.runs import Run
-
-AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How long and how to train. tau rises linearly from 0 over the first tau_warmup epochs and then stays.
-
-    After `epochs` the bases are frozen, and S and the rest are trained for finetune_epochs more. With
-    measure_first there is a row for epoch 0, too: what a network of trained weights begins with. A batch is
-    shared by all processes; amp is the type of autocast, a key of AMP, where there is one.
-    """
-
-    epochs: int
-    batch_size: int
-    seed: int = 0
-    tau: float = 0.0
-    tau_warmup: float = 0.0
-    finetune_epochs: int = 0
-    label_smoothing: float = 0.0
-    augment: bool = False
-    measure_first: bool = False
-    amp: str | None = None
 
 
 def fit(
@@ -55,14 +32,16 @@ def fit(
     optimizer: torch.optim.Optimizer,
     scheduler: LRScheduler | ReduceLROnPlateau,
     dataset: Dataset,
-    recipe: Recipe,
+    options: Options,
     run: Run,
     about: dict[str, Any],
     quiet: bool = False,
 ) -> pd.DataFrame:
     """Train from the run's last checkpoint, or from the start, to the end; give the metrics, a row per epoch.
 
-    The optimizer is a DLRT for a low-rank network, any other for a dense one. After every epoch the
+    The optimizer is a DLRT for a low-rank network, any other for a dense one. tau rises linearly from 0 over
+    the first tau_warmup epochs; after `epochs` the bases are frozen, and S and the rest are trained on. A run
+    from trained weights has a row for epoch 0, too: what it begins with. After every epoch the
     checkpoint holds all that a continuation needs, the weights of the chosen epoch so far ("chosen") and
     `about`, which says what the network is. Each epoch draws from a generator of its own, so that a resumed
     run ends as an uninterrupted one. FloatingPointError where the loss is not finite, ValueError where
@@ -70,15 +49,15 @@ def fit(
     folder.
     """
     dataset.check()
-    scaler = GradScaler(dataset.train.images.device.type, enabled=recipe.amp == "float16")
+    scaler = GradScaler(dataset.train.images.device.type, enabled=options.amp == "float16")
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
     rows, chosen = _continued(parts, run)
-    total = recipe.epochs + recipe.finetune_epochs
-    first = rows[-1]["epoch"] + 1 if rows else 0 if recipe.measure_first else 1
+    total = options.epochs + options.finetune_epochs
+    first = rows[-1]["epoch"] + 1 if rows else 0 if options.from_checkpoint else 1
     for epoch in range(first, total + 1):
-        if epoch > recipe.epochs and isinstance(optimizer, DLRT):
+        if epoch > options.epochs and isinstance(optimizer, DLRT):
             optimizer.freeze_bases()
-        rows.append(_epoch(model, optimizer, scaler, dataset, recipe, epoch, run, quiet))
+        rows.append(_epoch(model, optimizer, scaler, dataset, options, epoch, run, quiet))
         if not math.isfinite(loss := rows[-1]["validation_loss"]):
             raise _diverged(f"the validation loss is {loss} after epoch {epoch}", run)
         if epoch > 0 and isinstance(scheduler, ReduceLROnPlateau):
@@ -142,7 +121,7 @@ def _epoch(
     optimizer: torch.optim.Optimizer,
     scaler: GradScaler,
     dataset: Dataset,
-    recipe: Recipe,
+    options: Options,
     epoch: int,
     run: Run,
     quiet: bool,
@@ -152,18 +131,20 @@ def _epoch(
     start = time.perf_counter()
     train_loss, train_accuracy = math.nan, math.nan
     if epoch > 0:
-        train_loss, train_accuracy = train_epoch(model, optimizer, dataset, recipe, epoch, run, quiet, scaler)
+        train_loss, train_accuracy = train_epoch(
+            model, optimizer, dataset, options, epoch, run, quiet, scaler
+        )
     seconds = time.perf_counter() - start
     distributed.check_identical(model)
     distributed.average_buffers(model)
-    validation_loss, validation_accuracy = evaluate(model, dataset.validation, recipe.amp)
-    test_loss, test_accuracy = evaluate(model, dataset.test, recipe.amp)
+    validation_loss, validation_accuracy = evaluate(model, dataset.validation, options.amp)
+    test_loss, test_accuracy = evaluate(model, dataset.test, options.amp)
     cost = compression(model)
     return {
         "epoch": epoch,
-        "frozen_bases": epoch > recipe.epochs,
+        "frozen_bases": epoch > options.epochs,
         "lr": lr,
-        "tau": recipe.tau * warmth(recipe, epoch) if epoch else 0.0,  # nothing has been truncated yet
+        "tau": options.tau * tau_fraction(options, epoch) if epoch else 0.0,  # nothing has been truncated yet
         "train_loss": train_loss,
         "train_accuracy": train_accuracy,
         "validation_loss": validation_loss,
@@ -180,16 +161,16 @@ def _epoch(
     }
 
 
-def warmth(recipe: Recipe, epochs: float) -> float:
+def tau_fraction(options: Options, epochs: float) -> float:
     """The share of tau that is in force after that many epochs."""
-    return min(1.0, epochs / recipe.tau_warmup) if recipe.tau_warmup else 1.0
+    return min(1.0, epochs / options.tau_warmup) if options.tau_warmup else 1.0
 
 
 def train_epoch(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     dataset: Dataset,
-    recipe: Recipe,
+    options: Options,
     epoch: int,
     run: Run,
     quiet: bool = False,
@@ -200,18 +181,18 @@ def train_epoch(
     Every process takes its share of each batch, and the gradients are those of the whole batch. The scaler is
     that of autocast to float16.
     """
-    torch.manual_seed(1_000_003 * recipe.seed + epoch + (distributed.process_rank() << 52))  # dropout
-    shuffle = torch.Generator().manual_seed(1_000_003 * recipe.seed + epoch)
-    steps = dataset.train.steps(recipe.batch_size)
+    torch.manual_seed(1_000_003 * options.seed + epoch + (distributed.process_rank() << 52))  # dropout
+    shuffle = torch.Generator().manual_seed(1_000_003 * options.seed + epoch)
+    steps = dataset.train.steps(options.batch_size)
     scaler = scaler or GradScaler(enabled=False)
     model.train()
     loss_sum = correct = seen = 0.0
     bar = tqdm(total=steps, desc=f"epoch {epoch}", unit="step", leave=False, disable=True if quiet else None)
-    for step, (x, y) in enumerate(dataset.train.batches(recipe.batch_size, shuffle), start=1):
-        if recipe.augment:
+    for step, (x, y) in enumerate(dataset.train.batches(options.batch_size, shuffle), start=1):
+        if options.augment:
             x = augmented_batch(x, dataset.shift, dataset.flip, shuffle)
         if isinstance(optimizer, DLRT):
-            optimizer.tau = recipe.tau * warmth(recipe, epoch - 1 + step / steps)
+            optimizer.tau = options.tau * tau_fraction(options, epoch - 1 + step / steps)
         samples, (x, y, weight) = len(y), distributed.share(x, y)
         logits: list[Tensor] = []
 
@@ -219,9 +200,9 @@ def train_epoch(
             x: Tensor = x, y: Tensor = y, weight: float = weight, logits: list[Tensor] = logits
         ) -> float:
             optimizer.zero_grad()
-            with _autocast(x, recipe.amp):
+            with _autocast(x, options.amp):
                 logits.append(model(x))
-            loss = weight * cross_entropy(logits[-1].float(), y, label_smoothing=recipe.label_smoothing)
+            loss = weight * cross_entropy(logits[-1].float(), y, label_smoothing=options.label_smoothing)
             (mean,) = distributed.total(loss.item())
             if not math.isfinite(mean):
                 raise FloatingPointError(f"the loss is {mean}")

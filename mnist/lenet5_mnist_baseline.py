@@ -7,13 +7,14 @@ python mnist/lenet5_mnist_baseline.py --epochs 20
 
 from pathlib import Path
 
-from dlrt import cli, script
+from dlrt import script
 from dlrt.models import LeNet5
+from dlrt.options import DenseOptions
 
 
 def main() -> None:
-    parser = cli.training_parser(__doc__, low_rank=False, skip=["conv1", "fc2"], weight_decay=5e-4)
-    script.run(cli.parse(parser), LeNet5, Path(__file__).parent / "results" / "lenet5")
+    options = DenseOptions.parse(__doc__, skip=["conv1", "fc2"], weight_decay=5e-4)
+    script.run(options, LeNet5, Path(__file__).parent / "results" / "lenet5")
 
 
 if __name__ == "__main__":

@@ -5,18 +5,22 @@ python mnist/mlp_mnist_baseline.py --width 500 --epochs 20
 2 minutes on two CPU cores; prints a test accuracy of 99.1 %.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from dlrt import cli, script
+from dlrt import script
 from dlrt.models import MLP
+from dlrt.options import NATURAL, DenseOptions, option
+
+
+@dataclass(kw_only=True)
+class Options(DenseOptions):
+    width: int = option(500, "of the hidden layers", NATURAL)
 
 
 def main() -> None:
-    parser = cli.training_parser(__doc__, low_rank=False, skip=["fc5"], weight_decay=3e-4)
-    parser.add_argument("--width", type=cli.NATURAL, default=500, help="of the hidden layers")
-    args = cli.parse(parser)
-    results = Path(__file__).parent / "results" / "mlp"
-    script.run(args, MLP, results, settings={"width": args.width})
+    options = Options.parse(__doc__, skip=["fc5"], weight_decay=3e-4)
+    script.run(options, MLP, Path(__file__).parent / "results" / "mlp", {"width": options.width})
 
 
 if __name__ == "__main__":

@@ -26,30 +26,31 @@ from batch_maps import Classes, explained
 from sources import batches, readable
 
 import dlrt
-from dlrt import cli, errors, plots
+from dlrt import errors, plots
 from dlrt.cams import METHODS, check_options, known, networks
 from dlrt.cams.figure import figure
 from dlrt.cams.networks import Network
 from dlrt.cams.pictures import PictureError, files, read_labels
 from dlrt.errors import KEPT, LEFT_OUT, RunError
-from dlrt.runs import NOT_PART_OF_THE_EXPERIMENT, surroundings, write_whole
+from dlrt.options import NATURAL, NOT_PART_OF_THE_EXPERIMENT, PERCENT, RANK, TOLERANCE, HelpFormatter, Parser
+from dlrt.runs import surroundings, write_whole
 
 FIGURE_ROWS = 12
 
 
-def make_parser() -> cli.Parser:
-    parser = cli.Parser(description=__doc__, formatter_class=cli.HelpFormatter)
+def make_parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     network_flags.add_flags(parser, several=True)
     network_flags.add_size_flag(parser)
     several = {"nargs": "+", "action": "extend"}  # of a flag that is given twice no value is lost
     add = parser.add_argument
     add("--compare", type=Path, default=[], metavar="RUN", help="runs to draw beside the network", **several)
     tau = "cut the network by the SVD of each layer at these tolerances"
-    add("--low-rank", type=cli.TOLERANCE, default=[], metavar="TAU", help=tau, **several)
+    add("--low-rank", type=TOLERANCE, default=[], metavar="TAU", help=tau, **several)
     rank = "the same, to these ranks: 20, or a share of the full one: 0.5"
-    add("--rank", type=cli.rank, default=[], metavar="RANK", help=rank, **several)
+    add("--rank", type=RANK, default=[], metavar="RANK", help=rank, **several)
     compression = "the same, to these compressions, for which the singular values of all layers compete"
-    add("--compression", type=cli.percent, default=[], metavar="PERCENT", help=compression, **several)
+    add("--compression", type=PERCENT, default=[], metavar="PERCENT", help=compression, **several)
     skip = "layers that are not cut, with all that they contain"
     add("--skip", default=[], metavar="LAYER", help=skip, **several)
     add("--image-path", type=Path, required=True, help="a picture, or a folder, read in sorted order")
@@ -63,7 +64,7 @@ def make_parser() -> cli.Parser:
     add("--eigen-smooth", action="store_true", help="the first principal component in place of the sum")
     add("--guided", action="store_true", help="also the map times guided backpropagation (.guided.png)")
     add("--output-dir", type=Path, default=Path("cams"), help="made if it is not there")
-    add("--batch-size", type=cli.NATURAL, default=16, help="pictures at a time")
+    add("--batch-size", type=NATURAL, default=16, help="pictures at a time")
     return parser
 
 

@@ -30,11 +30,12 @@ import pandas as pd
 from map_times import map_times
 from sources import digest, pictures_of
 
-from dlrt import cli, errors
+from dlrt import errors
 from dlrt.cams import Maps, networks
 from dlrt.cams.pictures import Picture
 from dlrt.datasets import DATASETS
 from dlrt.errors import KEPT, LEFT_OUT, DataError, RunError
+from dlrt.options import DATA_DIR, FOLDER_NAME, NATURAL, TOLERANCE, HelpFormatter, Parser, number
 from dlrt.records import read_table
 from dlrt.runs import Run, write_whole
 
@@ -59,17 +60,17 @@ class Compared(TypedDict):
     largest_difference: float
 
 
-def make_parser() -> cli.Parser:
-    parser = cli.Parser(description=__doc__, formatter_class=cli.HelpFormatter)
+def make_parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     network_flags.add_flags(parser, run_flag="--reference")
     network_flags.add_size_flag(parser)
     add("--low-rank", type=Path, nargs="*", default=[], metavar="RUN", help="trained low-rank networks")
-    add("--taus", type=cli.TOLERANCE, nargs="*", default=[], help="tolerances at which the reference is cut")
+    add("--taus", type=TOLERANCE, nargs="*", default=[], help="tolerances at which the reference is cut")
     add("--seeds", type=Path, nargs="*", default=[], metavar="RUN", help="dense networks of other seeds")
     tests = ", ".join(f"{name}-test" for name in DATASETS)
     add("--images", required=True, help=f"a folder of pictures (labels.csv there is read), or {tests}")
-    add("--count", type=cli.NATURAL, default=200, help="of pictures, the first ones")
+    add("--count", type=NATURAL, default=200, help="of pictures, the first ones")
     add("--target-layer", metavar="NAME", help="by default the output of the last convolutional block")
     add(
         "--no-faithfulness",
@@ -79,17 +80,17 @@ def make_parser() -> cli.Parser:
     shares = "shares of the full rank at which the time per map is measured; none: not measured"
     add(
         "--time-shares",
-        type=cli.number(float, "(0, 1]"),
+        type=number(float, "(0, 1]"),
         nargs="*",
         default=[1.0, 0.5, 0.25, 0.125],
         help=shares,
     )
     sizes = "pixels a side at which it is measured; by default the input's and 224"
-    add("--time-sizes", type=cli.NATURAL, nargs="*", help=sizes)
-    add("--batch-size", type=cli.NATURAL, default=50, help="pictures at a time")
-    add("--data-dir", type=Path, default=cli.DATA_DIR, help="or set DLRT_DATA")
+    add("--time-sizes", type=NATURAL, nargs="*", help=sizes)
+    add("--batch-size", type=NATURAL, default=50, help="pictures at a time")
+    add("--data-dir", type=Path, default=DATA_DIR, help="or set DLRT_DATA")
     add("--output-dir", type=Path, default=Path(__file__).parent / "results", help="where the folder goes")
-    add("--name", type=cli.folder_name, help="of the folder; by default that of --images")
+    add("--name", type=FOLDER_NAME, help="of the folder; by default that of --images")
     return parser
 
 

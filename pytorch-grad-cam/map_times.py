@@ -16,10 +16,11 @@ import pandas as pd
 import torch
 
 import dlrt
-from dlrt import cli, errors
+from dlrt import errors
 from dlrt.cams import explain, networks
 from dlrt.cams.networks import Network
 from dlrt.errors import RunError
+from dlrt.options import NATURAL, HelpFormatter, Parser, number
 from dlrt.timing import medians
 
 PIXELS = 16 * 32 * 32  # at a time
@@ -61,13 +62,13 @@ def map_times(
 
 
 def main() -> None:
-    parser = cli.Parser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     network_flags.add_flags(parser)
     add = parser.add_argument
-    share = cli.number(float, "(0, 1]")
+    share = number(float, "(0, 1]")
     add("--shares", type=share, nargs="+", default=[1.0, 0.5, 0.25, 0.125], help="of the full rank")
-    add("--sizes", type=cli.NATURAL, nargs="+", default=[32, 224], help="pixels a side")
-    add("--repeats", type=cli.NATURAL, default=15, help="timed maps of each network")
+    add("--sizes", type=NATURAL, nargs="+", default=[32, 224], help="pixels a side")
+    add("--repeats", type=NATURAL, default=15, help="timed maps of each network")
     args = parser.parse_args()
     try:
         network = network_flags.read(args)

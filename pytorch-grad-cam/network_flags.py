@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dlrt import cli
 from dlrt.cams import METHODS, default_layer, known, networks, spatial_layers
+from dlrt.options import DEFAULT_DEVICE, NATURAL, Parser, device
 
 
-def add_flags(parser: cli.Parser, run_flag: str = "--checkpoint", several: bool = False) -> None:
+def add_flags(parser: Parser, run_flag: str = "--checkpoint", several: bool = False) -> None:
     """A flag for a run, or --arch with --weights; how the network is used, and what explains it.
 
     With several, --method is a list.
@@ -22,7 +22,7 @@ def add_flags(parser: cli.Parser, run_flag: str = "--checkpoint", several: bool 
     what.add_argument("--arch", metavar="NAME", help=arch)
     weights = "of --arch: a file, download (torchvision's) or random; by default what there is"
     add("--weights", metavar="FILE", help=weights)
-    add("--device", type=cli.device, default=cli.DEFAULT_DEVICE, help="where to compute")
+    add("--device", type=device, default=DEFAULT_DEVICE, help="where to compute")
     names = ", ".join(METHODS)
     if several:
         told = f"of these, with commas between them: {names}; by default gradcam"
@@ -40,9 +40,9 @@ def methods(text: str) -> list[str]:
     return names
 
 
-def add_size_flag(parser: cli.Parser) -> None:
+def add_size_flag(parser: Parser) -> None:
     size = "pixels a side that the network sees; by default what it was trained at"
-    parser.add_argument("--image-size", type=cli.NATURAL, metavar="PIXELS", help=size)
+    parser.add_argument("--image-size", type=NATURAL, metavar="PIXELS", help=size)
 
 
 def read(args: argparse.Namespace, size: int | None = None) -> networks.Network:

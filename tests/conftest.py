@@ -9,6 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from dlrt.options import LowRankOptions
+
+
+def plain(**options):
+    """Options of a run without what draws at random or changes over the epochs, unless asked for."""
+    quiet = {"tau": 0.0, "tau_warmup": 0.0, "label_smoothing": 0.0, "augment": False}
+    return LowRankOptions(**{**quiet, **options})
+
 
 @pytest.fixture
 def float64():

@@ -245,7 +245,7 @@ def test_an_unreadable_picture_is_told_and_the_others_are_done(script, runs, pic
         (["--weights", "random"], "--weights must come with --arch"),
         (["--skip", "linear"], "--skip must come with --low-rank, --rank or --compression"),
         (["--skip", "layer9", "--rank", "2"], "skip names no module of the model: layer9"),
-        (["--compression", "0.5"], "is a percentage"),
+        (["--compression", "0.5"], "a percentage"),
         (["--compression", "99.9"], "compression must be at most"),
         (["--compare", "COLOUR"], "only networks of the same classes and input can be compared"),
         (["--compare", "DENSE"], "two networks are called dense_seed0"),

@@ -72,7 +72,7 @@ def test_a_comparison_of_other_tasks_or_settings_is_refused(script, runs, tmp_pa
         (["--low-rank", "dense_seed1"], "dense_seed1 is dense: give it as --seeds, not as --low-rank"),
         (["--seeds", "tau0.3_seed0"], "tau0.3_seed0 is low-rank: give it as --low-rank, not as --seeds"),
         (["--low-rank", "times"], "no network can be called times"),
-        (["--name", "two/folders"], "must name one folder"),
+        (["--name", "two/folders"], "name of one folder"),
     ],
 )
 def test_networks_in_the_wrong_place_are_refused(flags, told, script, runs, tmp_path):

@@ -15,17 +15,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import plain
 from test_optimizer import low_rank_layers
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 import dlrt
 from dlrt import DLRT, distributed, to_low_rank
-from dlrt.cli import ROOT
 from dlrt.data import Dataset, Split
+from dlrt.options import ROOT
 from dlrt.records import read_metrics
 from dlrt.runs import Run, load_checkpoint
-from dlrt.training import Recipe, evaluate, train_epoch
+from dlrt.training import evaluate, train_epoch
 
 STEPS = {
     "parallel": {},
@@ -41,7 +42,7 @@ ORDERS = {  # of the acts of a step, and the error, where there is one
     "backward backward sum step backward sum step": "none",
     "backward sum reset backward sum step": "none",
 }
-RECIPE = Recipe(epochs=2, batch_size=12, tau=0.05, augment=True)
+RECIPE = plain(epochs=2, batch_size=12, tau=0.05, augment=True)
 
 
 def network():

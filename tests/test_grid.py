@@ -10,11 +10,12 @@ import pandas as pd
 import pytest
 import torch
 
-from dlrt import cli, grid
+from dlrt import grid
 from dlrt.errors import RunError
+from dlrt.options import ROOT
 from dlrt.records import epochs_done, read_metrics
 
-SCRIPT = cli.ROOT / "mnist" / "mlp_mnist_baseline.py"
+SCRIPT = ROOT / "mnist" / "mlp_mnist_baseline.py"
 QUICK = {"dataset": "digits", "width": 8}
 QUICK_SCRIPT = """
 import json, pathlib, sys
@@ -149,7 +150,7 @@ def test_a_damaged_record_and_a_place_that_is_none_end_a_grid_before_its_first_r
 def test_options_of_every_kind_reach_the_script(tmp_path):
     options = {"augment": False, "skip": ("fc4", "fc5"), "tau": 0.2, "s_steps": 3}
     epochs = {"epochs": 1, "finetune_epochs": 1}
-    planned = grid.Plan("one", cli.ROOT / "mnist" / "mlp_mnist.py", {**QUICK, **options, **epochs})
+    planned = grid.Plan("one", ROOT / "mnist" / "mlp_mnist.py", {**QUICK, **options, **epochs})
     grid.make([planned], tmp_path)
     was = json.loads((tmp_path / "one" / "config.json").read_text())["options"]
     assert [was[name] for name in options] == [False, ["fc4", "fc5"], 0.2, 3]

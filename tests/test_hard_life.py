@@ -18,11 +18,12 @@ from test_training import RECIPE, assert_equal_weights, dataset, network, one_th
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from dlrt import DLRT, LowRankConv2d, LowRankLinear, cli, script, to_low_rank
+from dlrt import DLRT, LowRankConv2d, LowRankLinear, script, to_low_rank
 from dlrt.data import Split
 from dlrt.datasets import _split
 from dlrt.errors import DataError, RunError
 from dlrt.models import MLP
+from dlrt.options import ROOT, LowRankOptions
 from dlrt.runs import Run, load_checkpoint
 from dlrt.training import fit
 
@@ -32,10 +33,9 @@ QUICK = ["--dataset", "digits", "--epochs", "1", "--batch-size", "128", "--devic
 
 def trained(folder, *flags):
     """A training script, in this process; its exit code."""
-    parser = cli.training_parser("", low_rank=True, skip=["fc5"])
-    args = cli.parse(parser, [*QUICK, "--output-dir", str(folder), *flags])
+    options = LowRankOptions.parse("", [*QUICK, "--output-dir", str(folder), *flags], skip=["fc5"])
     try:
-        script.run(args, MLP, folder, settings={"width": 8})
+        script.run(options, MLP, folder, settings={"width": 8})
     except SystemExit as error:
         return error.code
     return 0
@@ -113,7 +113,7 @@ def test_a_script_on_a_full_disk_ends_with_one_line(tmp_path, capsys):
     assert f"{tmp_path / 'a' / 'checkpoint.pt'} cannot be written" in message
     assert len(message.splitlines()) == 1
     lock = ["git", "rev-parse", "--path-format=absolute", "--git-path", "index.lock"]
-    path = subprocess.run(lock, cwd=cli.ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    path = subprocess.run(lock, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     assert not path or not os.path.exists(path)  # asking for the commit wrote nothing
 
 

@@ -7,6 +7,7 @@ import sys
 import onnxruntime
 import pytest
 import torch
+from conftest import plain
 from torch import nn
 
 import dlrt
@@ -17,7 +18,7 @@ from dlrt.errors import RunError
 from dlrt.loading import load_network
 from dlrt.models import MLP
 from dlrt.runs import Run, load_checkpoint
-from dlrt.training import Recipe, evaluate, fit
+from dlrt.training import evaluate, fit
 
 
 def train(folder, kind, network=MLP, **settings):
@@ -38,7 +39,7 @@ def train(folder, kind, network=MLP, **settings):
     about |= {"classes": 10, "dataset": "digits", "mean": list(digits.mean), "std": list(digits.std)}
     run = Run(folder)
     run.start({"network": network.__name__}, resume=False)
-    fit(model, optimizer, scheduler, digits, Recipe(2, 64), run, about, quiet=True)
+    fit(model, optimizer, scheduler, digits, plain(epochs=2, batch_size=64), run, about, quiet=True)
     return folder, model.eval(), digits
 
 

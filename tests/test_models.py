@@ -5,9 +5,9 @@ import torch
 
 import dlrt
 from dlrt.cams.pictures import read
-from dlrt.cli import DATA_DIR, ROOT
 from dlrt.models import MLP, VGG16, AlexNet, EfficientNetLite0, LeNet5, ResNet8, ResNet20
 from dlrt.models.efficientnet import MEAN, STD, imagenet_weights, padded
+from dlrt.options import DATA_DIR, ROOT
 
 TRAINED = DATA_DIR / "resnet20-12fca82f.pt"
 PARAMETERS = {

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from conftest import plain
 from test_optimizer import batch, closure_of, low_rank_layers, network
 from test_training import BrokenOff, assert_equal_weights, dataset, one_thread, train
 from torch.amp import GradScaler
@@ -11,12 +12,13 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import dlrt
-from dlrt import DLRT, LowRank, LowRankLinear, cli, integrators, to_low_rank
+from dlrt import DLRT, LowRank, LowRankLinear, integrators, to_low_rank
 from dlrt.lowrank import truncate
 from dlrt.models import MLP
+from dlrt.options import LowRankOptions
 from dlrt.ranks import direction_scores
 from dlrt.runs import Run
-from dlrt.training import Recipe, fit, train_epoch
+from dlrt.training import fit, train_epoch
 from dlrt.velocity import msign
 
 __all__ = ["dataset", "one_thread"]  # fixtures
@@ -24,12 +26,12 @@ __all__ = ["dataset", "one_thread"]  # fixtures
 
 def test_autocast_trains_about_as_well_as_float32(dataset, tmp_path):
     accuracies = {}
-    for amp in (None, "bfloat16", "float16"):
+    for amp in (False, "bfloat16", "float16"):
         torch.manual_seed(0)
         model = to_low_rank(MLP(width=64), rank=0.5, skip=["fc5"])
         optimizer = DLRT(model, torch.optim.SGD, lr=0.03, momentum=0.9)
         scheduler = CosineAnnealingLR(optimizer, T_max=6)  # without it the last epochs differ by chance
-        recipe = Recipe(epochs=6, batch_size=32, tau=0.05, amp=amp)
+        recipe = plain(epochs=6, batch_size=32, tau=0.05, amp=amp)
         run = Run(tmp_path / str(amp))
         run.folder.mkdir()
         metrics = fit(model, optimizer, scheduler, dataset, recipe, run, {}, quiet=True)
@@ -104,7 +106,7 @@ def test_an_epoch_may_end_with_a_step_that_overflowed_before_the_bases_move(data
     x, y = next(dataset.train.batches(64))
     cross_entropy(model(x), y).backward()
     optimizer.step()  # the first of a hundred
-    recipe = Recipe(epochs=1, batch_size=64, tau=0.1, amp="float16")
+    recipe = plain(epochs=1, batch_size=64, tau=0.1, amp="float16")
     scaler = GradScaler("cpu", init_scale=2.0**60)  # no step of the epoch counts
     train_epoch(model, optimizer, dataset, recipe, 1, Run(tmp_path), quiet=True, scaler=scaler)
     for layer in low_rank_layers(model):
@@ -133,7 +135,7 @@ def test_products_that_overflow_alone_move_nothing_and_lower_the_scale():
 
 
 def test_a_resumed_float16_run_ends_bit_for_bit_as_an_uninterrupted_one(dataset, tmp_path):
-    recipe = Recipe(epochs=3, batch_size=64, tau=0.1, amp="float16")
+    recipe = plain(epochs=3, batch_size=64, tau=0.1, amp="float16")
     options = {"integrator": "parallel"}
     straight, _ = train(dataset, Run(tmp_path / "straight"), recipe, **options)
     with pytest.raises(KeyboardInterrupt):
@@ -146,7 +148,7 @@ def test_a_resumed_float16_run_ends_bit_for_bit_as_an_uninterrupted_one(dataset,
 
 def test_amp_names_a_type_and_is_bfloat16_where_it_names_none(capsys):
     def amp(*flags):
-        return cli.parse(cli.training_parser("", low_rank=True), flags).amp
+        return LowRankOptions.parse("", flags).amp
 
     assert [amp(), amp("--amp"), amp("--amp", "float16")] == [False, "bfloat16", "float16"]
     with pytest.raises(SystemExit):

@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 import torch
 
-from dlrt import cli, grid, plots, results, tables
-from dlrt.cli import ROOT
+from dlrt import grid, plots, results, tables
 from dlrt.errors import RunError
+from dlrt.options import FOLDER_NAME, ROOT, Parser
 from dlrt.records import read_runs
 
 
@@ -280,10 +280,10 @@ def test_a_figure_shows_every_name_literally_and_leaves_room_for_its_curves():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_of_a_folder_is_taken_as_it_is_or_refused(name):
     if name.isprintable() and len(name) < 200:
-        assert cli.folder_name(name) == name
+        assert FOLDER_NAME(name) == name
     else:
         with pytest.raises(ArgumentTypeError, match="printable characters"):
-            cli.folder_name(name)
+            FOLDER_NAME(name)
 
 
 def test_a_run_of_one_epoch_is_seen():
@@ -301,7 +301,7 @@ def test_output_ends_quietly_whatever_the_terminal_encodes_and_whoever_reads(nam
     stream = os.fdopen(write, "w", encoding=encoding)
     for of in (name, f"__{name}__"):
         monkeypatch.setattr(sys, of, stream)
-    cli.Parser().parse_args([])
+    Parser().parse_args([])
     output = getattr(sys, name)
     print("τ ± 中 \ud800", file=output, flush=True)
     assert os.read(read, 99) == "τ ± 中 \ud800\n".encode(encoding, "replace")

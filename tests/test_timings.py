@@ -244,10 +244,10 @@ def test_without_measurements_it_says_which_command_makes_them(scripts, tmp_path
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--ranks", 0], "argument --ranks: must lie in [1, inf), got 0"),
+        (["--ranks", 0], "argument --ranks: must be a whole number in [1, inf), got 0"),
         (["--width", 64, "--ranks", 8, 128], "--ranks must be at most --width, 64, got 128"),
         (["--integrators", "euler"], "invalid choice: 'euler'"),
-        (["--seconds", -1], "argument --seconds: must lie in (0, inf), got -1"),
+        (["--seconds", -1], "argument --seconds: must be a number in (0, inf), got -1"),
         (["--device", "meta"], "--device must be cpu or cuda"),
     ],
 )

@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import plain
 from torch import nn
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LambdaLR, ReduceLROnPlateau
 
@@ -15,9 +17,9 @@ from dlrt.errors import RunError
 from dlrt.models import MLP
 from dlrt.records import chosen_epoch, read_metrics
 from dlrt.runs import Run
-from dlrt.training import Recipe, evaluate, fit, train_epoch, warmth
+from dlrt.training import evaluate, fit, tau_fraction, train_epoch
 
-RECIPE = Recipe(epochs=4, batch_size=64, tau=0.1)
+RECIPE = plain(epochs=4, batch_size=64, tau=0.1)
 S_STEPS = {"integrator": "parallel", "s_steps": 3}
 BUDGET = {"integrator": "parallel", "compression": 0.8, "ramp": 50}
 
@@ -75,7 +77,7 @@ def train(dataset, run, recipe=RECIPE, low_rank=True, schedule=constant, seed=0,
 
 def test_what_a_network_begins_with_is_measured_but_not_chosen(dataset, tmp_path):
     for tau in (0.0, 0.5):
-        recipe = replace(RECIPE, epochs=1, tau=tau, measure_first=True)
+        recipe = replace(RECIPE, epochs=1, tau=tau, from_checkpoint=Path("weights"))
         _, metrics = train(dataset, Run(tmp_path / f"{tau}"), recipe, lr=1e-9)
         assert list(metrics["epoch"]) == [0, 1]
         assert list(metrics["tau"]) == [0.0, tau]
@@ -84,7 +86,7 @@ def test_what_a_network_begins_with_is_measured_but_not_chosen(dataset, tmp_path
 
 def test_a_plateau_is_one_of_trained_epochs(dataset, tmp_path):
     """The accuracy before training, epoch 0, moves no schedule."""
-    recipe = replace(RECIPE, epochs=2, measure_first=True)
+    recipe = replace(RECIPE, epochs=2, from_checkpoint=Path("weights"))
     _, metrics = train(dataset, Run(tmp_path), recipe, schedule=plateau, lr=1e-6)
     assert list(metrics["lr"]) == [1e-6] * 3
 
@@ -133,7 +135,7 @@ def test_losses_while_training_weigh_every_sample_alike(dataset, tmp_path):
     [({"low_rank": False}, 0.6), ({}, 0.6), ({"integrator": "parallel"}, 0.6), ({"integrator": "bug"}, 0.9)],
 )
 def test_training_improves_the_validation_accuracy(dataset, tmp_path, options, shrinks_to):
-    recipe = Recipe(epochs=6, batch_size=32, tau=0.1)
+    recipe = plain(epochs=6, batch_size=32, tau=0.1)
     untrained = evaluate(network(options.get("low_rank", True)), dataset.validation)[1]
     model, metrics = train(dataset, Run(tmp_path), recipe, momentum=0.5, **options)
     accuracy = evaluate(model, dataset.validation)[1]
@@ -226,9 +228,17 @@ def test_the_learning_rate_follows_the_schedule(dataset, tmp_path):
 
 
 def test_the_tolerance_rises_linearly_and_then_stays(dataset, tmp_path):
-    recipe = Recipe(epochs=3, batch_size=64, tau=0.2, tau_warmup=2.0)
-    assert [warmth(recipe, epochs) for epochs in (0, 0.5, 1, 1.5, 2, 2.5, 3)] == [0, 0.25, 0.5, 0.75, 1, 1, 1]
-    assert warmth(replace(recipe, tau_warmup=0.0), 0.1) == 1.0
+    recipe = plain(epochs=3, batch_size=64, tau=0.2, tau_warmup=2.0)
+    assert [tau_fraction(recipe, epochs) for epochs in (0, 0.5, 1, 1.5, 2, 2.5, 3)] == [
+        0,
+        0.25,
+        0.5,
+        0.75,
+        1,
+        1,
+        1,
+    ]
+    assert tau_fraction(replace(recipe, tau_warmup=0.0), 0.1) == 1.0
     _, metrics = train(dataset, Run(tmp_path), recipe)
     assert metrics["tau"].tolist() == pytest.approx([0.1, 0.2, 0.2])
 
@@ -241,7 +251,7 @@ def test_the_tolerance_rises_with_every_step(dataset, tmp_path):
             taus.append(self.tau)
             return super().step(closure)
 
-    model, recipe = network(), Recipe(epochs=3, batch_size=100, tau=0.2, tau_warmup=2.0)
+    model, recipe = network(), plain(epochs=3, batch_size=100, tau=0.2, tau_warmup=2.0)
     optimizer = Watched(model, torch.optim.SGD, lr=0.1)
     for epoch in (1, 2, 3):
         train_epoch(model, optimizer, dataset, recipe, epoch, Run(tmp_path), quiet=True)

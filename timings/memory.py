@@ -19,8 +19,9 @@ from networks import LENET5_RANKS, RESTING, low_rank, make_parser, mlp_ranks, pa
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from dlrt import cli, tables, to_low_rank
+from dlrt import tables, to_low_rank
 from dlrt.models import MLP, VGG16, LeNet5
+from dlrt.options import DEFAULT_DEVICE, device
 
 WARM_UP = 2  # momentum exists after the first step
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler tells of every start and stop
@@ -118,7 +119,7 @@ def vgg16(share: float) -> nn.Module:
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--vgg16", action="store_true", help="measure VGG16, too")
-    parser.add_argument("--device", type=cli.device, default=cli.DEFAULT_DEVICE, help="where to train")
+    parser.add_argument("--device", type=device, default=DEFAULT_DEVICE, help="where to train")
     args = parse(parser)
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {args.device}, SGD with momentum")

@@ -26,8 +26,9 @@ from networks import RESTING, low_rank, make_parser, mlp_ranks, parse, resting_d
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dlrt import cli, compression, errors
+from dlrt import compression, errors
 from dlrt.models import MLP
+from dlrt.options import DEFAULT_DEVICE, NATURAL, POSITIVE, device
 from dlrt.records import read_metrics
 from dlrt.runs import Run
 from dlrt.settings import INTEGRATORS
@@ -179,16 +180,16 @@ def make(args: argparse.Namespace) -> str:
 def main() -> None:
     parser = make_parser(__doc__, RANKS)
     add = parser.add_argument
-    add("--batch-size", type=cli.NATURAL, default=256, help="samples per step and per inference")
+    add("--batch-size", type=NATURAL, default=256, help="samples per step and per inference")
     add("--integrators", choices=INTEGRATORS, nargs="+", default=INTEGRATORS, help="to train with")
     every = "steps of S in each move of the bases, of the adaptive integrators"
-    add("--s-steps", type=cli.NATURAL, nargs="+", default=(1, 10), help=every)
-    add("--repeats", type=cli.NATURAL, default=10, help="timed calls at each point")
+    add("--s-steps", type=NATURAL, nargs="+", default=(1, 10), help=every)
+    add("--repeats", type=NATURAL, default=10, help="timed calls at each point")
     longest = "after which a point is called no more, once it has been called three times"
-    add("--seconds", type=cli.POSITIVE, default=10.0, help=longest)
+    add("--seconds", type=POSITIVE, default=10.0, help=longest)
     enough = "times dense: no larger rank for a setting that needs more, and more than --seconds"
-    add("--slowest", type=cli.POSITIVE, default=1.2, help=enough)
-    add("--device", type=cli.device, default=cli.DEFAULT_DEVICE, help="where to train; cpu or a GPU as cuda")
+    add("--slowest", type=POSITIVE, default=1.2, help=enough)
+    add("--device", type=device, default=DEFAULT_DEVICE, help="where to train; cpu or a GPU as cuda")
     add("--name", help="of the device's folder; by default what the device calls itself")
     parser.set_defaults(output_dir=Path(__file__).parent / "results")
     args = parse(parser)

@@ -19,9 +19,9 @@ from torch import nn
 
 from dlrt import compression, tables, to_low_rank
 from dlrt.baselines import as_factors
-from dlrt.cli import NATURAL
 from dlrt.convert import replace_layers
 from dlrt.models import MLP, LeNet5, ResNet20
+from dlrt.options import NATURAL
 from dlrt.timing import AT_LEAST, medians
 
 RESNET20_SHARES = {False: 0.34, True: 0.197}  # of the full ranks, by spatial: 60 % compression

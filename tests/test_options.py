@@ -7,18 +7,22 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 
-from dlrt import SpatialLowRankConv2d, cli
+from dlrt import SpatialLowRankConv2d
 from dlrt.datasets import DATASETS
+from dlrt.errors import OptionError
 from dlrt.loading import load_network
+from dlrt.options import OPTIMIZERS, RAMP, ROOT, DenseOptions, LowRankOptions, as_flags
 from dlrt.records import read_metrics
 from dlrt.runs import load_checkpoint
-from dlrt.settings import UPDATES
+from dlrt.settings import INTEGRATORS, UPDATES
 
-SCRIPT = cli.ROOT / "mnist" / "lenet5_mnist.py"
+SCRIPT = ROOT / "mnist" / "lenet5_mnist.py"
 OFFLINE = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")  # nobody listens there
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", **OFFLINE}
 TRAINING = ["--dataset", "digits", "--epochs", "3", "--batch-size", "16", "--seed", "1", "--device", "cpu"]
@@ -60,7 +64,7 @@ def call_and_signal(folder, signal_number, awaited, *arguments):
 
 
 def parse(*arguments, low_rank=True):
-    return cli.parse(cli.training_parser("", low_rank=low_rank), [str(argument) for argument in arguments])
+    return (LowRankOptions if low_rank else DenseOptions).parse("", [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +101,9 @@ IMPOSSIBLE = [
     (["--min-rank", "5", "--max-rank", "3"], ["--max-rank must be at least --min-rank", "3 < 5"]),
     (["--tau-warmup", "50", "--epochs", "3"], ["--tau-warmup must be at most --epochs", "50 > 3"]),
     (["--finetune-epochs", "-1"], ["--finetune-epochs", "[0, inf)", "got -1"]),
-    (["--max-rank", "all"], ["--max-rank", "whole number from 1 on, or initial", "got all"]),
-    (["--compression", "100"], ["--compression", "(0, 100)", "got 100"]),
-    (["--compression", "0.6"], ["--compression", "is a percentage, got 0.6: 60 for that fraction"]),
+    (["--max-rank", "all"], ["--max-rank", "whole number from 1 on, or initial", "got 'all'"]),
+    (["--compression", "100"], ["--compression", "[1, 100)", "got 100"]),
+    (["--compression", "0.6"], ["--compression", "a percentage in [1, 100), 75 and not 0.75, got 0.6"]),
     (["--compression", "60", "--integrator", "bug"], ["--compression changes ranks", "bug keeps them"]),
     (
         ["--compression", "60", "--ramp", "0"],
@@ -112,12 +116,12 @@ IMPOSSIBLE = [
         ["--ramp 0 cuts to ranks of its own: leave --rank out"],
     ),
     (["--cut-by", "weights"], ["--cut-by must come with --from-checkpoint"]),
-    (["--name", "../../x"], ["--name", "must name one folder", "--output-dir says where", "'../../x'"]),
+    (["--name", "../../x"], ["--name", "name of one folder", "--output-dir says where", "'../../x'"]),
     (["--seed", "-1"], ["--seed", "[0, 4294967295]", "got -1"]),
     (["--seed", "9999999999"], ["--seed", "[0, 4294967295]", "got 9999999999"]),
     (["--device", "nonsense"], ["--device", "nonsense cannot be used here", "cpu always can"]),
-    (["--optimizer", "foo"], ["--optimizer", "foo", *cli.OPTIMIZERS]),
-    (["--integrator", "foo"], ["--integrator", "foo", *cli.INTEGRATORS]),
+    (["--optimizer", "foo"], ["--optimizer", "foo", *OPTIMIZERS]),
+    (["--integrator", "foo"], ["--integrator", "foo", *INTEGRATORS]),
     (["--schedule", "foo"], ["--schedule", "foo", "constant", "cosine", "plateau"]),
     (["--dataset", "foo"], ["--dataset", "foo", *DATASETS]),
     (["--unknown", "1"], ["--unknown"]),
@@ -128,7 +132,7 @@ OF_BASELINES = [
     (["--update", "adam"], ["--update", "adam", "sgd", "muon"]),
     (["--update", "muon", "--optimizer", "adam"], ["--update muon must come with --optimizer sgd"]),
     (["--update-lr", "0.1"], ["--update-lr must come with --update muon"]),
-    (["--factors", "0.7"], ["--factors", "is a percentage, got 0.7: 70"]),
+    (["--factors", "0.7"], ["--factors", "a percentage", "got 0.7"]),
     (["--factors", "70", "--from-checkpoint", "a"], ["--factors begins with random weights"]),
     (["--tau", "0.1"], ["--tau"]),
 ]
@@ -147,6 +151,30 @@ def test_an_impossible_value_costs_one_line_that_says_what_is_allowed(capsys, ca
         assert part in err
 
 
+NUMBERS = ("lr", "update_lr", "weight_decay", "rank", "min_rank", "max_rank", "tau", "compression", "ramp")
+STRANGE = ["0.1", float("nan"), -1, [], True]
+WRONG = [*product(NUMBERS, STRANGE), *product(("min_rank", "max_rank", "epochs", "seed"), (1.5, None))]
+WRONG += [("rank", 1.5), ("compression", 0.75), ("augment", 1), ("dataset", None), ("update", "adagrad")]
+
+
+@pytest.mark.parametrize(("name", "value"), [case for case in WRONG if case != ("max_rank", None)])
+def test_an_impossible_value_is_refused_without_a_command_line(name, value):
+    with pytest.raises(OptionError, match=rf"--{name.replace('_', '-')} must be "):
+        LowRankOptions(**{name: value})
+
+
+def test_options_that_are_settled_stay_so():
+    for settled in (parse(), parse("--compression", "80"), parse("--update", "muon", low_rank=False)):
+        assert replace(settled) == settled
+
+
+def test_flags_say_what_a_record_says():
+    options = {"epochs": 3, "rank": 1.0, "skip": ("fc1", "fc2"), "augment": False, "spatial": True}
+    record = parse(*as_flags(options)).record()
+    assert {name: record[name] for name in options} == options | {"skip": ["fc1", "fc2"]}
+    assert not {"data_dir", "output_dir", "device", "resume", "quiet", "workers"} & record.keys()
+
+
 def test_an_impossible_value_is_told_before_any_data_are_read(tmp_path):
     data, results = tmp_path / "data", tmp_path / "results"
     data.mkdir()
@@ -155,7 +183,7 @@ def test_an_impossible_value_is_told_before_any_data_are_read(tmp_path):
     )
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
-    assert "must lie in [0, 1), got 1.5" in done.stderr
+    assert "must be a number in [0, 1), got 1.5" in done.stderr
     assert list(data.iterdir()) == []
     assert not results.exists()
 
@@ -195,7 +223,7 @@ def test_help_lists_every_flag(capsys):
 
 def test_help_of_a_script_with_its_own_defaults_names_no_others():
     def told(**defaults):
-        return " ".join(cli.training_parser("", low_rank=True, **defaults).format_help().split())
+        return " ".join(LowRankOptions.parser("", **defaults).format_help().split())
 
     assert "over which the tolerance rises from 0 to tau; by default half of all" in told()
     assert "over which the tolerance rises from 0 to tau (default: 0)" in told(tau_warmup=0)
@@ -322,9 +350,9 @@ def test_a_budget_falls_from_full_rank_without_a_tolerance_unless_they_are_given
         args = parse("--compression", "80", *more)
         return args.ramp, args.rank, args.tau
 
-    assert settled() == (cli.RAMP, 1.0, 0.0)
+    assert settled() == (RAMP, 1.0, 0.0)
     assert settled("--ramp", "0.3", "--rank", "0.4", "--tau", "0.2") == (0.3, 0.4, 0.2)
-    assert settled("--tau", "0.1") == (cli.RAMP, 1.0, 0.1)  # also where that is the default without a budget
+    assert settled("--tau", "0.1") == (RAMP, 1.0, 0.1)  # also where that is the default without a budget
     start = ["--compression", "80", "--from-checkpoint", "a"]
     assert parse(*start).rank == 1.0
     cut = parse(*start, "--ramp", "0")

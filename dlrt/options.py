@@ -1,0 +1,452 @@
+# ruff: noqa: RUF009  (option makes fields)
+"""What a run is: one dataclass, from which its flags and its record follow; and how flags are parsed."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn, TypeVar
+
+import torch
+
+from dlrt.datasets import DATASETS
+from dlrt.errors import IMPOSSIBLE, OptionError
+from dlrt.settings import INTEGRATORS, UPDATES
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA_DIR = Path(os.environ.get("DLRT_DATA", ROOT / "data"))
+DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+SCHEDULES = ("constant", "cosine", "plateau")
+AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+S_STEPS, RAMP = 10, 0.6
+NOT_PART_OF_THE_EXPERIMENT = ("data_dir", "output_dir", "resume", "quiet", "device", "workers")
+
+T = TypeVar("T", bound="Options")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a value must be. An argparse type, which reads text; `check` takes the value itself."""
+
+    what: str
+    holds: Callable[[Any], bool]
+    read: Callable[[str], Any] = str
+    type: Callable[[Any], Any] = lambda value: value
+
+    def __call__(self, text: str) -> Any:
+        return self.check(self.read(text))
+
+    def check(self, value: Any) -> Any:
+        """The value; ArgumentTypeError where it is none of this kind."""
+        if not self.holds(value):
+            shown = ascii(value)[:60] if isinstance(value, str) else value
+            raise argparse.ArgumentTypeError(f"must be {self.what}, got {shown}")
+        return self.type(value)
+
+
+def _literal(text: str) -> int | float | str:
+    """A number where the text is one: an int without a point."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def number(kind: type, interval: str) -> Kind:
+    """The ints or floats in an interval such as "[0, 1)"."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    kinds = (int,) if kind is int else (int, float)
+
+    def holds(value: Any) -> bool:
+        inside = type(value) in kinds and low <= value <= high
+        return inside and (value != low or "[" in interval) and (value != high or "]" in interval)
+
+    return Kind(f"a {'whole ' if kind is int else ''}number in {interval}", holds, _literal, kind)
+
+
+def _is_folder_name(text: Any) -> bool:
+    one = isinstance(text, str) and text not in ("", ".", "..") and Path(text).name == text
+    return one and text.isprintable() and len(text.encode()) <= 200
+
+
+NATURAL, COUNT = number(int, "[1, inf)"), number(int, "[0, inf)")
+TOLERANCE, POSITIVE = number(float, "[0, 1)"), number(float, "(0, inf)")
+SHARE, NOT_NEGATIVE = number(float, "(0, 1]"), number(float, "[0, inf)")
+RANK = Kind(
+    "a whole number from 1 on, or a share with a point in (0, 1]",
+    lambda value: NATURAL.holds(value) or (isinstance(value, float) and SHARE.holds(value)),
+    _literal,
+)
+MAX_RANK = Kind(
+    "a whole number from 1 on, or initial",
+    lambda value: value == "initial" or NATURAL.holds(value),
+    _literal,
+)
+PERCENT = Kind(
+    "a percentage in [1, 100), 75 and not 0.75",
+    number(float, "[1, 100)").holds,
+    _literal,
+    float,
+)
+FOLDER_NAME = Kind(
+    "the name of one folder, at most 200 bytes of printable characters (--output-dir says where it goes)",
+    _is_folder_name,
+)
+
+
+def device(text: str) -> str:
+    """An argparse type: a device that torch has here."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{text} cannot be used here ({reason}); cpu always can") from error
+    return text
+
+
+def option(default: Any, help: str, kind: Callable | None = None, *aliases: str, **argument: Any) -> Any:
+    """A field of a dataclass of options: what its value must be, and the rest of argparse's add_argument."""
+    metadata = {"kind": kind, "aliases": aliases, "argument": {"help": help, **argument}}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+SWITCH = {"action": argparse.BooleanOptionalAction}
+LAYERS = {"nargs": "*", "metavar": "LAYER"}
+
+
+@dataclass(kw_only=True)
+class Options:
+    """What every run is. A script with flags of its own adds fields; each has a name in config.json.
+
+    Whatever is wrong is an OptionError. A dense network has no tolerance and no bases to freeze.
+    """
+
+    tau: ClassVar[float] = 0.0
+    tau_warmup: ClassVar[float] = 0.0
+    finetune_epochs: ClassVar[int] = 0
+
+    epochs: int = option(20, "passes over the training split", NATURAL)
+    batch_size: int = option(128, "samples per step", NATURAL)
+    lr: float = option(0.05, "step size h", POSITIVE)
+    momentum: float = option(0.9, "of SGD; first beta of Adam", TOLERANCE)
+    weight_decay: float = option(0.0, "of S, biases and dense layers", NOT_NEGATIVE)
+    optimizer: str = option("sgd", "the inner one, of a low-rank network", choices=OPTIMIZERS)
+    nesterov: bool = option(False, "momentum of SGD and muon", **SWITCH)
+    schedule: str = option("cosine", "of lr over all epochs", choices=SCHEDULES)
+    label_smoothing: float = option(0.1, "share of the target that all classes get alike", TOLERANCE)
+    augment: bool = option(True, "shift training images at random, mirror half of CIFAR-10's", **SWITCH)
+    from_checkpoint: Path | None = option(
+        None,
+        "weights to begin with, which a low-rank network is cut from: a dense run's folder or checkpoint, or "
+        "a state dict",
+        Path,
+        metavar="PATH",
+    )
+    dataset: str = option("mnist", "digits and digits32 need no download", choices=DATASETS)
+    data_dir: Path = option(DATA_DIR, "or set DLRT_DATA", Path)
+    device: str = option(DEFAULT_DEVICE, "where to train", device)
+    workers: int | None = option(
+        None, "CPU threads of torch; the data lie in memory, none are needed to load them", NATURAL
+    )
+    amp: str | bool = option(
+        False,
+        "autocast to bfloat16, or to float16 with a loss scale; factors and their algebra stay in float32",
+        nargs="?",
+        choices=AMP,
+        const="bfloat16",
+    )
+    seed: int = option(0, "of initial weights, validation split and order", number(int, "[0, 4294967295]"))
+    name: str | None = option(
+        None, "of the run's folder; by default made of the settings and the seed", FOLDER_NAME
+    )
+    output_dir: Path | None = option(
+        None, "where the run's folder goes; by default results/ beside the script", Path
+    )
+    resume: bool = option(
+        False, "continue a run that broke off, after its last complete epoch", action="store_true"
+    )
+    quiet: bool = option(False, "print the result only", action="store_true")
+
+    def __post_init__(self) -> None:
+        """Check each value, and what one alone does not show."""
+        for its in fields(self):
+            value, kind = getattr(self, its.name), its.metadata["kind"]
+            if value is its.default:
+                continue
+            if choices := its.metadata["argument"].get("choices"):
+                kind = Kind(f"one of {', '.join(choices)}", lambda value, among=choices: value in among)
+            elif isinstance(its.default, bool):
+                kind = Kind("True or False", lambda value: isinstance(value, bool))
+            try:
+                setattr(self, its.name, getattr(kind, "check", kind)(value) if kind else value)
+            except argparse.ArgumentTypeError as error:
+                raise OptionError(f"{flag(its.name)} {error}") from error
+        if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
+            raise OptionError("--nesterov must come with --optimizer sgd and a --momentum: leave it out")
+
+    def record(self) -> dict[str, Any]:
+        """What config.json says of the run: all that is part of the experiment."""
+        return {name: of for name, of in asdict(self).items() if name not in NOT_PART_OF_THE_EXPERIMENT}
+
+    @classmethod
+    def parser(cls, description: str, **defaults: Any) -> Parser:
+        """A parser with a flag for each field; a script has defaults of its own."""
+        parser = Parser(description=description, formatter_class=HelpFormatter)
+        add_flags(parser, cls)
+        parser.set_defaults(**defaults)
+        return parser
+
+    @classmethod
+    def parse(cls: type[T], description: str, arguments: Sequence[str] | None = None, **defaults: Any) -> T:
+        """The options on the command line, above a script's defaults; a mistake ends the program with 2."""
+        parser, missing = cls.parser(description, **defaults), object()
+        empty = argparse.Namespace(**{its.name: missing for its in fields(cls)})
+        parsed = vars(parser.parse_args(arguments, empty))
+        given = {name: value for name, value in parsed.items() if value is not missing}
+        try:
+            return cls(**{**defaults, **given, **cls.implied(given)})
+        except OptionError as error:
+            parser.error(str(error))
+
+    @classmethod
+    def implied(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """What flags that are given say of others that are not."""
+        return {}
+
+
+@dataclass(kw_only=True)
+class DenseOptions(Options):
+    """What a run of a dense network is, or of plain factors A B in its place."""
+
+    update: str | None = option(
+        None,
+        "how the weights of all layers but --skip step; by default as the optimizer",
+        choices=("sgd", "muon"),
+    )
+    update_lr: float | None = option(None, "step size with --update muon; by default 0.3 lr", POSITIVE)
+    factors: float | None = option(
+        None,
+        "layers become plain factors A B, of uniform ranks, at this compression of the whole network; weight "
+        "decay is that of A B",
+        PERCENT,
+        metavar="PERCENT",
+    )
+    skip: list[str] = option([], "layers that --factors and muon leave alone", **LAYERS)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.update == "muon" and self.optimizer != "sgd":
+            raise OptionError(f"--update muon must come with --optimizer sgd, got {self.optimizer}")
+        if self.update_lr and self.update != "muon":
+            raise OptionError("--update-lr must come with --update muon: --lr is for all else")
+        if self.factors and self.from_checkpoint:
+            raise OptionError("--factors begins with random weights: leave --from-checkpoint out")
+        if self.update != "muon" and not self.factors:
+            self.skip = []
+
+
+@dataclass(kw_only=True)
+class LowRankOptions(Options):
+    """What a run of a low-rank network is."""
+
+    tau: float = option(
+        0.1,
+        "relative truncation tolerance, which is 0 with --compression unless given",
+        TOLERANCE,
+        "--theta",
+    )
+    tau_warmup: float | None = option(
+        None,
+        "over which the tolerance rises from 0 to tau; by default half of all",
+        NOT_NEGATIVE,
+        metavar="EPOCHS",
+    )
+    integrator: str = option(
+        "parallel", "augmented and bug take two passes a step, and bug keeps the rank", choices=INTEGRATORS
+    )
+    update: str | None = option(
+        None, "how low-rank weights step; by default as the optimizer", choices=UPDATES
+    )
+    update_lr: float | None = option(
+        None, "step size of low-rank weights; by default lr, and 0.3 lr with muon", POSITIVE
+    )
+    rank: int | float | None = option(
+        None,
+        "to begin with: 20 is a rank, 0.5 a share of the full rank; by default 0.5, full with --compression",
+        RANK,
+    )
+    compression: float | None = option(
+        None,
+        "of the whole network at the end, instead of --tau: a budget that layers compete for",
+        PERCENT,
+        metavar="PERCENT",
+    )
+    ramp: float | None = option(
+        None,
+        "share of --epochs over which the budget falls; 0 cuts --from-checkpoint at the start; by default "
+        f"{RAMP:g}",
+        number(float, "[0, 1]"),
+    )
+    cut_by: str = option(
+        "loss",
+        "what is kept of --from-checkpoint: what the loss needs, or what is largest in the weights",
+        choices=("loss", "weights"),
+    )
+    skip: list[str] = option([], "layers that stay dense", **LAYERS)
+    spatial: bool = option(
+        False,
+        "convolutions are low-rank across space, a horizontal and a vertical one, of which half the full "
+        "rank has as many parameters as the kernel: take --compression, or --rank 0.2",
+        **SWITCH,
+    )
+    min_rank: int = option(2, "of every layer that --max-rank lets have it", NATURAL)
+    s_steps: int | None = option(
+        None, f"of S for each basis update; by default {S_STEPS}, or 1 with --compression", NATURAL
+    )
+    max_rank: int | str | None = option(
+        None,
+        "of every layer, or initial: what it begins with; by default only its size limits it",
+        MAX_RANK,
+        metavar="{RANK,initial}",
+    )
+    finetune_epochs: int = option(0, "afterwards, of S and the rest, bases frozen", COUNT)
+
+    @property
+    def budget(self) -> bool:
+        """Whether a budget falls while the network is trained."""
+        return self.compression is not None and self.ramp != 0
+
+    @classmethod
+    def implied(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """A budget is instead of a script's own tolerance."""
+        budget = given.get("compression") and given.get("ramp") != 0
+        return {"tau": 0.0, "tau_warmup": 0.0} if budget and "tau" not in given else {}
+
+    def __post_init__(self) -> None:
+        """Check, and give values to what is not given and depends on others."""
+        super().__post_init__()
+        if isinstance(self.max_rank, int) and self.max_rank < self.min_rank:
+            raise OptionError(
+                f"--max-rank must be at least --min-rank, got {self.max_rank} < {self.min_rank}"
+            )
+        if self.s_steps is None:
+            self.s_steps = 1 if self.budget or self.integrator != "parallel" else S_STEPS
+        if self.s_steps > 1 and self.integrator != "parallel":
+            raise OptionError(f"--s-steps must be 1 with --integrator {self.integrator}, got {self.s_steps}")
+        if self.tau_warmup is None:
+            self.tau_warmup = self.epochs / 2
+        if self.tau_warmup > self.epochs:
+            raise OptionError(
+                f"--tau-warmup must be at most --epochs, got {self.tau_warmup:g} > {self.epochs}"
+            )
+        self._settle_budget()
+        if self.cut_by == "weights" and not self.from_checkpoint:
+            raise OptionError(
+                "--cut-by must come with --from-checkpoint: random weights have nothing to keep"
+            )
+        if self.integrator != "parallel" and self.amp == "float16":
+            two = "takes two gradients a step, a loss scale one"
+            raise OptionError(f"--integrator {self.integrator} {two}: --amp bfloat16")
+
+    def _settle_budget(self) -> None:
+        if self.compression is None:
+            if self.ramp is not None:
+                raise OptionError("--ramp must come with --compression: it is the budget's")
+            self.rank = 0.5 if self.rank is None else self.rank
+            return
+        if self.integrator == "bug":
+            raise OptionError("--compression changes ranks, and --integrator bug keeps them: take another")
+        if self.ramp == 0 and not self.from_checkpoint:
+            raise OptionError(
+                "--ramp 0 must come with --from-checkpoint: random weights have nothing to keep"
+            )
+        if self.ramp == 0 and self.rank is not None:
+            raise OptionError("--ramp 0 cuts to ranks of its own: leave --rank out")
+        if self.budget:
+            self.ramp = RAMP if self.ramp is None else self.ramp
+            self.rank = 1.0 if self.rank is None else self.rank
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake costs one line and not the whole usage, and no output stops the program."""
+
+    def parse_known_args(self, *args: Any, **options: Any) -> Any:
+        for name in ("stdout", "stderr"):
+            _never_stops(name)
+        return super().parse_known_args(*args, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(IMPOSSIBLE, f"{self.prog}: {message} (--help lists all options)\n")
+
+
+class _Pipe(io.FileIO):
+    """Output of which the rest is dropped once nobody reads it any more, as with `| head`."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return len(data)
+
+
+def _never_stops(name: str) -> None:
+    """Replace what sys.stdout or sys.stderr cannot encode, and let a pipe be closed at its other end."""
+    stream = getattr(sys, name)
+    if not isinstance(stream, io.TextIOWrapper):  # a notebook's
+        return
+    stream.reconfigure(errors="replace")
+    if stream is getattr(sys, f"__{name}__") and not stream.isatty():
+        stream.flush()
+        pipe = io.BufferedWriter(_Pipe(stream.fileno(), "w", closefd=False))
+        lines = stream.line_buffering or stream.write_through
+        setattr(sys, name, io.TextIOWrapper(pipe, stream.encoding, "replace", line_buffering=lines))
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The description as it stands, and every default that says something.
+
+    A help text tells after "; by default" what None stands for: where a script has another default, not that.
+    """
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if any(action.default is silent for silent in (None, False, argparse.SUPPRESS)):
+            return action.help
+        text = action.help.split("; by default")[0]
+        return text if "%(default)" in text else f"{text} (default: %(default)s)"
+
+
+def flag(name: str) -> str:
+    """The flag of an option."""
+    return f"--{name.replace('_', '-')}"
+
+
+def add_flags(parser: Parser, options: type[Options], *names: str) -> None:
+    """Flags for the fields of a dataclass, or for some of them."""
+    for its in fields(options):
+        if not names or its.name in names:
+            default = its.default_factory() if its.default_factory is list else its.default
+            kind = {"type": its.metadata["kind"]} if its.metadata["kind"] else {}
+            argument = its.metadata["argument"]
+            parser.add_argument(flag(its.name), *its.metadata["aliases"], default=default, **kind, **argument)
+
+
+def as_flags(options: Mapping[str, Any]) -> list[str]:
+    """The flags that say these options, by their names in config.json."""
+    flags = []
+    for name, value in options.items():
+        if isinstance(value, bool):
+            flags.append(flag(name) if value else f"--no-{flag(name)[2:]}")
+        else:
+            flags += [flag(name), *map(str, value if isinstance(value, list | tuple) else [value])]
+    return flags
