@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from dlrt import plots, results, tables
+from dlrt import plots, tables
 
 # Schotthöfer et al. 2022: best of five runs, and the mean; LRNN and GAL as quoted there
 PAPER = pd.DataFrame({
@@ -42,13 +42,13 @@ def published() -> pd.DataFrame:
     })  # fmt: skip
 
 
-@results.boundary()
+@tables.boundary()
 def main() -> None:
-    args = results.parse(__doc__, Path(__file__).parent)
-    found = results.read(args, "python Lenet_experiment/run.py")
+    args = tables.parse(__doc__, Path(__file__).parent)
+    found = tables.read(args, "python Lenet_experiment/run.py")
     found["sweep"] = found["run"].str.split("/").str[0]
     found["tau"] = tables.dense_or_tau(found)
-    summary = results.over_seeds(found, ["sweep", "tau"])
+    summary = tables.over_seeds(found, ["sweep", "tau"])
     tau = tables.text(summary["tau"], "{:g}", "dense")
     table = tables.readable(summary, {"sweep": summary["sweep"], "τ": tau})
     table = pd.concat([table, published()]).fillna("")
@@ -65,8 +65,8 @@ def main() -> None:
         },
     )
     plots.widen_near_100(figure.axes[0])
-    caption = CAPTION.format(data=results.data(found))
-    results.publish(args, table, caption, {"lenet5_frontier": figure})
+    caption = CAPTION.format(data=tables.data(found))
+    tables.publish(args, table, caption, {"lenet5_frontier": figure})
 
 
 if __name__ == "__main__":

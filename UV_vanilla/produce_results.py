@@ -8,9 +8,9 @@ from pathlib import Path
 import pandas as pd
 from factored import AS_IN_THE_PAPER
 
-from dlrt import plots, results, tables
+from dlrt import plots, runs, tables
 from dlrt.plots import Figure, MaxNLocator, plt
-from dlrt.records import chosen_epoch, read_metrics
+from dlrt.runs import chosen_epoch, read_metrics
 
 # Schotthöfer et al. 2022: test accuracy after epoch 1, and after epoch 20
 PUBLISHED = pd.DataFrame({
@@ -38,9 +38,9 @@ def curves(found: pd.DataFrame, folder: Path) -> dict[tuple[str, float, float], 
 
     U Vᵀ is there with the best one only.
     """
-    results.over_seeds(found, ["network", "decay", "lr"])  # refuses runs that differ in more than the seed
+    tables.over_seeds(found, ["network", "decay", "lr"])  # refuses runs that differ in more than the seed
     vanilla = found["network"] == "vanilla_lenet5"
-    best = found["lr"] == found["decay"].map(tables.best_lrs(found[vanilla], "decay"))
+    best = found["lr"] == found["decay"].map(runs.best_lrs(found[vanilla], "decay"))
     shown = best | (~vanilla & (found["lr"] == AS_IN_THE_PAPER["lr"]))
     return {
         (METHODS[network], decay, lr): [read_metrics(folder / run) for run in rows["run"]]
@@ -85,15 +85,15 @@ def draw(of_setting: dict[tuple[str, float, float], list[pd.DataFrame]]) -> Figu
     return figure
 
 
-@results.boundary()
+@tables.boundary()
 def main() -> None:
-    args = results.parse(__doc__, Path(__file__).parent)
-    found = results.read(args, "python UV_vanilla/run.py", needs=["decay"])
+    args = tables.parse(__doc__, Path(__file__).parent)
+    found = tables.read(args, "python UV_vanilla/run.py", needs=["decay"])
     of_setting = curves(found, args.results)
     tried = found.loc[found["network"] == "vanilla_lenet5", "lr"].unique()
     lrs = ", ".join(f"{lr:g}" for lr in sorted(tried))
-    caption = CAPTION.format(data=results.data(found), lrs=lrs)
-    results.publish(args, table(of_setting), caption, {"uv_vanilla": draw(of_setting)})
+    caption = CAPTION.format(data=tables.data(found), lrs=lrs)
+    tables.publish(args, table(of_setting), caption, {"uv_vanilla": draw(of_setting)})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from dlrt import plots, records, results, tables
+from dlrt import plots, runs, tables
 from dlrt.plots import Figure
 
 # Schotthöfer et al. 2022: dense, and at these tolerances after some hundred epochs more at fixed rank
@@ -45,12 +45,12 @@ def with_methods(found: pd.DataFrame, folder: Path) -> pd.DataFrame:
     pruned = found["from_checkpoint"].notna()
     found.loc[pruned, "method"] = "retrained"
     if pruned.any():
-        best = found["rank"].map(tables.best_lrs(found[pruned], "rank"))
+        best = found["rank"].map(runs.best_lrs(found[pruned], "rank"))
         found = found[~pruned | (found["lr"] == best)]
         pruned = found["method"] == "retrained"
     truncated = found[pruned].assign(method="truncated", epochs=0)
     for index, run in truncated.iterrows():
-        first = records.read_metrics(folder / run["run"]).iloc[0]
+        first = runs.read_metrics(folder / run["run"]).iloc[0]
         truncated.loc[index, ["test_accuracy", "last_test_accuracy"]] = first["test_accuracy"]
     return pd.concat([found, truncated])
 
@@ -95,22 +95,22 @@ def pruning(summary: pd.DataFrame) -> Figure:
     return figure
 
 
-@results.boundary()
+@tables.boundary()
 def main() -> None:
-    args = results.parse(__doc__, Path(__file__).parent)
-    found = results.read(args, "python accuracy_vs_cr/run.py", needs=["width"])
+    args = tables.parse(__doc__, Path(__file__).parent)
+    found = tables.read(args, "python accuracy_vs_cr/run.py", needs=["width"])
     tried = found.loc[found["from_checkpoint"].notna(), "lr"].unique()
     lrs = ", ".join(f"{lr:g}" for lr in sorted(tried)) or "those tried"
     found = with_methods(found, args.results)
     found["fixed_rank"] = found["max_rank"] if "max_rank" in found else float("nan")
-    summary = results.over_seeds(found, ["width", "method", "tau", "fixed_rank"])
+    summary = tables.over_seeds(found, ["width", "method", "tau", "fixed_rank"])
     figures = {"mlp_accuracy_vs_cr": over_widths(summary)}
     if summary["method"].isin(["truncated", "retrained"]).any():
         figures["svd_pruning"] = pruning(summary)
     tau = tables.text(summary["tau"], "{:g}").where(summary["method"] == "DLRT", "")
     table = tables.readable(summary, {"width": summary["width"], "method": summary["method"], "τ": tau})
     table = pd.concat([table, published(summary["width"])]).fillna("")
-    results.publish(args, table, CAPTION.format(data=results.data(found), lrs=lrs), figures)
+    tables.publish(args, table, CAPTION.format(data=tables.data(found), lrs=lrs), figures)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from dlrt.data import Split, augmented_batch
 from dlrt.datasets import load
 from dlrt.models import ResNet8
 from dlrt.options import DATA_DIR, NATURAL, HelpFormatter, Parser
-from dlrt.records import damaged, read_table
+from dlrt.runs import damaged, read_table
 
 HERE = Path(__file__).parent
 SAMPLES, EPOCHS, BATCH = 10_000, 8, 128

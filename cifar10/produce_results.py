@@ -11,7 +11,7 @@ import pandas as pd
 import study_figures
 from study_figures import DENSE, WAYS
 
-from dlrt import records, results, tables
+from dlrt import runs, tables
 
 HERE = Path(__file__).parent
 # Schotthöfer et al. 2022: after 20 epochs at 93 to 98 % compression, and after 20 more of S alone
@@ -71,7 +71,7 @@ def with_ways(found: pd.DataFrame) -> pd.DataFrame:
 
 def compared(found: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Means over the seeds of all runs without fine-tuning, as numbers and as text."""
-    summary = results.over_seeds(found, SETTING)
+    summary = tables.over_seeds(found, SETTING)
     order = summary["way"].map({name: number for number, name in enumerate(WAYS)})
     summary = summary.assign(order=order).sort_values(["network", "order", "compression", "rule"])
     dense = summary[summary["way"] == DENSE].set_index(["network", "rule"])["accuracy"]
@@ -89,9 +89,9 @@ def fine_tuned(found: pd.DataFrame, folder: Path) -> pd.DataFrame:
     """A row per network: the accuracy before and after fine-tuning, chosen alike among the epochs of each."""
     rows = []
     for run in found.itertuples():
-        metrics = records.read_metrics(folder / run.run)
+        metrics = runs.read_metrics(folder / run.run)
         parts = [metrics[metrics["frozen_bases"] == frozen].reset_index() for frozen in (False, True)]
-        before, after = (part.loc[records.chosen_epoch(part)] for part in parts)
+        before, after = (part.loc[runs.chosen_epoch(part)] for part in parts)
         rows.append({
             "network": run.network,
             "τ": f"{run.tau:g}",
@@ -114,12 +114,12 @@ def fine_tuned(found: pd.DataFrame, folder: Path) -> pd.DataFrame:
     return pd.concat([table, published]).fillna("").sort_values("network", kind="stable")
 
 
-@results.boundary()
+@tables.boundary()
 def main() -> None:
-    args = results.parse(__doc__, HERE)
+    args = tables.parse(__doc__, HERE)
     command = "python cifar10/run.py, or the training scripts beside it"
-    found = results.read(args, command, dataset="cifar10")
-    data = results.data(found)
+    found = tables.read(args, command, dataset="cifar10")
+    data = tables.data(found)
     tuned = found.get("finetune_epochs", pd.Series(0, found.index)) > 0
     if tuned.any():
         effects = fine_tuned(found[tuned].assign(tau=tables.dense_or_tau(found)), args.results)
@@ -141,7 +141,7 @@ def main() -> None:
         figures["cifar10_accuracy_vs_cr"] = study_figures.relative_to_dense(summary)
     if (ours := study[study["way"].str.startswith("DLRT, budget")].sort_values(["seed", "run"])).size:
         figures["cifar10_ranks"] = study_figures.ranks_over_training(ours.iloc[0], args.results)
-    results.publish(args, table, CAPTION.format(data=data, missing=missing), figures)
+    tables.publish(args, table, CAPTION.format(data=data, missing=missing), figures)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from dlrt import errors, grid
 from dlrt.errors import RunError
 from dlrt.grid import Plan
 from dlrt.options import COUNT, PERCENT, POSITIVE
-from dlrt.records import epochs_done, read_metrics
+from dlrt.runs import epochs_done, read_metrics
 
 HERE = Path(__file__).parent
 EPOCHS = {  # of each network

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from dlrt import models, plots, records
+from dlrt import models, plots, runs
 from dlrt.plots import Figure, plt
 
 DENSE = "dense"
@@ -65,7 +65,7 @@ def over_time(found: pd.DataFrame, folder: Path) -> Figure:
         for axes, network in zip(rows[:, 0], networks, strict=True):
             of = shown[shown["network"] == network]
             for (name, rule), runs in of.groupby(["way", "rule"], sort=False):
-                metrics = [records.read_metrics(folder / run) for run in runs["run"]]
+                metrics = [runs.read_metrics(folder / run) for run in runs["run"]]
                 minutes = sum(rows["seconds"].cumsum() for rows in metrics) / len(metrics) / 60
                 accuracy = sum(rows["validation_accuracy"] for rows in metrics) / len(metrics)
                 look = {"color": plots.style(WAYS.index(name))["color"], "ls": "-" if rule == "Muon" else ":"}
@@ -78,7 +78,7 @@ def over_time(found: pd.DataFrame, folder: Path) -> Figure:
 
 def ranks_over_training(run: pd.Series, folder: Path) -> Figure:
     """Who gets the budget, and when: the rank of every layer after each epoch of a run."""
-    metrics = records.read_metrics(folder / run["run"])
+    metrics = runs.read_metrics(folder / run["run"])
     ranks = [list(map(int, text.split("/"))) for text in metrics["ranks"]]
     with torch.device("meta"):
         modules = getattr(models, run["network"])().named_modules()

@@ -18,8 +18,8 @@ from torch import nn
 
 import dlrt
 from dlrt import errors, plots, tables
+from dlrt.checkpoint import load_network
 from dlrt.errors import RunError
-from dlrt.loading import load_network
 from dlrt.options import HelpFormatter, Parser
 
 SUFFIXES = {"pt2": ".pt2", "onnx": ".onnx", "state_dict": ".pt"}

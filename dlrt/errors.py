@@ -43,6 +43,12 @@ def report(message: object) -> None:
     print(f"{program()}: {message}", file=sys.stderr)
 
 
+def one_line(text: str) -> str:
+    """A text on one line; what cannot be printed as an escape sequence."""
+    signs = " ".join(text.split())
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in signs)
+
+
 @contextmanager
 def boundary(kept: str = KEPT, code: int = 1) -> Iterator[None]:
     """Around a program, or its decorator: an error that the user can mend ends it with one line.

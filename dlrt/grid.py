@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dlrt import tables
+from dlrt import runs
 from dlrt.errors import DIVERGED, RunError
 from dlrt.options import (
     NATURAL,
@@ -31,7 +31,7 @@ from dlrt.options import (
     add_flags,
     as_flags,
 )
-from dlrt.records import epochs_done, read_options, read_runs, same_option
+from dlrt.runs import epochs_done, read_options, read_runs, same_option
 
 SHARED = ("dataset", "data_dir", "device")  # options of a grid that every one of its runs gets
 
@@ -142,11 +142,11 @@ def make(
 
 
 def best_lrs(plans: Sequence[Plan], results: Path, by: str) -> dict[Any, float]:
-    """`tables.best_lrs` of the runs of these plans; RunError where all of a value diverged."""
+    """`runs.best_lrs` of the runs of these plans; RunError where all of a value diverged."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "left out, since unfinished or diverged")
         found = read_runs(results)
-    best = tables.best_lrs(found[found["run"].isin([plan.name for plan in plans])], by).to_dict()
+    best = runs.best_lrs(found[found["run"].isin([plan.name for plan in plans])], by).to_dict()
     if hopeless := {f"{plan.options[by]:g}" for plan in plans if plan.options[by] not in best}:
         raise RunError(
             f"every learning rate diverges at {by} {', '.join(sorted(hopeless))}: add smaller ones"

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dlrt.records import one_line
+from dlrt.errors import one_line
 
 # Okabe & Ito's palette, which colour-blind readers can tell apart; line styles do it in grey print
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -95,7 +95,7 @@ def learning_curves(metrics: dict[str, pd.DataFrame]) -> Figure:
 def accuracy_against_compression(
     curves: dict[str, pd.DataFrame], references: dict[str, pd.DataFrame], dense: dict[str, float]
 ) -> Figure:
-    """Test accuracy over evaluation compression, by label: curves of `tables.over_seeds`, with a bar of one
+    """Test accuracy over evaluation compression, by label: curves of `runs.over_seeds`, with a bar of one
     standard deviation where there are seeds; references with the columns compression and accuracy, in grey;
     dense lines, dotted more widely from one to the next, in the colour of the curve that is labelled "DLRT"
     in the place of "dense", or grey.

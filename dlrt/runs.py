@@ -1,4 +1,4 @@
-"""A run's folder: config.json (all options), metrics.csv (a row per epoch), checkpoint.pt."""
+"""A run's folder: config.json (options), metrics.csv (a row per epoch), checkpoint.pt; many as a table."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ import platform
 import subprocess
 import warnings
 import weakref
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, TypedDict, get_type_hints
 
 import numpy as np
 import pandas as pd
 import torch
 
-import dlrt
+from dlrt.checkpoint import Row, holds, load_checkpoint, write_whole
 from dlrt.distributed import world_size
 from dlrt.errors import RunError
-from dlrt.records import Row, holds, read_options, same_option
 
 try:
     import fcntl
@@ -27,7 +25,25 @@ except ImportError:  # not on Windows
     fcntl = None
 
 
+AGAIN = "delete the run's folder and make the run again"
 RESUME = "once it can be, --resume continues from the last epoch"
+
+
+class Options(TypedDict, total=False):
+    """The options in config.json that tables are made of, where they are set."""
+
+    name: str
+    network: str
+    dataset: str
+    from_checkpoint: str
+    epochs: int
+    finetune_epochs: int
+    seed: int
+    lr: float
+    tau: float
+    width: float
+    decay: float
+    compression: float
 
 
 class Run:
@@ -106,57 +122,6 @@ class Run:
             raise RunError(f"{error}: delete it to begin anew") from error
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint: tensors, numbers and names, no code. RunError where the file is not one."""
-    state = load_file(path)
-    if not {"model", "metrics"} <= state.keys():
-        raise RunError(f"{path} is not a checkpoint of a run: it has no model and metrics")
-    rows, weights = state["metrics"], [state[name] for name in ("model", "chosen") if name in state]
-    are_rows = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
-    if not are_rows or (rows and not holds(pd.DataFrame(rows), Row)):
-        raise RunError(f"{path} is a damaged checkpoint: its metrics are not those of epochs")
-    if not all(map(_are_weights, weights)):
-        raise RunError(f"{path} is a damaged checkpoint: its weights are no state dict of tensors")
-    return state
-
-
-def _are_weights(state: Any) -> bool:
-    """Whether it is a state dict: names and tensors."""
-    return isinstance(state, dict) and all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
-    )
-
-
-def load_file(path: Path) -> dict[str, Any]:
-    """What torch.load reads in a file; RunError where that is no dictionary."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types, with long texts, on bytes that it cannot read
-        raise RunError(
-            f"{path} is not a checkpoint, or a damaged one: it holds no tensors that torch.load reads"
-        ) from error
-    if not isinstance(state, dict):
-        raise RunError(f"{path} holds a {type(state).__name__}, not a checkpoint")
-    return state
-
-
-def trained_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The weights of the chosen epoch of a run, from its folder or checkpoint, or a state dict in a file.
-
-    RunError where there is neither.
-    """
-    if (path / "config.json").exists() and not (path / "checkpoint.pt").exists():
-        raise RunError(f"{path} holds the record of a run without its weights: train it anew")
-    path = path / "checkpoint.pt" if path.is_dir() else path
-    if not path.exists():
-        raise RunError(f"{path} is not there: give a run's folder, its checkpoint.pt or a file of weights")
-    state = load_file(path)
-    weights = state.get("chosen", state)
-    if not _are_weights(weights):
-        raise RunError(f"{path} holds no state dict of tensors alone: save one with torch.save")
-    return weights
-
-
 def surroundings() -> dict[str, Any]:
     """Versions, device and commit: what else a result may depend on."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -172,7 +137,7 @@ def surroundings() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "gpu": gpu,
         },
-        "commit": _commit(Path(dlrt.__file__).parent),
+        "commit": _commit(Path(__file__).parent),
     }
 
 
@@ -192,22 +157,174 @@ def _commit(folder: Path) -> str | None:
     return commits[0][:12] + ("-dirty" if changes else "") if commits else None
 
 
-def write_whole(path: Path, write: Callable[[IO[bytes]], Any], advice: str) -> None:
-    """Write a file that is seen whole or not at all; OSError, with a line that ends in advice, where not."""
-    part = path.with_name(path.name + ".part")
+def read_options(folder: Path) -> dict[str, Any]:
+    """The options in a run's config.json, none where there is no run; RunError if damaged or gone."""
+    return read_config(folder).get("options", {})
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """All of a run's config.json, nothing where there is no run; RunError if damaged or gone."""
+    path = folder / "config.json"
+    if not path.exists() and not (folder / "metrics.csv").exists():
+        return {}
     try:
-        with part.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException as error:
-        if part.is_file():
-            part.unlink()
-        # torch.save raises a RuntimeError of its own, with a full disk or Ctrl-C behind it
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from error
-        reasons = [reason for reason in (error, error.__context__) if isinstance(reason, OSError)]
-        if not reasons:
-            raise
-        raise OSError(f"{path} cannot be written ({reasons[0].strerror}): {advice}") from error
+        config = json.loads(path.read_text(encoding="utf-8"))
+        options = {**config["options"]}
+        for option, kind in get_type_hints(Options).items():
+            value = options.get(option)
+            if value is not None and not isinstance(value, (float, int) if kind is float else kind):
+                raise TypeError(f"{option} must be of {kind.__name__}, got {value!r}")
+        return {**config, "options": options}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise damaged(path) from error
+
+
+def read_metrics(folder: Path, row: type = Row) -> pd.DataFrame | None:
+    """metrics.csv of one run, None where no epoch was completed; RunError where the file is damaged."""
+    path = folder / "metrics.csv"
+    return read_table(path, row).fillna({"ranks": ""}) if path.exists() else None
+
+
+def read_table(path: Path, row: type, again: str = AGAIN) -> pd.DataFrame:
+    """A CSV file of rows as a TypedDict has them, and more columns; RunError where it is damaged."""
+    try:
+        texts = {name: str for name, kind in get_type_hints(row).items() if kind is str}
+        table = pd.read_csv(path, dtype=texts)
+        whole = path.read_bytes().endswith(b"\n")  # else it was cut off
+    except (OSError, ValueError) as error:
+        raise damaged(path, again) from error
+    if not whole or not holds(table, row):
+        raise damaged(path, again)
+    return table
+
+
+def damaged(path: Path, again: str = AGAIN) -> RunError:
+    return RunError(f"{path} is lost or damaged: restore it, or {again}")
+
+
+def epochs_done(folder: Path) -> int:
+    """How many epochs a run has completed: 0 where there is none."""
+    metrics = read_metrics(folder)
+    return 0 if metrics is None else int(metrics["epoch"].iloc[-1])
+
+
+def same_option(name: str, one: Any, other: Any) -> bool:
+    """Whether two values of an option are the same; in a record that is too old to have it, it is not set."""
+    if name == "rank" and type(one) is not type(other):  # 1 is a rank, 1.0 the full one
+        return False
+    return one == other or not (one or other)
+
+
+def chosen_epoch(metrics: pd.DataFrame) -> int:
+    """The row to report: at the final tolerance and budget, the most accurate on the validation split.
+
+    Among equals the one with the smallest validation loss. Epoch 0, what training began with, is not one of
+    them. The same for every method; the test split has no say.
+    """
+    bounds = metrics[["tau"] + ["budget"] * ("budget" in metrics)]
+    final = metrics[(bounds == bounds.iloc[-1]).all(axis=1) & (metrics["epoch"] > 0)]
+    if final.empty:  # nothing was trained yet
+        final = metrics
+    order = final.sort_values(
+        ["validation_accuracy", "validation_loss"], ascending=[False, True], kind="stable"
+    )
+    return int(order.index[0])
+
+
+def read_runs(results: Path) -> pd.DataFrame:
+    """A row per run below a folder: its options, the metrics of its chosen epoch, and the folder's name.
+
+    The column last_test_accuracy is that of the last epoch, seconds_per_epoch the mean; options has all
+    options as a dict. A run that is not finished, or not yet begun, is left out with a warning.
+    FileNotFoundError where there are no finished runs.
+    """
+    rows, unfinished = [], []
+    files = (*results.glob("**/config.json"), *results.glob("**/metrics.csv"))
+    for folder in sorted({path.parent for path in files}):
+        name, options = str(folder.relative_to(results)), read_options(folder)
+        if options.get("epochs") is None:
+            raise damaged(folder / "config.json")
+        done, planned = epochs_done(folder), options["epochs"] + (options.get("finetune_epochs") or 0)
+        if done < max(1, planned):
+            unfinished.append(f"{name} ({done} of {planned} epochs)")
+            continue
+        metrics = read_metrics(folder)
+        try:
+            chosen = metrics.loc[chosen_epoch(metrics)].to_dict()
+            last, seconds = metrics["test_accuracy"].iloc[-1], metrics["seconds"].mean()
+        except KeyError as error:
+            raise damaged(folder / "metrics.csv") from error
+        rows.append({
+            **chosen,
+            **options,  # lr is the one that was asked for, not that of the epoch
+            "options": options,
+            "run": name,
+            "last_test_accuracy": last,
+            "seconds_per_epoch": seconds,
+        })  # fmt: skip
+    if unfinished:
+        warnings.warn(f"left out, since unfinished or diverged: {', '.join(unfinished)}", stacklevel=2)
+    if not rows:
+        raise FileNotFoundError(
+            f"no finished runs in {results}; make them with the training scripts beside it"
+        )
+    return pd.DataFrame(rows)
+
+
+def over_seeds(runs: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Means and standard deviations over the runs of each setting, a row per value of the columns `by`.
+
+    Accuracies and compressions in %; the ranks are those of the first seed. RunError where the runs of a
+    setting differ in more than the seed, or not even in that.
+    """
+    groups = runs.sort_values("seed").groupby(by, sort=False, dropna=False)
+    for _, rows in groups:
+        _check_difference(rows, "seed")
+    table = groups.agg(
+        seeds=("seed", "nunique"),
+        validation=("validation_accuracy", "mean"),
+        accuracy=("test_accuracy", "mean"),
+        accuracy_std=("test_accuracy", "std"),
+        last_accuracy=("last_test_accuracy", "mean"),
+        last_accuracy_std=("last_test_accuracy", "std"),
+        ranks=("ranks", "first"),
+        evaluation_parameters=("evaluation_parameters", "mean"),
+        compression=("evaluation_compression", "mean"),
+        compression_std=("evaluation_compression", "std"),
+        training_parameters=("training_parameters", "mean"),
+        training_compression=("training_compression", "mean"),
+    )
+    if "epochs" not in by:
+        table["epochs"] = groups["epochs"].first()
+    return table.reset_index()
+
+
+def best_lrs(runs: pd.DataFrame, by: str) -> pd.Series:
+    """The learning rate with which the first seed validates best, for every value of the column `by`.
+
+    RunError where the runs of that seed and one value differ in more than lr, or not even in that.
+    """
+    tried = runs[runs["seed"] == runs["seed"].min()]
+    for _, rows in tried.groupby(by):
+        _check_difference(rows, "lr")
+    tried = tried.sort_values(["validation_accuracy", "validation_loss"], ascending=[True, False])
+    return tried.groupby(by)["lr"].last()
+
+
+def _check_difference(rows: pd.DataFrame, name: str) -> None:
+    """Runs of one mean, or of one choice, differ in one option, `name`: else they would say nothing of it."""
+    first, *others = rows[["run", "options"]].itertuples(index=False)
+    for other in others:
+        changed = [
+            f"{option} {first.options.get(option)!r} and {other.options.get(option)!r}"
+            for option in {**first.options, **other.options}
+            if option not in (name, "name", "from_checkpoint")
+            and not same_option(option, first.options.get(option), other.options.get(option))
+        ]
+        if changed:
+            both = f"{first.run} and {other.run}"
+            raise RunError(f"{both} must differ in the {name} only, got {', '.join(changed)}: move one away")
+    if rows[name].duplicated().any():
+        raise RunError(
+            f"runs of one setting need a {name} each, got {', '.join(rows['run'])}: move some away"
+        )

@@ -15,14 +15,14 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from dlrt import distributed, errors
 from dlrt.baselines import Muon, plain_factors, product_decay
+from dlrt.checkpoint import trained_weights
 from dlrt.convert import to_low_rank
 from dlrt.data import Dataset
 from dlrt.datasets import load
 from dlrt.errors import OptionError, RunError
 from dlrt.optimizer import DLRT
 from dlrt.options import OPTIMIZERS, DenseOptions, LowRankOptions
-from dlrt.records import chosen_epoch
-from dlrt.runs import Run, trained_weights
+from dlrt.runs import Run, chosen_epoch
 from dlrt.training import fit
 
 CALIBRATION_IMAGES = 1000  # of the training split: they say what the loss needs of trained weights

@@ -1,18 +1,114 @@
-"""Tables of runs, as text to read and as files to publish."""
+"""What every produce_results.py shares: its flags, its runs, and tables as text and as files to publish."""
 
 from __future__ import annotations
 
+import argparse
 import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
 from torch import nn
 
+from dlrt import errors, plots, runs
 from dlrt.costs import compression, singular_values
-from dlrt.errors import RunError
-from dlrt.records import one_line, same_option
+from dlrt.errors import RunError, one_line
+from dlrt.options import ROOT, HelpFormatter, Parser
+from dlrt.plots import Figure
+from dlrt.runs import read_runs
 
+DATA = {"mnist": "MNIST", "cifar10": "CIFAR-10"}
 COUNTED = "Weights only, biases and norms left out; a layer of rank r counts r (m + n), a dense one m n."
+
+
+def parse(description: str, folder: Path) -> argparse.Namespace:
+    """The flags of a produce_results.py: where the runs are, and where tables and figures go."""
+    parser = Parser(description=description, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--results", type=Path, default=folder / "results", help="where the run folders are")
+    add(
+        "--output-dir",
+        type=Path,
+        help="of table and figures; by default this folder, and figures/ for the figures",
+    )
+    args = parser.parse_args()
+    args.figures = [args.output_dir] if args.output_dir else [folder, ROOT / "figures"]
+    args.output_dir = args.output_dir or folder
+    return args
+
+
+@contextmanager
+def boundary() -> Iterator[None]:
+    """`errors.boundary` of a produce_results.py, to whose main function records may be anything."""
+    with errors.boundary():
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            reason = one_line(f"{type(error).__name__}: {error}")
+            raise RunError(
+                f"the records are damaged, or of another experiment ({reason}): "
+                "give --results of this one, or move away what does not belong to it"
+            ) from error
+
+
+def read(
+    args: argparse.Namespace,
+    command: str,
+    reader: Callable[[Path], pd.DataFrame] = read_runs,
+    dataset: str = "mnist",
+    needs: Sequence[str] = (),
+) -> pd.DataFrame:
+    """What the reader finds, and a line for each of its warnings. All runs must have the options in `needs`.
+
+    All of one data set, that one where it is there; the runs on others are named and left out. RunError where
+    there is nothing, which says which command makes the runs.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            found = reader(args.results)
+        except FileNotFoundError:
+            found = None
+    for warning in caught:
+        errors.report(warning.message)
+    if found is None:
+        raise RunError(f"no finished runs in {args.results}; make them with: {command}")
+    if reader is not read_runs:
+        return found
+    for option in ("name", "network", "dataset", "seed", "lr", *needs):
+        runs = found["run"] if option not in found else found.loc[found[option].isna(), "run"]
+        if len(runs):
+            folder = args.results / runs.iloc[0]
+            raise RunError(f"{folder} has no {option}: it must be a run of {command}; move it away")
+    wanted = dataset if (found["dataset"] == dataset).any() else found["dataset"].iloc[0]
+    others = found.loc[found["dataset"] != wanted, "run"]
+    if len(others):
+        errors.report(f"left out, since not on {wanted}: {', '.join(others)}")
+    return found[found["dataset"] == wanted].reset_index(drop=True)
+
+
+def data(found: pd.DataFrame) -> str:
+    """What a caption calls the data set of the runs that `read` gave."""
+    return DATA.get(found["dataset"].iloc[0], found["dataset"].iloc[0])
+
+
+def over_seeds(found: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """`runs.over_seeds`, ordered."""
+    return runs.over_seeds(found, by).sort_values(by, na_position="first")
+
+
+def publish(args: argparse.Namespace, table: pd.DataFrame, caption: str, figures: dict[str, Figure]) -> None:
+    """Print a table and write it as CSV, Markdown and LaTeX, and figures by their names as PDF and PNG."""
+    try:
+        write(table, args.output_dir, caption)
+    except OSError as error:
+        why = f"cannot be written to ({error.strerror}): take another"
+        raise RunError(f"{args.output_dir} {why}") from error
+    print(markdown(table, caption))
+    for name, figure in figures.items():
+        print(f"figure: {plots.save(figure, args.figures, name)}")
 
 
 def comparison(runs: pd.DataFrame) -> pd.DataFrame:
@@ -30,65 +126,6 @@ def comparison(runs: pd.DataFrame) -> pd.DataFrame:
             "seconds per epoch": runs["seconds_per_epoch"].map("{:.2f}".format),
         }
     )
-
-
-def over_seeds(runs: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """Means and standard deviations over the runs of each setting, a row per value of the columns `by`.
-
-    Accuracies and compressions in %; the ranks are those of the first seed. RunError where the runs of a
-    setting differ in more than the seed, or not even in that.
-    """
-    groups = runs.sort_values("seed").groupby(by, sort=False, dropna=False)
-    for _, rows in groups:
-        _check_difference(rows, "seed")
-    table = groups.agg(
-        seeds=("seed", "nunique"),
-        validation=("validation_accuracy", "mean"),
-        accuracy=("test_accuracy", "mean"),
-        accuracy_std=("test_accuracy", "std"),
-        last_accuracy=("last_test_accuracy", "mean"),
-        last_accuracy_std=("last_test_accuracy", "std"),
-        ranks=("ranks", "first"),
-        evaluation_parameters=("evaluation_parameters", "mean"),
-        compression=("evaluation_compression", "mean"),
-        compression_std=("evaluation_compression", "std"),
-        training_parameters=("training_parameters", "mean"),
-        training_compression=("training_compression", "mean"),
-    )
-    if "epochs" not in by:
-        table["epochs"] = groups["epochs"].first()
-    return table.reset_index()
-
-
-def best_lrs(runs: pd.DataFrame, by: str) -> pd.Series:
-    """The learning rate with which the first seed validates best, for every value of the column `by`.
-
-    RunError where the runs of that seed and one value differ in more than lr, or not even in that.
-    """
-    tried = runs[runs["seed"] == runs["seed"].min()]
-    for _, rows in tried.groupby(by):
-        _check_difference(rows, "lr")
-    tried = tried.sort_values(["validation_accuracy", "validation_loss"], ascending=[True, False])
-    return tried.groupby(by)["lr"].last()
-
-
-def _check_difference(rows: pd.DataFrame, name: str) -> None:
-    """Runs of one mean, or of one choice, differ in one option, `name`: else they would say nothing of it."""
-    first, *others = rows[["run", "options"]].itertuples(index=False)
-    for other in others:
-        changed = [
-            f"{option} {first.options.get(option)!r} and {other.options.get(option)!r}"
-            for option in {**first.options, **other.options}
-            if option not in (name, "name", "from_checkpoint")
-            and not same_option(option, first.options.get(option), other.options.get(option))
-        ]
-        if changed:
-            both = f"{first.run} and {other.run}"
-            raise RunError(f"{both} must differ in the {name} only, got {', '.join(changed)}: move one away")
-    if rows[name].duplicated().any():
-        raise RunError(
-            f"runs of one setting need a {name} each, got {', '.join(rows['run'])}: move some away"
-        )
 
 
 def dense_or_tau(runs: pd.DataFrame) -> pd.Series:
@@ -186,7 +223,6 @@ LATEX = str.maketrans(
 )
 # else -- is a dash, '' a quotation mark, and the first cell an argument of the line break before it
 APART = re.compile(r"([-'`])(?=[-'`])|^(?=[\[*])")
-
 WIDE = 8  # columns that a page holds
 
 

@@ -18,13 +18,13 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
 from dlrt import distributed
+from dlrt.checkpoint import Row
 from dlrt.costs import compression
 from dlrt.data import Dataset, Split, augmented_batch
 from dlrt.errors import RunError
 from dlrt.optimizer import DLRT
 from dlrt.options import AMP, Options
-from dlrt.records import Row, chosen_epoch
-from dlrt.runs import Run
+from dlrt.runs import Run, chosen_epoch
 
 
 def fit(

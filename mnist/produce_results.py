@@ -5,19 +5,19 @@ python mnist/produce_results.py
 
 from pathlib import Path
 
-from dlrt import plots, records, results, tables
+from dlrt import plots, runs, tables
 
 
-@results.boundary()
+@tables.boundary()
 def main() -> None:
-    args = results.parse(__doc__, Path(__file__).parent)
-    found = results.read(args, "python mnist/lenet5_mnist.py, or the other scripts beside it")
+    args = tables.parse(__doc__, Path(__file__).parent)
+    found = tables.read(args, "python mnist/lenet5_mnist.py, or the other scripts beside it")
     metrics = {
-        f"{row.network} {row['name']}": records.read_metrics(args.results / row.run)
+        f"{row.network} {row['name']}": runs.read_metrics(args.results / row.run)
         for _, row in found.iterrows()
     }
     figures = {"learning_curves": plots.learning_curves(metrics)}
-    results.publish(args, tables.comparison(found), tables.COUNTED, figures)
+    tables.publish(args, tables.comparison(found), tables.COUNTED, figures)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from dlrt.cams.guided import guided_gradients, visible
 from dlrt.cams.networks import Network
 from dlrt.cams.pictures import Picture, overlay
 from dlrt.cams.targets import of_classes
+from dlrt.checkpoint import write_whole
 from dlrt.errors import KEPT
-from dlrt.runs import write_whole
 
 LEAST = 256  # pixels of the longer side of what is drawn
 Classes = tuple[int, ...]  # what a map explains: a class, or the sum of several

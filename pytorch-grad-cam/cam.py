@@ -31,9 +31,10 @@ from dlrt.cams import METHODS, check_options, known, networks
 from dlrt.cams.figure import figure
 from dlrt.cams.networks import Network
 from dlrt.cams.pictures import PictureError, files, read_labels
+from dlrt.checkpoint import write_whole
 from dlrt.errors import KEPT, LEFT_OUT, RunError
 from dlrt.options import NATURAL, NOT_PART_OF_THE_EXPERIMENT, PERCENT, RANK, TOLERANCE, HelpFormatter, Parser
-from dlrt.runs import surroundings, write_whole
+from dlrt.runs import surroundings
 
 FIGURE_ROWS = 12
 

@@ -33,11 +33,11 @@ from sources import digest, pictures_of
 from dlrt import errors
 from dlrt.cams import Maps, networks
 from dlrt.cams.pictures import Picture
+from dlrt.checkpoint import write_whole
 from dlrt.datasets import DATASETS
 from dlrt.errors import KEPT, LEFT_OUT, DataError, RunError
 from dlrt.options import DATA_DIR, FOLDER_NAME, NATURAL, TOLERANCE, HelpFormatter, Parser, number
-from dlrt.records import read_table
-from dlrt.runs import Run, write_whole
+from dlrt.runs import Run, read_table
 
 FULL_RANK_TOLERANCE = 2e-5
 COLUMNS = ("pearson", "deletion", "insertion", "road")

@@ -10,9 +10,9 @@ from pathlib import Path
 import drawings
 import pandas as pd
 
-from dlrt import errors, results, tables
-from dlrt.errors import RunError
-from dlrt.records import one_line, read_options
+from dlrt import errors, tables
+from dlrt.errors import RunError, one_line
+from dlrt.runs import read_options
 
 KINDS = ["reference", "low-rank", "SVD", "other seed", "full rank", "random weights", "RandomCAM"]
 LAST = "randomcam.csv"  # a comparison is complete when it has its last table
@@ -120,7 +120,7 @@ def readable(study: str, config: dict, summary: pd.DataFrame) -> pd.DataFrame:
 
 @errors.boundary()
 def main() -> None:
-    args = results.parse(__doc__, Path(__file__).parent)
+    args = tables.parse(__doc__, Path(__file__).parent)
     studied, figures = [], {}
     for folder in sorted(path.parent for path in args.results.glob("*/config.json")):
         try:
@@ -140,7 +140,7 @@ def main() -> None:
             f"no finished comparisons in {args.results}; make one with: "
             "python pytorch-grad-cam/compare_cams.py --help"
         )
-    results.publish(args, pd.concat(studied, ignore_index=True), CAPTION, figures)
+    tables.publish(args, pd.concat(studied, ignore_index=True), CAPTION, figures)
 
 
 if __name__ == "__main__":

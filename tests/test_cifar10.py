@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dlrt import compression
+from dlrt.checkpoint import load_network
 from dlrt.datasets import load
-from dlrt.loading import load_network
 from dlrt.training import evaluate
 
 SMALL = ["--dataset", "digits32", "--epochs", "1"]

@@ -22,10 +22,10 @@ from torch.nn.functional import cross_entropy
 
 import dlrt
 from dlrt import DLRT, distributed, to_low_rank
+from dlrt.checkpoint import load_checkpoint
 from dlrt.data import Dataset, Split
 from dlrt.options import ROOT
-from dlrt.records import read_metrics
-from dlrt.runs import Run, load_checkpoint
+from dlrt.runs import Run, read_metrics
 from dlrt.training import evaluate, train_epoch
 
 STEPS = {

@@ -13,7 +13,7 @@ import torch
 from dlrt import grid
 from dlrt.errors import RunError
 from dlrt.options import ROOT
-from dlrt.records import epochs_done, read_metrics
+from dlrt.runs import epochs_done, read_metrics
 
 SCRIPT = ROOT / "mnist" / "mlp_mnist_baseline.py"
 QUICK = {"dataset": "digits", "width": 8}

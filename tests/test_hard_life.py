@@ -19,12 +19,13 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from dlrt import DLRT, LowRankConv2d, LowRankLinear, script, to_low_rank
+from dlrt.checkpoint import load_checkpoint
 from dlrt.data import Split
 from dlrt.datasets import _split
 from dlrt.errors import DataError, RunError
 from dlrt.models import MLP
 from dlrt.options import ROOT, LowRankOptions
-from dlrt.runs import Run, load_checkpoint
+from dlrt.runs import Run
 from dlrt.training import fit
 
 __all__ = ["dataset", "one_thread"]  # fixtures

@@ -13,11 +13,11 @@ from torch import nn
 import dlrt
 from dlrt.__main__ import main
 from dlrt.baselines import plain_factors
+from dlrt.checkpoint import load_checkpoint, load_network
 from dlrt.datasets import load
 from dlrt.errors import RunError
-from dlrt.loading import load_network
 from dlrt.models import MLP
-from dlrt.runs import Run, load_checkpoint
+from dlrt.runs import Run
 from dlrt.training import evaluate, fit
 
 

@@ -14,12 +14,11 @@ import pytest
 import torch
 
 from dlrt import SpatialLowRankConv2d
+from dlrt.checkpoint import load_checkpoint, load_network
 from dlrt.datasets import DATASETS
 from dlrt.errors import OptionError
-from dlrt.loading import load_network
 from dlrt.options import OPTIMIZERS, RAMP, ROOT, DenseOptions, LowRankOptions, as_flags
-from dlrt.records import read_metrics
-from dlrt.runs import load_checkpoint
+from dlrt.runs import read_metrics
 from dlrt.settings import INTEGRATORS, UPDATES
 
 SCRIPT = ROOT / "mnist" / "lenet5_mnist.py"

@@ -14,10 +14,10 @@ import pandas as pd
 import pytest
 import torch
 
-from dlrt import grid, plots, results, tables
+from dlrt import grid, plots, runs, tables
 from dlrt.errors import RunError
 from dlrt.options import FOLDER_NAME, ROOT, Parser
-from dlrt.records import read_runs
+from dlrt.runs import read_runs
 
 
 def load(path):
@@ -60,7 +60,7 @@ def test_a_setting_has_the_mean_over_its_seeds_at_the_chosen_epoch_and_at_the_la
     write_run(tmp_path, "b", [80, 90], [75.0, 74.0], seed=1, ranks="5/6")
     write_run(tmp_path, "dense", [80, 90], [98.0, 99.0], ranks="")
     found = read_runs(tmp_path)
-    summary = tables.over_seeds(found.assign(tau=tables.dense_or_tau(found)), ["tau"]).set_index("tau")
+    summary = runs.over_seeds(found.assign(tau=tables.dense_or_tau(found)), ["tau"]).set_index("tau")
     row = summary.loc[0.2]
     assert (row["accuracy"], row["last_accuracy"], row["seeds"]) == (72.0, 67.0, 2)
     assert row["accuracy_std"] == pytest.approx(np.std([70, 74], ddof=1))
@@ -78,7 +78,7 @@ def test_runs_that_are_no_seeds_of_one_setting_are_not_averaged(other, told, tmp
     write_run(tmp_path, "a", [90], [70.0])
     write_run(tmp_path, "b", [90], [71.0], **{"seed": 1, **other})
     with pytest.raises(RunError, match=told):
-        tables.over_seeds(read_runs(tmp_path), ["tau"])
+        runs.over_seeds(read_runs(tmp_path), ["tau"])
 
 
 def test_a_pruned_net_is_shown_before_its_training_and_after_it(tmp_path):
@@ -104,12 +104,12 @@ def test_the_step_size_of_plain_factors_is_the_one_best_in_validation(tmp_path):
         write_run(tmp_path, f"chance {lr}", [10], [10], decay=9.0, lr=lr, loss=loss, **vanilla)
     with pytest.warns(UserWarning, match=r"unfinished or diverged: diverged \(1 of 9 epochs\)"):
         found = read_runs(tmp_path)
-    best = tables.best_lrs(found[found["network"] == "vanilla_lenet5"], "decay").to_dict()
+    best = runs.best_lrs(found[found["network"] == "vanilla_lenet5"], "decay").to_dict()
     assert best == {2.0: 0.1, 9.0: 0.2}
     shutil.rmtree(tmp_path / "diverged")
     write_run(tmp_path, "batches", [99], [99], decay=2.0, lr=0.05, batch_size=32, **vanilla)
     with pytest.raises(RunError, match=r"batches must differ in the lr only, got .*batch_size None and 32"):
-        tables.best_lrs(read_runs(tmp_path), "decay")
+        runs.best_lrs(read_runs(tmp_path), "decay")
 
 
 def test_a_grid_chooses_among_its_own_runs_and_ends_where_all_diverged(tmp_path):
@@ -154,7 +154,7 @@ def test_a_table_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     args = Namespace(output_dir=tmp_path / "file", figures=[])
     with pytest.raises(RunError, match=r"file cannot be written to \(File exists\): take another"):
-        results.publish(args, pd.DataFrame({"a": [1]}), "", {})
+        tables.publish(args, pd.DataFrame({"a": [1]}), "", {})
 
 
 def test_fine_tuning_is_shown_by_the_best_epoch_before_it_and_in_it(tmp_path, monkeypatch):

@@ -11,11 +11,10 @@ import pytest
 import torch
 
 import dlrt
+from dlrt.checkpoint import load_checkpoint, load_network, trained_weights
 from dlrt.errors import RunError
-from dlrt.loading import load_network
 from dlrt.models import LeNet5
-from dlrt.records import chosen_epoch, read_metrics, read_runs
-from dlrt.runs import Run, load_checkpoint, trained_weights
+from dlrt.runs import Run, chosen_epoch, read_metrics, read_runs
 
 OPTIONS = {"lr": 0.05, "tau": 0.1, "max_rank": None, "amp": False, "name": "a"}
 

@@ -15,8 +15,7 @@ from dlrt.data import Split
 from dlrt.datasets import digits
 from dlrt.errors import RunError
 from dlrt.models import MLP
-from dlrt.records import chosen_epoch, read_metrics
-from dlrt.runs import Run
+from dlrt.runs import Run, chosen_epoch, read_metrics
 from dlrt.training import evaluate, fit, tau_fraction, train_epoch
 
 RECIPE = plain(epochs=4, batch_size=64, tau=0.1)

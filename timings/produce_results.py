@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from dlrt import plots, results
+from dlrt import plots, tables
 from dlrt.plots import Axes, Figure, mpl, plt
-from dlrt.records import damaged, read_config, read_metrics
+from dlrt.runs import damaged, read_config, read_metrics
 from dlrt.settings import INTEGRATORS
 from dlrt.timing import Timing
 
@@ -205,14 +205,14 @@ def caption(rows: pd.DataFrame) -> str:
     )
 
 
-@results.boundary()
+@tables.boundary()
 def main() -> None:
-    args = results.parse(__doc__, Path(__file__).parent)
-    rows = results.read(args, "python timings/run.py", read)
+    args = tables.parse(__doc__, Path(__file__).parent)
+    rows = tables.read(args, "python timings/run.py", read)
     figures = {"timings": times(rows)}
     if (rows["phase"] == "training").any():
         figures["timings_shares"] = shares(rows)
-    results.publish(args, table(rows), caption(rows), figures)
+    tables.publish(args, table(rows), caption(rows), figures)
 
 
 if __name__ == "__main__":

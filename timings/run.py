@@ -29,8 +29,7 @@ from tqdm import tqdm
 from dlrt import compression, errors
 from dlrt.models import MLP
 from dlrt.options import DEFAULT_DEVICE, NATURAL, POSITIVE, device
-from dlrt.records import read_metrics
-from dlrt.runs import Run
+from dlrt.runs import Run, read_metrics
 from dlrt.settings import INTEGRATORS
 from dlrt.timing import Timing, in_turn
 

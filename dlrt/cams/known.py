@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from dlrt import models
 from dlrt.cams.networks import Network, titled
+from dlrt.checkpoint import load_file, load_network
 from dlrt.datasets import CIFAR10_CLASSES, CLASS_NAMES
 from dlrt.errors import RunError
-from dlrt.loading import load_network
 from dlrt.models import efficientnet
-from dlrt.runs import load_file
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation
 SOURCES = ("download", "random")
