@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from dlrt import fields, integrators
+from dlrt.attention import Attention
 from dlrt.averaging import average
 from dlrt.convert import load_factors, to_dense, to_low_rank
 from dlrt.convolutions import LowRankConv2d, SpatialLowRankConv2d
@@ -14,6 +15,7 @@ from dlrt.optimizer import DLRT
 
 __all__ = [
     "DLRT",
+    "Attention",
     "Compression",
     "LowRank",
     "LowRankConv2d",

@@ -13,6 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from dlrt.attention import Attention, pack
 from dlrt.checks import check_compression, check_real, check_tolerance
 from dlrt.convolutions import LowRankConv2d, SpatialLowRankConv2d
 from dlrt.costs import compression as cost_of
@@ -23,7 +24,6 @@ from dlrt.ranks import allocate_ranks, budget_for
 
 LOW_RANK_TYPES = {nn.Linear: LowRankLinear, nn.Conv2d: LowRankConv2d}
 OTHER_KINDS = {
-    nn.MultiheadAttention: "nn.MultiheadAttention packs its projections into one parameter",
     nn.RNNBase: "recurrent layers have no low-rank form here",
     nn.RNNCellBase: "recurrent layers have no low-rank form here",
 }
@@ -40,6 +40,8 @@ def to_low_rank(
 ) -> nn.Module:
     """Make every nn.Linear and nn.Conv2d of a model, in place, its truncated SVD; give the model back.
 
+    nn.MultiheadAttention becomes a `dlrt.Attention`, of which query, key, value and output are such layers.
+
     The layers stay the same objects, so that whatever else holds one, as a list or a closure, trains it, too.
     A module that uses `layer.weight` without calling the layer trains it as well.
     rank is an int (in a layer too small for it, that layer's full rank), a share in (0, 1] of each layer's
@@ -54,17 +56,22 @@ def to_low_rank(
     (out_channels * height, in_channels * width), see `dlrt.SpatialLowRankConv2d`. Full rank then has more
     parameters than the kernel: with as many channels in as out half of it has as many, a fifth 60 % fewer.
     skip names the modules that stay dense, with all that they contain. A warning names each layer that stays
-    as it is: grouped convolutions, weights that two modules share, recurrent layers, nn.MultiheadAttention,
-    layers with hooks, parametrized and lazy ones, subclasses and others with a weight matrix of their own,
-    and low-rank ones. Embeddings and convolutions that are not two-dimensional stay so without. Make the
-    optimizer afterwards: S is a new parameter. ValueError for an impossible rank, tau or compression, for
-    inputs of what is no classifier, or where skip names no module.
+    as it is: grouped convolutions, weights that two modules share (the head of a language model that is tied
+    to its embedding), recurrent layers, attention with add_bias_kv or add_zero_attn, layers with hooks,
+    parametrized and lazy ones, subclasses and others with a weight matrix of their own, and low-rank ones.
+    Embeddings and convolutions that are not two-dimensional stay so without. Make the optimizer afterwards: S
+    is a new parameter. ValueError for an impossible rank, tau or compression, for inputs of what is no
+    classifier, or where skip names no module.
     """
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     _check(model, rank, tau, skip, compression)
     layers = _layers(model, skip)
-    for layer, made in zip(layers, _cut(model, layers, rank, tau, inputs, compression, spatial), strict=True):
-        become(layer, made)
+    try:
+        cut = _cut(model, layers, rank, tau, inputs, compression, spatial)
+        for layer, made in zip(layers, cut, strict=True):
+            become(layer, made)
+    finally:
+        pack(model)  # attention of which nothing became low-rank
     return model
 
 
@@ -78,6 +85,8 @@ def _layers(model: nn.Module, skip: tuple[str, ...]) -> list[nn.Linear | nn.Conv
             continue
         if reason := _stays(module, owners):
             warnings.warn(f"{name or type(module).__name__} stays {reason}", stacklevel=3)
+        elif type(module) is nn.MultiheadAttention:
+            become(module, Attention(module))  # the walk goes on in its four layers
         elif type(module) in LOW_RANK_TYPES:
             layers.append(module)
     return layers
@@ -91,8 +100,8 @@ def _stays(module: nn.Module, owners: Counter[int]) -> str | None:
         if isinstance(module, kind):
             return f"dense: {reason}"
     if type(module) is NonDynamicallyQuantizableLinear:
-        return None  # a part of nn.MultiheadAttention, which is named
-    for kind in LOW_RANK_TYPES:
+        return None  # a part of nn.MultiheadAttention that stays dense, which is named
+    for kind in (*LOW_RANK_TYPES, nn.MultiheadAttention):
         if isinstance(module, kind):
             reason = _no_plain_layer(module, kind, owners)
             return reason and f"dense: {reason}"
@@ -103,7 +112,7 @@ def _stays(module: nn.Module, owners: Counter[int]) -> str | None:
     return None
 
 
-def _no_plain_layer(module: nn.Linear | nn.Conv2d, kind: type, owners: Counter[int]) -> str | None:
+def _no_plain_layer(module: nn.Module, kind: type, owners: Counter[int]) -> str | None:
     if is_parametrized(module):
         return "it is parametrized, as by spectral_norm or weight_norm"
     if isinstance(module, LazyModuleMixin):
@@ -120,7 +129,10 @@ def _no_plain_layer(module: nn.Linear | nn.Conv2d, kind: type, owners: Counter[i
         return "it has hooks, as of pruning, which would be lost: register those of other kinds afterwards"
     if getattr(module, "groups", 1) > 1:
         return "it is a grouped convolution"
-    return "another module shares its weight" if owners[id(module.weight)] > 1 else None
+    if kind is nn.MultiheadAttention and (module.bias_k is not None or module.add_zero_attn):
+        return "attention with add_bias_kv or add_zero_attn has no low-rank form here"
+    weights = [p for p in module._parameters.values() if p is not None and p.dim() > 1]
+    return "another module shares its weight" if any(owners[id(W)] > 1 for W in weights) else None
 
 
 def _check(
@@ -212,11 +224,14 @@ def to_dense(model: nn.Module) -> nn.Module:
 
 
 def replace_layers(model: nn.Module, make: Callable[[LowRankLayer], nn.Module]) -> nn.Module:
-    """Make every low-rank layer what make(layer) is; it stays the same object for whoever holds it."""
+    """Make every low-rank layer what make(layer) is; it stays the same object for whoever holds it.
+
+    Attention of which no layer is low-rank any more is packed again.
+    """
     for layer in list(model.modules()):
         if isinstance(layer, LowRankLayer):
             become(layer, make(layer))
-    return model
+    return pack(model)
 
 
 def load_factors(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
@@ -225,11 +240,14 @@ def load_factors(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     Layers that have factors in the state become low-rank, of the rank there, without a decomposition.
     RuntimeError where the state belongs to another network, as from load_state_dict.
     """
-    for name, dense in list(model.named_modules()):
-        U = state.get(f"{name}.U" if name else "U")
+    for name, dense in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if type(dense) is nn.MultiheadAttention and any(key.startswith(f"{prefix}q_proj.") for key in state):
+            become(dense, Attention(dense))  # the walk goes on in its four layers
+        U = state.get(f"{prefix}U")
         if type(dense) in LOW_RANK_TYPES and U is not None:
             become(dense, _kind(dense, _is_spatial(dense, U)).in_place_of(dense))
-    model.load_state_dict(state)
+    pack(model).load_state_dict(state)
     return model
 
 

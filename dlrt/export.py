@@ -14,12 +14,13 @@ from dlrt.layers import LowRankLayer
 
 
 def export(model: nn.Module) -> nn.Module:
-    """A copy of a model with torch's own layers in place of the low-rank ones: nothing of dlrt is left in it.
+    """A copy of a model with torch's own layers in place of the low-rank ones.
 
     A layer y = x V Sᵀ Uᵀ + bias becomes nn.Sequential of two thin ones, with the weights S Vᵀ and U, where
     r (m + n) < m n, and one dense layer where not. Modes, types, devices and frozen weights are kept, and a
     module that occurs twice stays one. The copy shares no memory with the model; hooks that sat on a low-rank
-    layer are left behind.
+    layer are left behind. Nothing of dlrt is left in it, but for `dlrt.Attention` around thin layers, which
+    torch has no module for.
     """
     return replace_layers(deepcopy(model), plain_layer)
 

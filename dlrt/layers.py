@@ -199,7 +199,14 @@ class LowRankLayer(nn.Module):
         return self.U.detach() @ self.S @ self.V.detach().mT
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-        """A checkpoint of any rank loads: the factors take its rank first. Its bases must be orthonormal."""
+        """A checkpoint of any rank loads: the factors take its rank first. Its bases must be orthonormal.
+
+        That of a dense layer is one of full rank.
+        """
+        weight = state_dict.pop(f"{prefix}weight", None)
+        if weight is not None:
+            Y = LowRank.from_dense(self.as_matrix(weight))
+            state_dict.update({f"{prefix}{name}": getattr(Y, name) for name in FACTORS})
         U, S, V = (state_dict.get(prefix + name) for name in "USV")
         known = U is not None and S is not None and V is not None
         if known and (len(U), len(V)) == self.shape:

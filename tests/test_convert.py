@@ -237,7 +237,7 @@ def transposed():
         (lambda: nn.utils.spectral_norm(nn.Linear(4, 4)), "dense: it has hooks"),
         (lambda: prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5), "dense: it has hooks"),
         (lambda: dlrt.LowRankLinear(4, 4, 2), "as it is: it is low-rank already"),
-        (lambda: nn.MultiheadAttention(4, 2), "dense: nn.MultiheadAttention packs"),
+        (lambda: nn.LSTM(4, 4), "dense: recurrent layers"),
     ],
 )
 def test_what_stays_as_it_is_is_named_once_with_the_reason(make, reason):

@@ -12,7 +12,7 @@ ORDER = [
     ["checks", "clutter", "timing", "watching", "errors"],
     ["lowrank", "plots"],
     ["ranks", "integrators", "layers", "curvature"],
-    ["velocity", "fields", "convolutions", "costs", "streaming"],
+    ["velocity", "fields", "attention", "convolutions", "costs", "streaming"],
     ["convert", "distributed", "settings", "pendulum"],
     ["weight_step"],
     ["averaging", "export", "optimizer"],

@@ -150,6 +150,18 @@ def test_a_state_of_any_rank_loads_into_a_layer_of_any_other_and_keeps_its_layou
             assert target.U.stride() == source.U.stride()
 
 
+def test_the_state_of_a_dense_layer_loads_at_full_rank():
+    for dense, layer in (
+        (nn.Linear(9, 6), LowRankLinear(9, 6, 2)),
+        (nn.Conv2d(2, 6, 3), LowRankConv2d(2, 6, 3, rank=2)),
+        (nn.Conv2d(2, 6, 3), SpatialLowRankConv2d(2, 6, 3, rank=2)),
+    ):
+        layer.load_state_dict(dense.state_dict())
+        assert layer.rank == min(layer.shape)
+        assert torch.allclose(layer.weight, dense.weight, atol=1e-13)
+        assert torch.equal(layer.bias, dense.bias)
+
+
 def test_a_state_of_another_shape_is_refused():
     with pytest.raises(RuntimeError, match="size mismatch for U"):
         LowRankLinear(9, 6, 2).load_state_dict(LowRankLinear(9, 7, 3).state_dict())

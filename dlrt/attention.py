@@ -1,0 +1,156 @@
+"""nn.MultiheadAttention with four linear layers in place of packed parameters: these may be low-rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from dlrt.layers import become
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+PACKED = ("in_proj_weight", *(f"{name}_weight" for name in PROJECTIONS), "in_proj_bias")
+
+
+class Attention(nn.Module):
+    """Attention over heads with the layers q_proj, k_proj, v_proj and out_proj, made of a packed one.
+
+    It has the map, the arguments and the attributes of nn.MultiheadAttention, and loads its state dict.
+    """
+
+    in_proj_weight = in_proj_bias = None
+    _qkv_same_embed_dim = False  # so torch sees that its fast path, which takes packed weights, is not for it
+
+    def __init__(self, packed: nn.MultiheadAttention) -> None:
+        super().__init__()
+        for name in ("embed_dim", "num_heads", "head_dim", "dropout", "batch_first", "kdim", "vdim"):
+            setattr(self, name, getattr(packed, name))
+        own = {name: p for name in PACKED if (p := packed._parameters.get(name)) is not None}
+        trained = {name.rsplit("_", 1)[1]: p.requires_grad for name, p in own.items()}
+        parts = unpacked({name: p.detach() for name, p in own.items()})
+        for name in PROJECTIONS:
+            rows, columns = parts[f"{name}.weight"].shape
+            layer = nn.Linear(columns, rows, bias=f"{name}.bias" in parts, device="meta")
+            for kind in trained:
+                setattr(layer, kind, nn.Parameter(parts[f"{name}.{kind}"].clone(), trained[kind]))
+            setattr(self, name, layer)
+        self.out_proj = packed.out_proj
+        self.out_proj.__class__ = nn.Linear
+        self.train(packed.training)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(N, L, E) with batch_first, (L, N, E) without, or (L, E); and weights ([N,] [heads,] L, S)."""
+        if query.is_nested:
+            raise TypeError(
+                "low-rank attention must get padded tensors, got nested ones: set use_nested_tensor of the "
+                "nn.TransformerEncoder to False"
+            )
+        if is_causal and attn_mask is None:
+            raise RuntimeError("is_causal must come with the attn_mask that it tells of, got none: give both")
+        batched = query.dim() == 3
+        q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(value)
+        if not (batched and self.batch_first):
+            q, k, v = (x.transpose(0, 1) if batched else x[None] for x in (q, k, v))
+        q, k, v = (x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+        mask = _added_mask(attn_mask, key_padding_mask, q.shape[0], q.dtype)
+        dropout, weights = self.dropout if self.training else 0.0, None
+        if need_weights:
+            scores = q @ k.mT * self.head_dim**-0.5  # (N, heads, L, S)
+            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+            y = weights @ v
+            weights = weights.mean(1) if average_attn_weights else weights
+            weights = weights if batched else weights[0]
+        else:
+            causal = is_causal and key_padding_mask is None
+            y = F.scaled_dot_product_attention(q, k, v, None if causal else mask, dropout, causal)
+        y = self.out_proj(y.transpose(1, 2).flatten(2))
+        if not (batched and self.batch_first):
+            y = y.transpose(0, 1) if batched else y[0]
+        return y, weights
+
+    def packed(self) -> nn.MultiheadAttention:
+        """nn.MultiheadAttention with the same map; the four layers must be dense."""
+        layers, bias = [getattr(self, name) for name in PROJECTIONS], self.q_proj.bias is not None
+        made = nn.MultiheadAttention(
+            self.embed_dim,
+            self.num_heads,
+            self.dropout,
+            bias,
+            kdim=self.kdim,
+            vdim=self.vdim,
+            batch_first=self.batch_first,
+            device="meta",
+        )
+        weights = [layer.weight.detach() for layer in layers]
+        parts = {f"{name}_weight": W for name, W in zip(PROJECTIONS, weights, strict=True)}
+        if made._qkv_same_embed_dim:
+            parts = {"in_proj_weight": torch.cat(weights)}
+        for name, W in parts.items():
+            setattr(made, name, nn.Parameter(W, self.q_proj.weight.requires_grad))
+        if bias:
+            joined = torch.cat([layer.bias.detach() for layer in layers])
+            made.in_proj_bias = nn.Parameter(joined, self.q_proj.bias.requires_grad)
+        made.out_proj = self.out_proj
+        made.out_proj.__class__ = NonDynamicallyQuantizableLinear
+        return made.train(self.training)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """What a state dict of nn.MultiheadAttention has packed is taken apart."""
+        known = {name: state_dict.pop(prefix + name) for name in PACKED if prefix + name in state_dict}
+        state_dict.update({prefix + name: part for name, part in unpacked(known).items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def unpacked(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters that nn.MultiheadAttention packs, by the names of linear layers."""
+    parts = {}
+    for name, parameter in parameters.items():
+        whose, kind = name.rsplit("_", 1)
+        names = PROJECTIONS if whose == "in_proj" else (whose,)
+        shares = zip(names, parameter.chunk(len(names)), strict=True)
+        parts |= {f"{name}.{kind}": part for name, part in shares}
+    return parts
+
+
+def pack(model: nn.Module) -> nn.Module:
+    """Make attention whose four layers are dense nn.MultiheadAttention again, in place; give the model back.
+
+    An nn.TransformerEncoder around any other makes no nested tensors, which only packed weights can take.
+    """
+    for module in list(model.modules()):
+        if isinstance(module, Attention) and all(type(layer) is nn.Linear for layer in module.children()):
+            become(module, module.packed())
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and any(
+            isinstance(m, Attention) for m in encoder.modules()
+        ):
+            encoder.use_nested_tensor = False
+    return model
+
+
+def _added_mask(
+    attn_mask: Tensor | None, key_padding_mask: Tensor | None, samples: int, dtype: torch.dtype
+) -> Tensor | None:
+    """What is added to scores (N, heads, L, S); True in a mask means that a key is left out."""
+    masks = []
+    if attn_mask is not None:  # (L, S) or (N heads, L, S)
+        masks.append(attn_mask.unflatten(0, (samples, -1)) if attn_mask.dim() == 3 else attn_mask)
+    if key_padding_mask is not None:  # (N, S) or (S,)
+        masks.append(key_padding_mask.view(samples, 1, 1, -1))
+    for i, mask in enumerate(masks):
+        if mask.dtype == torch.bool:
+            masks[i] = torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
+    return sum(masks).to(dtype) if masks else None
