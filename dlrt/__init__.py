@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from dlrt import fields, integrators
+from dlrt.adapters import adapter_state, add_adapters, load_adapters, merge_adapters, save_lora
 from dlrt.attention import Attention
 from dlrt.averaging import average
 from dlrt.convert import load_factors, to_dense, to_low_rank
@@ -23,12 +24,17 @@ __all__ = [
     "LowRankLinear",
     "SpatialLowRankConv2d",
     "StreamingPCA",
+    "adapter_state",
+    "add_adapters",
     "average",
     "compression",
     "export",
     "fields",
     "integrators",
+    "load_adapters",
     "load_factors",
+    "merge_adapters",
+    "save_lora",
     "singular_values",
     "to_dense",
     "to_low_rank",

@@ -114,6 +114,11 @@ class Attention(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def can_unpack(module: nn.Module) -> bool:
+    """Whether a module is nn.MultiheadAttention that has a form as `Attention`."""
+    return type(module) is nn.MultiheadAttention and module.bias_k is None and not module.add_zero_attn
+
+
 def unpacked(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parameters that nn.MultiheadAttention packs, by the names of linear layers."""
     parts = {}

@@ -13,7 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from dlrt.attention import Attention, pack
+from dlrt.attention import Attention, can_unpack, pack
 from dlrt.checks import check_compression, check_real, check_tolerance
 from dlrt.convolutions import LowRankConv2d, SpatialLowRankConv2d
 from dlrt.costs import compression as cost_of
@@ -129,7 +129,7 @@ def _no_plain_layer(module: nn.Module, kind: type, owners: Counter[int]) -> str 
         return "it has hooks, as of pruning, which would be lost: register those of other kinds afterwards"
     if getattr(module, "groups", 1) > 1:
         return "it is a grouped convolution"
-    if kind is nn.MultiheadAttention and (module.bias_k is not None or module.add_zero_attn):
+    if kind is nn.MultiheadAttention and not can_unpack(module):
         return "attention with add_bias_kv or add_zero_attn has no low-rank form here"
     weights = [p for p in module._parameters.values() if p is not None and p.dim() > 1]
     return "another module shares its weight" if any(owners[id(W)] > 1 for W in weights) else None

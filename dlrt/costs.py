@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dlrt.adapters import adapters
 from dlrt.layers import LowRankLayer
 from dlrt.lowrank import at_least_single
 from dlrt.ranks import budget_for, parameters
@@ -39,10 +40,17 @@ class Compression:
 
 
 def compression(model: nn.Module) -> Compression:
-    """Count a network's weights and say the rank of each of its low-rank layers, by module name."""
+    """Count a network's weights and say the rank of each of its low-rank layers, by module name.
+
+    Of a network with adapters those that are trained: an adapter stands for a whole weight, which rests.
+    """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLayer)}
     factors = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
-    rest = sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in factors)
+    others = [p for p in model.parameters() if p.dim() > 1 and id(p) not in factors]
+    if adapters(model):
+        layers = {name: layer for name, layer in layers.items() if layer.S.requires_grad}
+        others = [p for p in others if p.requires_grad]
+    rest = sum(p.numel() for p in others)
     evaluation = training = dense = rest
     for layer in layers.values():
         (m, n), r = layer.shape, layer.rank

@@ -1,0 +1,218 @@
+"""Adapters: a network rests, and beside its layers low-rank weights are trained, which begin as zero.
+
+S is zero and the bases are random, so that a network with new adapters computes what it did. The K-gradient
+G V and the L-gradient Gᵀ U are not zero, and a `dlrt.DLRT` takes bases from them in its first step. Ranks
+move, and under a budget all layers compete for the parameters. LoRA (Hu et al. 2021) has fixed ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dlrt.attention import PROJECTIONS, Attention, can_unpack, pack
+from dlrt.convolutions import SAME_IN_DENSE, LowRankConv2d
+from dlrt.layers import FACTORS, LowRankLayer, LowRankLinear, become
+from dlrt.lowrank import at_least_single, svd
+
+
+class Adapted(nn.Module):
+    """y = base(x) + adapter(x): a layer whose weight of any type rests, and U S Vᵀ beside it, with S = 0."""
+
+    def __init__(self, base: nn.Module, rank: int) -> None:
+        super().__init__()
+        weight = next(base.parameters(), torch.empty(0))
+        kind = weight.dtype if weight.is_floating_point() else torch.float32
+        options = {"device": weight.device, "dtype": torch.promote_types(kind, torch.float32), "bias": False}
+        if isinstance(base, nn.Conv2d):
+            options |= {name: getattr(base, name) for name in SAME_IN_DENSE}
+            rank = min(rank, *base.weight.flatten(1).shape)
+            self.adapter: LowRankLayer = LowRankConv2d(rank=rank, **options)
+        else:
+            shape = base.in_features, base.out_features
+            self.adapter = LowRankLinear(*shape, rank=min(rank, *shape), **options)
+        nn.init.zeros_(self.adapter.S)
+        self.base = base.requires_grad_(False)
+        self.train(base.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense sum of both weights, for whoever does not call the layer; a new tensor at every call."""
+        return self.base.weight + self.adapter.weight.to(self.base.weight.dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        return y + self.adapter(x.to(self.adapter.S.dtype)).to(y.dtype)
+
+    def merged_weight(self) -> Tensor:
+        """The sum of both weights; ValueError where that of the base is quantised or low-rank."""
+        weight = getattr(self.base, "weight", None)
+        if not isinstance(self.base, nn.Linear | nn.Conv2d) or not weight.is_floating_point():
+            raise ValueError(
+                "adapters are merged into floating-point weights of nn.Linear and nn.Conv2d, got "
+                f"{type(self.base).__name__}: keep them beside it"
+            )
+        return (at_least_single(weight) + self.adapter.weight).to(weight.dtype).detach()
+
+
+def add_adapters(model: nn.Module, rank: int = 8, target: str | Iterable[str] | None = None) -> nn.Module:
+    """Freeze a model and give its linear layers and convolutions adapters, in place; give the model back.
+
+    rank is that of each to begin with, or its full one where that is less. target names modules, all of whose
+    layers get adapters, by a whole name or the last parts of it ("q_proj"); without it all layers do. A layer
+    is whatever has in_features and out_features, quantised ones too, or is an nn.Conv2d without groups. Of
+    nn.MultiheadAttention they are q_proj, k_proj, v_proj and out_proj, see `dlrt.Attention`.
+
+    Make a `dlrt.DLRT` of the model then. Unfreeze what else is to be trained, such as a new head. With
+    adapters `dlrt.compression` and the budget of a DLRT count trained weights only: an adapter of rank r
+    r (m + n), of the m n numbers that the layer has. ValueError for a rank below 1, where a target names no
+    layer, and for a second set of adapters.
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    if any(isinstance(module, Adapted) for module in model.modules()):
+        raise ValueError("the model must have no adapters yet: call dlrt.merge_adapters(model) first")
+    names, chosen = _layers(model), None
+    if target is not None:
+        target = (target,) if isinstance(target, str) else target
+        of = {stem: [name for name in names if f".{stem}." in f".{name}."] for stem in target}
+        if unknown := [stem for stem, found in of.items() if not found]:
+            raise ValueError(
+                f"target names no layer of the model: {', '.join(unknown)}; it has {', '.join(names)}"
+            )
+        chosen = {name for found in of.values() for name in found}
+    return _adapt(model, [name for name in names if chosen is None or name in chosen], rank)
+
+
+def _layers(model: nn.Module) -> list[str]:
+    """The names of the layers that can have adapters, also of those that packed attention would have."""
+    names = []
+    for name, module in model.named_modules():
+        if can_unpack(module):
+            names += [f"{name}.{projection}".lstrip(".") for projection in PROJECTIONS]
+        linear = hasattr(module, "in_features") and hasattr(module, "out_features")
+        if linear or (isinstance(module, nn.Conv2d) and module.groups == 1):
+            names.append(name)
+    return names
+
+
+def _adapt(model: nn.Module, names: Iterable[str], rank: int) -> nn.Module:
+    model.requires_grad_(False)
+    for name in names:
+        around = model.get_submodule(name.rpartition(".")[0])
+        if can_unpack(around):
+            become(around, Attention(around))
+        layer = model.get_submodule(name)
+        become(layer, Adapted(copy.copy(layer), rank))
+    return pack(model)
+
+
+def merge_adapters(model: nn.Module) -> nn.Module:
+    """Add the adapters of a model to the weights beside them, in place, and leave plain layers, which rest.
+
+    ValueError, before anything is changed, where a weight is quantised or low-rank.
+    """
+    merged = {m: m.merged_weight() for m in model.modules() if isinstance(m, Adapted)}
+    for module, weight in merged.items():
+        module.base.weight = nn.Parameter(weight, requires_grad=False)  # others may share the old one
+        become(module, module.base)
+    return pack(model)
+
+
+def adapters(model: nn.Module) -> dict[str, LowRankLayer]:
+    """The adapters of a model, by the names of the layers that they are beside."""
+    return {name: m.adapter for name, m in model.named_modules() if isinstance(m, Adapted)}
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """What of a model's state_dict its adapters are, and whatever else is trained, such as a new head."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained |= {f"{name}.adapter.{factor}".lstrip(".") for name in adapters(model) for factor in FACTORS}
+    return {name: value for name, value in model.state_dict().items() if name in trained}
+
+
+def load_adapters(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    """Load an `adapter_state` into a model, in place, which gets adapters where it has none; give it back.
+
+    All else rests then, as after `add_adapters`. ValueError, or RuntimeError as from load_state_dict, where
+    the state belongs to another network.
+    """
+    names = [name.removesuffix("adapter.S").rstrip(".") for name in state if name.endswith("adapter.S")]
+    own = adapters(model)
+    unknown = sorted({*names} - {*(own or _layers(model))})
+    if not own and not unknown:
+        _adapt(model, names, rank=1)
+    if unknown := unknown or model.load_state_dict(state, strict=False).unexpected_keys:
+        raise ValueError(f"the state must be of adapters of this model, which has no {', '.join(unknown)}")
+    return model
+
+
+def save_lora(model: nn.Module, folder: Path | str, padded: bool = False) -> None:
+    """Write the adapters as a LoRA checkpoint of peft: adapter_config.json and adapter_model.safetensors.
+
+    U S Vᵀ = B A with B = U P √Σ, A = √Σ Qᵀ Vᵀ for S = P Σ Qᵀ. Every adapter has its rank, and that as alpha:
+    peft then multiplies by 1. padded fills all up to the largest rank with zeros, for programs that take one
+    rank only. Without safetensors installed it is adapter_model.bin. ValueError without adapters, and for
+    those of nn.MultiheadAttention, whose layers peft has no names for.
+    """
+    layers, tensors = adapters(model), {}
+    if not layers:
+        raise ValueError("the model must have adapters, got none: call dlrt.add_adapters(model) first")
+    if of := [n for n in layers if isinstance(model.get_submodule(n.rpartition(".")[0]), Attention)]:
+        raise ValueError(
+            f"peft has no layers {', '.join(of)}: merge adapters of nn.MultiheadAttention, or give it none"
+        )
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    largest = max(ranks.values())
+    if padded:
+        ranks = dict.fromkeys(ranks, largest)
+    for name, layer in layers.items():
+        A, B = lora_factors(layer, ranks[name])
+        tensors |= {f"base_model.model.{name}.lora_{kind}.weight": X for kind, X in (("A", A), ("B", B))}
+    patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != largest}
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "target_modules": "|".join(map(re.escape, layers)),  # as one pattern, for names end alike
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": patterns,
+        "alpha_pattern": patterns,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if find_spec("safetensors"):
+        from safetensors.torch import save_file
+
+        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    else:
+        torch.save(tensors, folder / "adapter_model.bin")
+
+
+def lora_factors(layer: LowRankLayer, rank: int) -> tuple[Tensor, Tensor]:
+    """A and B of U S Vᵀ = B A, filled up to a rank with zeros; of a convolution as two kernels."""
+    P, sigma, Qh = svd(layer.S.detach())
+    root, more = sigma.sqrt(), rank - layer.rank
+    A = F.pad(root[:, None] * Qh @ layer.V.mT, (0, 0, 0, more))
+    B = F.pad(layer.U @ (P * root), (0, more))
+    if isinstance(layer, LowRankConv2d):
+        A, B = A.unflatten(1, (layer.in_channels, *layer.kernel_size)), B[:, :, None, None]
+    return A.detach().contiguous(), B.detach().contiguous()

@@ -1,0 +1,258 @@
+"""Adapters begin as nothing, learn as full fine-tuning does, share a budget, and leave in three forms."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import conv2d, linear
+
+import dlrt
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+class Network(nn.Module):
+    """A convolution, attention, two linear layers of which the names end alike, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 8, 3, stride=2, padding=1)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.fc = nn.Linear(8, 8)
+        self.block = nn.ModuleDict({"fc": nn.Linear(8, 12), "last": nn.Linear(12, 8, bias=False)})
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.conv(x).flatten(2).mT
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        x = self.fc(x).tanh()
+        return self.head(self.block["last"](self.block["fc"](x).relu()).mean(1))
+
+
+def data():
+    return torch.randn(16, 2, 6, 6), torch.arange(16) % 3
+
+
+def train(model, steps=4, **options):
+    x, y = data()
+    options = {"lr": 0.05, "update": "muon", "tau": 0.0, **options}
+    optimizer = dlrt.DLRT(model, torch.optim.SGD, **options)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        losses.append(nn.functional.cross_entropy(model(x), y))
+        losses[-1].backward()
+        optimizer.step()
+    return losses
+
+
+def trained(**options):
+    model = dlrt.add_adapters(Network(), rank=3, target=("conv", "fc", "last"))
+    train(model, **options)
+    return model
+
+
+def test_a_network_with_new_adapters_computes_what_it_did_and_only_they_are_trained():
+    model, (x, _) = Network(), data()
+    expected, own = model(x), dict(model.named_parameters())
+    held = model.fc
+    assert dlrt.add_adapters(model, rank=4) is model
+    assert model.fc is held
+    assert torch.allclose(model(x), expected, atol=1e-14)
+    names = ("conv", *(f"attention.{kind}_proj" for kind in ("q", "k", "v", "out")), "fc")
+    names += ("block.fc", "block.last", "head")
+    assert {*dlrt.compression(model).ranks} == {f"{name}.adapter" for name in names}
+    before = {name: value.clone() for name, value in own.items()}
+    losses = train(model)
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(own[name], value) for name, value in before.items())
+    assert not any(parameter.requires_grad for parameter in own.values())
+
+
+def test_at_full_rank_the_first_step_is_that_of_the_dense_weights():
+    """And the second, with momentum: an adapter that begins at zero loses no direction."""
+    dense, (x, y) = Network(), data()
+    model = dlrt.add_adapters(copy.deepcopy(dense), rank=12, target=("fc", "last", "conv"))
+    chosen = [m.weight for m in (dense.conv, dense.fc, dense.block["fc"], dense.block["last"])]
+    settings = {"lr": 0.1, "momentum": 0.9}
+    optimizers = torch.optim.SGD(chosen, **settings), dlrt.DLRT(model, torch.optim.SGD, tau=0.0, **settings)
+    for _ in range(3):
+        for its, optimizer in zip((dense, model), optimizers, strict=True):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(its(x), y).backward()
+            optimizer.step()
+    merged = dlrt.merge_adapters(model)
+    assert all(torch.allclose(value, dense.state_dict()[name]) for name, value in merged.state_dict().items())
+
+
+def test_from_random_bases_an_adapter_finds_a_change_of_its_rank():
+    """Which random bases that stay would not: their best approximation misses most of it."""
+    change, x = torch.randn(9, 2) @ torch.randn(2, 7), torch.linalg.qr(torch.randn(40, 7))[0]
+    model = dlrt.add_adapters(nn.Linear(7, 9, bias=False), rank=2)
+    aim, U, V = model(x).detach() + x @ change.mT, model.adapter.U.clone(), model.adapter.V.clone()
+    assert (change - U @ (U.mT @ change @ V) @ V.mT).norm() > 0.5 * change.norm()
+    optimizer = dlrt.DLRT(model, torch.optim.SGD, lr=0.4, tau=0.0, max_rank=2)
+    for _ in range(100):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), aim, reduction="sum").backward()
+        optimizer.step()
+    assert torch.allclose(model.adapter.weight, change, atol=1e-9)
+
+
+def test_ranks_move_between_layers_under_one_budget_of_what_is_trained():
+    model = dlrt.add_adapters(Network(), rank=6, target=("fc", "last"))
+    cost = dlrt.compression(model)
+    shapes = {"fc": 16, "block.fc": 20, "block.last": 20}
+    assert cost.dense_parameters == 8 * 8 + 12 * 8 + 8 * 12  # and not those that rest
+    assert cost.evaluation_parameters == 64 + 2 * 96  # 6 (m + n) is more in each
+    train(model, steps=6, compression=0.5, ramp=3, allot_every=1, min_rank=1)
+    after = dlrt.compression(model)
+    assert after.evaluation_parameters <= cost.dense_parameters / 2
+    assert after.evaluation_parameters == sum(after.ranks[f"{n}.adapter"] * of for n, of in shapes.items())
+    assert len(set(after.ranks.values())) > 1
+
+
+def test_a_head_that_is_unfrozen_is_trained_counted_and_saved():
+    model = dlrt.add_adapters(Network(), rank=2, target="fc")
+    model.head.requires_grad_(True)
+    assert dlrt.compression(model).dense_parameters == 64 + 96 + 24
+    before = model.head.weight.clone()
+    train(model)
+    assert not torch.equal(model.head.weight, before)
+    assert {"head.weight", "head.bias"} < dlrt.adapter_state(model).keys()
+
+
+def test_merged_it_is_the_network_of_before_with_other_weights():
+    model, (x, _) = dlrt.add_adapters(Network(), rank=3), data()
+    train(model)
+    expected, weight = model(x), model.fc.base.weight
+    other = nn.Linear(8, 8)
+    other.weight = weight  # tied
+    before = weight.clone()
+    assert dlrt.merge_adapters(model) is model
+    assert str(model) == str(Network())
+    assert list(model.state_dict()) == list(Network().state_dict())
+    assert torch.allclose(model(x), expected, atol=1e-12)
+    assert torch.equal(other.weight, before)
+
+
+def test_the_state_of_the_adapters_alone_loads_into_the_network_without_them():
+    first = Network()
+    model, (x, _) = dlrt.add_adapters(copy.deepcopy(first), rank=3), data()
+    train(model, compression=0.5, ramp=2, allot_every=1)
+    state = dlrt.adapter_state(model)
+    assert len(state) == 3 * len(dlrt.compression(model).ranks)
+    for start in (copy.deepcopy(first), dlrt.add_adapters(copy.deepcopy(first), rank=1)):
+        again = dlrt.load_adapters(start, state)
+        assert torch.equal(again(x), model(x))
+        assert train(again)[-1] < nn.functional.cross_entropy(first(x), data()[1]) + 1  # it trains on
+    with pytest.raises(ValueError, match=r"which has no attention\.k_proj, attention\.out_proj"):
+        dlrt.load_adapters(nn.Sequential(nn.Linear(8, 8)), state)
+
+
+class Quantised(nn.Module):
+    """A layer with 8-bit weights, as libraries have them: no parameter can be trained."""
+
+    def __init__(self, dense):
+        super().__init__()
+        self.in_features, self.out_features = dense.in_features, dense.out_features
+        self.scale = dense.weight.detach().abs().max() / 127
+        self.register_buffer("codes", (dense.weight.detach() / self.scale).round().to(torch.int8))
+
+    def forward(self, x):
+        return x @ (self.codes.to(x.dtype) * self.scale.to(x.dtype)).mT
+
+
+def test_weights_of_other_types_rest_beside_adapters_in_single_precision():
+    for base in (Quantised(nn.Linear(8, 6)), nn.Linear(8, 6).bfloat16(), dlrt.LowRankLinear(8, 6, 2)):
+        kind = type(base).__name__
+        x = torch.randn(20, 8, dtype=torch.bfloat16 if kind == "Linear" else torch.float64)
+        model = dlrt.add_adapters(nn.Sequential(base), rank=2)
+        optimizer = dlrt.DLRT(model, torch.optim.SGD, lr=0.1, update="muon", tau=0.0)
+        y = model(x)
+        assert y.dtype == x.dtype
+        for _ in range(2):
+            optimizer.zero_grad()
+            (model(x).double() - 1).square().mean().backward()
+            optimizer.step()
+        assert not torch.equal(model(x), y)
+        if kind == "Linear":
+            assert dlrt.merge_adapters(model)[0].weight.dtype == torch.bfloat16
+        else:
+            with pytest.raises(ValueError, match=f"got {kind}: keep them beside it"):
+                dlrt.merge_adapters(model)
+
+
+def test_what_cannot_have_adapters_is_told():
+    model = Network()
+    with pytest.raises(ValueError, match=r"target names no layer of the model: f; it has conv, attention\.q"):
+        dlrt.add_adapters(model, target=["fc", "f"])
+    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
+        dlrt.add_adapters(model, rank=0)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    dlrt.add_adapters(model, target="block")
+    assert list(dlrt.compression(model).ranks) == ["block.fc.adapter", "block.last.adapter"]
+    with pytest.raises(ValueError, match="no adapters yet"):
+        dlrt.add_adapters(model)
+
+
+def lora(path):
+    """The tensors of a checkpoint, whichever of both files it is."""
+    if (path / "adapter_model.bin").exists():
+        return torch.load(path / "adapter_model.bin", weights_only=True)
+    return pytest.importorskip("safetensors.torch").load_file(path / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_lora_checkpoint_adds_alpha_over_r_times_B_A(padded, tmp_path):
+    """To the outputs of every layer, whatever its rank; as peft documents it."""
+    model = trained(compression=0.5, ramp=2, allot_every=1, min_rank=1)
+    ranks = dlrt.compression(model).ranks
+    assert len(set(ranks.values())) > 1
+    dlrt.save_lora(model, tmp_path, padded)
+    config, tensors = json.loads((tmp_path / "adapter_config.json").read_text()), lora(tmp_path)
+    assert len(tensors) == 2 * len(ranks)
+    assert config["r"] == max(ranks.values())
+    assert bool(config["rank_pattern"]) != padded
+    for name in (name.removesuffix(".adapter") for name in ranks):
+        A, B = (tensors[f"base_model.model.{name}.lora_{kind}.weight"] for kind in "AB")
+        r = config["rank_pattern"].get(f"^{name}".replace(".", r"\."), config["r"])
+        alpha = config["alpha_pattern"].get(f"^{name}".replace(".", r"\."), config["lora_alpha"])
+        assert A.shape[0] == B.shape[1] == r
+        layer = model.get_submodule(name)
+        if name == "conv":
+            x = torch.randn(2, 2, 6, 6)
+            added = conv2d(conv2d(x, A, stride=2, padding=1), B)
+        else:
+            x = torch.randn(5, layer.base.in_features)
+            added = linear(linear(x, A), B)
+        assert torch.allclose(layer(x), layer.base(x) + alpha / r * added, atol=1e-12)
+
+
+def test_a_lora_checkpoint_needs_adapters_that_peft_has_names_for(tmp_path):
+    with pytest.raises(ValueError, match="must have adapters, got none"):
+        dlrt.save_lora(Network(), tmp_path)
+    with pytest.raises(ValueError, match=r"peft has no layers attention\.q_proj"):
+        dlrt.save_lora(dlrt.add_adapters(Network()), tmp_path)
+
+
+def test_peft_computes_the_same_from_a_lora_checkpoint(tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.set_default_dtype(torch.float32)
+    first, (x, _) = Network().float(), data()
+    x = x.float()
+    model = dlrt.add_adapters(copy.deepcopy(first), rank=3, target=("conv", "fc", "last"))
+    budget = {"compression": 0.5, "ramp": 2, "allot_every": 1}
+    optimizer = dlrt.DLRT(model, torch.optim.SGD, lr=0.05, update="muon", **budget)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    assert len(set(dlrt.compression(model).ranks.values())) > 1
+    for padded in (False, True):
+        dlrt.save_lora(model, tmp_path, padded)
+        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(first), tmp_path)
+        assert torch.allclose(loaded(x), model(x), atol=1e-5)
+        assert not torch.allclose(first(x), model(x), atol=1e-2)
