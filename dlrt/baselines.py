@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,11 @@ SHARES = tuple(k / 200 for k in range(200, 0, -1))  # of the full rank
 
 
 class Muon(torch.optim.Optimizer):
-    """SGD with momentum, but weights of the given modules (matrices, kernels) move by √max(1, m/n) msign(M).
+    """A torch optimizer, but weights of the given modules (matrices, kernels) move by √max(1, m/n) msign(M).
 
     M is their momentum buffer as a matrix (m, n), the step size is update_lr (0.3 lr by default), and their
-    weight decay is decoupled. `DLRT(update="muon")` is this at full rank. Jordan et al. 2024.
+    weight decay is decoupled. The torch class (**options are its arguments) steps all else; an Adam's first
+    beta is the momentum. `DLRT(update="muon")` is this at full rank. Jordan et al. 2024.
     """
 
     def __init__(
@@ -30,17 +32,15 @@ class Muon(torch.optim.Optimizer):
         parameters: Iterable[Tensor],
         modules: Iterable[nn.Module],
         lr: float,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        nesterov: bool = False,
         update_lr: float | None = None,
+        optimizer_class: type[torch.optim.Optimizer] = torch.optim.SGD,
+        **options: Any,
     ) -> None:
         weights = [module.weight for module in modules]
         theirs = {id(weight) for weight in weights}
         rest = [p for p in parameters if id(p) not in theirs]
         share = MUON_LR if update_lr is None else update_lr / lr
-        options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
-        self.inner = torch.optim.SGD([{"params": rest}], **options)
+        self.inner = optimizer_class([{"params": rest}], lr=lr, **options)
         groups = [*self.inner.param_groups, {"params": weights, "update_share": share}]
         super().__init__(groups, self.inner.defaults)
         self.inner.state = self.state
@@ -65,9 +65,9 @@ class Muon(torch.optim.Optimizer):
         self.inner.state = self.state
 
     def _move(self, W: Tensor, group: dict) -> None:
-        state = self.state[W]
-        M = state["velocity"] = group["momentum"] * state.get("velocity", 0) + W.grad
-        N = (W.grad + group["momentum"] * M if group["nesterov"] else M).flatten(1)
+        state, beta = self.state[W], group["momentum"] if "momentum" in group else group["betas"][0]
+        M = state["velocity"] = beta * state.get("velocity", 0) + W.grad
+        N = (W.grad + beta * M if group.get("nesterov") else M).flatten(1)
         h = group["lr"] * group["update_share"] * muon_scale(N.shape)
         W.mul_(1 - group["lr"] * group["weight_decay"]).sub_(h * msign(N).view_as(W))
 

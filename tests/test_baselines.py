@@ -45,7 +45,7 @@ def test_product_decay_is_the_gradient_flow_of_the_norm_of_the_product(kind):
     if kind == "sgd":
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, weight_decay=5.0)
     else:
-        optimizer = Muon(model.parameters(), layers, lr=1e-3, weight_decay=5.0)
+        optimizer = Muon(model.parameters(), layers, lr=1e-3, momentum=0.9, weight_decay=5.0)
     product_decay(optimizer, model, decay=0.5)
     before, biases = products(model), [pair[1].bias.detach().clone() for pair in model]
     gradients = []

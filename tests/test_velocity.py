@@ -100,20 +100,25 @@ def test_to_maximize_a_loss_is_to_minimize_its_negative(options, optimizer_class
 
 
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("nesterov", [False, True])
-def test_full_rank_muon_is_muon_on_the_dense_weight(name, nesterov):
-    options = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01, "nesterov": nesterov}
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (torch.optim.SGD, {"momentum": 0.9, "nesterov": False}),
+        (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+        (torch.optim.AdamW, {"betas": (0.8, 0.99)}),
+    ],
+)
+def test_full_rank_muon_is_muon_on_the_dense_weight(name, kind, options):
+    options = {"lr": 0.05, "weight_decay": 0.01, **options}
 
     def dense_muon(net):
         layers = [module for module in net.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-        return Muon(net.parameters(), layers, **options)
+        return Muon(net.parameters(), layers, optimizer_class=kind, **options)
 
-    assert (
-        train_both(
-            name, dense_muon, lambda net: DLRT(net, torch.optim.SGD, update="muon", tau=0.0, **options)
-        )
-        <= 1e-10
-    )
+    def low_rank_muon(net):
+        return DLRT(net, kind, update="muon", tau=0.0, **options)
+
+    assert train_both(name, dense_muon, low_rank_muon) <= 1e-10
 
 
 def test_the_polar_factor_is_that_of_the_range_and_turns_with_the_bases():
