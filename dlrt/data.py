@@ -10,9 +10,16 @@ import torch
 from torch import Tensor
 
 
+class DataError(RuntimeError):
+    """A data set is missing or damaged; the message says which file and what to do."""
+
+
 @dataclass(frozen=True)
 class Split:
-    """Images (N, C, H, W), float32, normalised, and their labels (N,), int64."""
+    """Images (N, C, H, W), float32, normalised, and their labels (N,), int64.
+
+    Of text they are windows of tokens and the token after each, both (N, T), int64.
+    """
 
     images: Tensor
     labels: Tensor
@@ -43,8 +50,8 @@ class Split:
 class Dataset:
     """A data set in three disjoint splits.
 
-    mean and std, per channel and of pixels in [0, 1], are what the images were normalised by. A shift by up
-    to `shift` pixels, and a mirror image where flip is set, leave the class what it is.
+    mean and std, per channel and of pixels in [0, 1], are what the images were normalised by; text has none.
+    A shift by up to `shift` pixels, and a mirror image where flip is set, leave the class what it is.
     """
 
     name: str
@@ -59,7 +66,7 @@ class Dataset:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of an image."""
+        """(channels, height, width) of an image, (T,) of a window."""
         return tuple(self.train.images.shape[1:])
 
     def check(self) -> None:

@@ -193,7 +193,7 @@ def train_epoch(
             x = augmented_batch(x, dataset.shift, dataset.flip, shuffle)
         if isinstance(optimizer, DLRT):
             optimizer.tau = options.tau * tau_fraction(options, epoch - 1 + step / steps)
-        samples, (x, y, weight) = len(y), distributed.share(x, y)
+        samples, (x, y, weight) = y.numel(), distributed.share(x, y)  # of text its tokens
         logits: list[Tensor] = []
 
         def closure(
@@ -262,7 +262,7 @@ def evaluate(
         loss += cross_entropy(logits.float(), y, reduction="sum").item()
         correct += (logits.argmax(1) == y).sum().item()
     loss, correct = distributed.total(loss, correct)
-    return loss / len(split), 100 * correct / len(split)
+    return loss / split.labels.numel(), 100 * correct / split.labels.numel()
 
 
 def describe(row: dict[str, Any], epochs: int) -> str:
