@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dlrt.data import DataError, Dataset, Split
+from dlrt.data import Dataset, Split
+from dlrt.errors import DataError
 
 WINDOW = 128  # bytes
 MOST = 1_800_000  # bytes of the standard library, of which five in six are for training
