@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from dlrt import plots, tables
+from dlrt.runs import over_seeds
 
 # Schotthöfer et al. 2022: best of five runs, and the mean; LRNN and GAL as quoted there
 PAPER = pd.DataFrame({
@@ -48,7 +49,7 @@ def main() -> None:
     found = tables.read(args, "python Lenet_experiment/run.py")
     found["sweep"] = found["run"].str.split("/").str[0]
     found["tau"] = tables.dense_or_tau(found)
-    summary = tables.over_seeds(found, ["sweep", "tau"])
+    summary = over_seeds(found, ["sweep", "tau"])
     tau = tables.text(summary["tau"], "{:g}", "dense")
     table = tables.readable(summary, {"sweep": summary["sweep"], "τ": tau})
     table = pd.concat([table, published()]).fillna("")

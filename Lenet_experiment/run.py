@@ -37,10 +37,10 @@ def main() -> None:
             ("plain", args.taus, args.epochs, PLAIN, PLAIN_DLRT),
         ):
             options = {**grid.shared_options(args), "epochs": epochs, "seed": seed, **recipe}
-            plans.append(grid.Plan(f"{sweep}/dense_seed{seed}", dense, options))
+            plans.append(grid.RunSpec(f"{sweep}/dense_seed{seed}", dense, options))
             for tau in taus:
                 name = f"{sweep}/tau{tau}_seed{seed}"
-                plans.append(grid.Plan(name, low_rank, {**options, **of_dlrt, "tau": tau}))
+                plans.append(grid.RunSpec(name, low_rank, {**options, **of_dlrt, "tau": tau}))
     grid.make(plans, args.output_dir, args.jobs)
 
 

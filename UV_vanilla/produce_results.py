@@ -8,9 +8,9 @@ from pathlib import Path
 import pandas as pd
 from factored import AS_IN_THE_PAPER
 
-from dlrt import plots, runs, tables
+from dlrt import plots, tables
 from dlrt.plots import Figure, MaxNLocator, plt
-from dlrt.runs import chosen_epoch, read_metrics
+from dlrt.runs import best_lrs, chosen_epoch, over_seeds, read_metrics
 
 # Schotthöfer et al. 2022: test accuracy after epoch 1, and after epoch 20
 PUBLISHED = pd.DataFrame({
@@ -38,9 +38,9 @@ def curves(found: pd.DataFrame, folder: Path) -> dict[tuple[str, float, float], 
 
     U Vᵀ is there with the best one only.
     """
-    tables.over_seeds(found, ["network", "decay", "lr"])  # refuses runs that differ in more than the seed
+    over_seeds(found, ["network", "decay", "lr"])  # refuses runs that differ in more than the seed
     vanilla = found["network"] == "vanilla_lenet5"
-    best = found["lr"] == found["decay"].map(runs.best_lrs(found[vanilla], "decay"))
+    best = found["lr"] == found["decay"].map(best_lrs(found[vanilla], "decay"))
     shown = best | (~vanilla & (found["lr"] == AS_IN_THE_PAPER["lr"]))
     return {
         (METHODS[network], decay, lr): [read_metrics(folder / run) for run in rows["run"]]

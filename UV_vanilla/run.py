@@ -26,16 +26,16 @@ def main() -> None:
     add("--lrs", type=POSITIVE, nargs="+", default=(0.01, 0.03, 0.1, 0.3), help="for the plain factors")
     args = parser.parse_args()
 
-    def plan(method: str, decay: float, lr: float, seed: int) -> grid.Plan:
+    def plan(method: str, decay: float, lr: float, seed: int) -> grid.RunSpec:
         options = {**grid.shared_options(args), "epochs": args.epochs, "decay": decay, "lr": lr, "seed": seed}
-        return grid.Plan(f"{method}_decay{decay:g}_lr{lr:g}_seed{seed}", HERE / SCRIPTS[method], options)
+        return grid.RunSpec(f"{method}_decay{decay:g}_lr{lr:g}_seed{seed}", HERE / SCRIPTS[method], options)
 
     seeds = [(decay, seed) for seed in range(args.seeds) for decay in args.decays]
     as_in_the_paper = [plan("dlrt", decay, AS_IN_THE_PAPER["lr"], seed) for decay, seed in seeds]
     grid.make(as_in_the_paper, args.output_dir, args.jobs)
     tried = [plan("vanilla", decay, lr, 0) for decay in args.decays for lr in args.lrs]
     grid.make(tried, args.output_dir, args.jobs, may_diverge=True)  # a step size may be too large
-    best = grid.best_lrs(tried, args.output_dir, by="decay")
+    best = grid.choose_lrs(tried, args.output_dir, by="decay")
     both = [plan(method, decay, best[decay], seed) for decay, seed in seeds for method in SCRIPTS]
     grid.make(both, args.output_dir, args.jobs, may_diverge=True)
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from dlrt import plots, runs, tables
+from dlrt import plots, tables
 from dlrt.plots import Figure
+from dlrt.runs import best_lrs, over_seeds, read_metrics
 
 # Schotthöfer et al. 2022: dense, and at these tolerances after some hundred epochs more at fixed rank
 PUBLISHED = pd.DataFrame({
@@ -45,12 +46,12 @@ def with_methods(found: pd.DataFrame, folder: Path) -> pd.DataFrame:
     pruned = found["from_checkpoint"].notna()
     found.loc[pruned, "method"] = "retrained"
     if pruned.any():
-        best = found["rank"].map(runs.best_lrs(found[pruned], "rank"))
+        best = found["rank"].map(best_lrs(found[pruned], "rank"))
         found = found[~pruned | (found["lr"] == best)]
         pruned = found["method"] == "retrained"
     truncated = found[pruned].assign(method="truncated", epochs=0)
     for index, run in truncated.iterrows():
-        first = runs.read_metrics(folder / run["run"]).iloc[0]
+        first = read_metrics(folder / run["run"]).iloc[0]
         truncated.loc[index, ["test_accuracy", "last_test_accuracy"]] = first["test_accuracy"]
     return pd.concat([found, truncated])
 
@@ -103,7 +104,7 @@ def main() -> None:
     lrs = ", ".join(f"{lr:g}" for lr in sorted(tried)) or "those tried"
     found = with_methods(found, args.results)
     found["fixed_rank"] = found["max_rank"] if "max_rank" in found else float("nan")
-    summary = tables.over_seeds(found, ["width", "method", "tau", "fixed_rank"])
+    summary = over_seeds(found, ["width", "method", "tau", "fixed_rank"])
     figures = {"mlp_accuracy_vs_cr": over_widths(summary)}
     if summary["method"].isin(["truncated", "retrained"]).any():
         figures["svd_pruning"] = pruning(summary)

@@ -34,17 +34,17 @@ def main() -> None:
     args = parser.parse_args()
     low_rank, dense = (HERE.parent / "mnist" / f"mlp_mnist{end}.py" for end in ("", "_baseline"))
 
-    def plan(script: Path, width: int, what: str, seed: int, **options: Any) -> grid.Plan:
+    def plan(script: Path, width: int, what: str, seed: int, **options: Any) -> grid.RunSpec:
         shared = {**grid.shared_options(args), **TRAINING, "epochs": args.epochs, "width": width}
-        return grid.Plan(f"width{width}_{what}_seed{seed}", script, {**shared, "seed": seed, **options})
+        return grid.RunSpec(f"width{width}_{what}_seed{seed}", script, {**shared, "seed": seed, **options})
 
-    def pruned(rank: int, lr: float, seed: int) -> grid.Plan:
+    def pruned(rank: int, lr: float, seed: int) -> grid.RunSpec:
         width = max(args.widths)
         start = {"from_checkpoint": args.output_dir / f"width{width}_dense_seed{seed}"}
         fixed = {"rank": rank, "min_rank": rank, "max_rank": rank, "epochs": max(1, args.epochs // 2)}
         return plan(low_rank, width, f"pruned{rank}_lr{lr:g}", seed, lr=lr, **RETRAINING, **start, **fixed)
 
-    def make_pruned(plans: list[grid.Plan]) -> None:
+    def make_pruned(plans: list[grid.RunSpec]) -> None:
         grid.make(trained, args.output_dir, args.jobs, then=plans)
         grid.make(plans, args.output_dir, args.jobs, may_diverge=True)  # a step size may be too large
 
@@ -55,7 +55,7 @@ def main() -> None:
     tried = [pruned(rank, lr, seed=0) for rank in args.pruned_ranks for lr in args.retraining_lrs]
     make_pruned(tried)
     if tried:
-        best = grid.best_lrs(tried, args.output_dir, by="rank")
+        best = grid.choose_lrs(tried, args.output_dir, by="rank")
         seeds = product(range(args.seeds), args.pruned_ranks)
         make_pruned([pruned(rank, best[rank], seed) for seed, rank in seeds])
 

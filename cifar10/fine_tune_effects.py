@@ -37,7 +37,7 @@ def main() -> None:
             options = {**grid.shared_options(args), **epochs, "seed": seed}
             options |= {"rank": args.rank, "tau": TAUS[network]}
             name = f"fine_tuned/{network}_seed{seed}"
-            plans.append(grid.Plan(name, SCRIPTS[network], options))
+            plans.append(grid.RunSpec(name, SCRIPTS[network], options))
     grid.make(plans, args.output_dir, args.jobs)
 
 

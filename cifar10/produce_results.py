@@ -11,7 +11,8 @@ import pandas as pd
 import study_figures
 from study_figures import DENSE, WAYS
 
-from dlrt import runs, tables
+from dlrt import tables
+from dlrt.runs import chosen_epoch, over_seeds, read_metrics
 
 HERE = Path(__file__).parent
 # Schotthöfer et al. 2022: after 20 epochs at 93 to 98 % compression, and after 20 more of S alone
@@ -71,7 +72,7 @@ def with_ways(found: pd.DataFrame) -> pd.DataFrame:
 
 def compared(found: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Means over the seeds of all runs without fine-tuning, as numbers and as text."""
-    summary = tables.over_seeds(found, SETTING)
+    summary = over_seeds(found, SETTING)
     order = summary["way"].map({name: number for number, name in enumerate(WAYS)})
     summary = summary.assign(order=order).sort_values(["network", "order", "compression", "rule"])
     dense = summary[summary["way"] == DENSE].set_index(["network", "rule"])["accuracy"]
@@ -89,9 +90,9 @@ def fine_tuned(found: pd.DataFrame, folder: Path) -> pd.DataFrame:
     """A row per network: the accuracy before and after fine-tuning, chosen alike among the epochs of each."""
     rows = []
     for run in found.itertuples():
-        metrics = runs.read_metrics(folder / run.run)
+        metrics = read_metrics(folder / run.run)
         parts = [metrics[metrics["frozen_bases"] == frozen].reset_index() for frozen in (False, True)]
-        before, after = (part.loc[runs.chosen_epoch(part)] for part in parts)
+        before, after = (part.loc[chosen_epoch(part)] for part in parts)
         rows.append({
             "network": run.network,
             "τ": f"{run.tau:g}",

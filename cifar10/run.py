@@ -26,7 +26,7 @@ from probe import best_settings, recorded
 
 from dlrt import errors, grid
 from dlrt.errors import RunError
-from dlrt.grid import Plan
+from dlrt.grid import RunSpec
 from dlrt.options import COUNT, PERCENT, POSITIVE
 from dlrt.runs import epochs_done, read_metrics
 
@@ -57,7 +57,7 @@ def step_sizes(way: str, rule: str, scale: float = 1.0) -> dict[str, float]:
     return {**setting, scaled: scale * setting[scaled]}
 
 
-def plan(network: str, way: str, rule: str, compression: float, common: dict, scale: float = 1.0) -> Plan:
+def plan(network: str, way: str, rule: str, compression: float, common: dict, scale: float = 1.0) -> RunSpec:
     """A run from scratch that ends at a compression, or that of the dense network."""
     options = {**common, **RULES[rule], **step_sizes(way, rule, scale)}
     options |= {
@@ -71,7 +71,7 @@ def plan(network: str, way: str, rule: str, compression: float, common: dict, sc
     return _named(network, f"{way}{size}_{rule}", options, low_rank=way in ("matrices", "separable"))
 
 
-def cuts(network: str, compression: float, common: dict[str, Any], results: Path) -> list[Plan]:
+def cuts(network: str, compression: float, common: dict[str, Any], results: Path) -> list[RunSpec]:
     """The trained dense network cut to a budget, by singular values or by what the loss needs."""
     options = {**common, **RULES["muon"], **step_sizes("matrices", "muon", 0.5)}
     options |= {"epochs": -(-common["epochs"] // 3), "compression": compression, "ramp": 0.0}
@@ -83,21 +83,21 @@ def cuts(network: str, compression: float, common: dict[str, Any], results: Path
     ]
 
 
-def published(network: str, common: dict[str, Any]) -> Plan:
+def published(network: str, common: dict[str, Any]) -> RunSpec:
     """A tolerance and two passes a step; momentum is 0, so that there is no velocity to carry."""
     options = {"tau": 0.15, "tau_warmup": 0, "lr": 0.2, "momentum": 0.0, "integrator": "augmented"}
     return _named(network, "published", {**common, **options}, low_rank=True)
 
 
-def _named(network: str, name: str, options: dict[str, Any], low_rank: bool) -> Plan:
+def _named(network: str, name: str, options: dict[str, Any], low_rank: bool) -> RunSpec:
     script = HERE / f"{network}_cifar10{'' if low_rank else '_baseline'}.py"
-    return Plan(f"{network}/{name}_seed{options['seed']}", script, options)
+    return RunSpec(f"{network}/{name}_seed{options['seed']}", script, options)
 
 
 def choose_scales(network: str, args: argparse.Namespace, jobs: int) -> dict[Choice, float]:
     """For each way and rule the scale of its step size that validates best in short runs of seed 0."""
     common = {**grid.shared_options(args), "epochs": args.tune, "seed": 0}
-    tried: dict[Choice, dict[float, Plan]] = {
+    tried: dict[Choice, dict[float, RunSpec]] = {
         (way, rule): {} for rule in args.rules for way in WAYS if way in args.ways
     }
     for (way, rule), of in tried.items():

@@ -8,8 +8,9 @@ import pandas as pd
 import torch
 from torch import nn
 
-from dlrt import models, plots, runs
+from dlrt import models, plots
 from dlrt.plots import Figure, plt
+from dlrt.runs import read_metrics
 
 DENSE = "dense"
 WAYS = (
@@ -65,7 +66,7 @@ def over_time(found: pd.DataFrame, folder: Path) -> Figure:
         for axes, network in zip(rows[:, 0], networks, strict=True):
             of = shown[shown["network"] == network]
             for (name, rule), runs in of.groupby(["way", "rule"], sort=False):
-                metrics = [runs.read_metrics(folder / run) for run in runs["run"]]
+                metrics = [read_metrics(folder / run) for run in runs["run"]]
                 minutes = sum(rows["seconds"].cumsum() for rows in metrics) / len(metrics) / 60
                 accuracy = sum(rows["validation_accuracy"] for rows in metrics) / len(metrics)
                 look = {"color": plots.style(WAYS.index(name))["color"], "ls": "-" if rule == "Muon" else ":"}
@@ -78,7 +79,7 @@ def over_time(found: pd.DataFrame, folder: Path) -> Figure:
 
 def ranks_over_training(run: pd.Series, folder: Path) -> Figure:
     """Who gets the budget, and when: the rank of every layer after each epoch of a run."""
-    metrics = runs.read_metrics(folder / run["run"])
+    metrics = read_metrics(folder / run["run"])
     ranks = [list(map(int, text.split("/"))) for text in metrics["ranks"]]
     with torch.device("meta"):
         modules = getattr(models, run["network"])().named_modules()

@@ -11,17 +11,18 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import dlrt
 from dlrt import errors, plots, tables
-from dlrt.checkpoint import load_network
+from dlrt.checkpoint import atomic_write, load_network
 from dlrt.errors import RunError
 from dlrt.options import HelpFormatter, Parser
 
+ELSEWHERE = "give --output a file in a folder that can be written to"
 SUFFIXES = {"pt2": ".pt2", "onnx": ".onnx", "state_dict": ".pt"}
 
 
@@ -55,48 +56,30 @@ def _info(args: argparse.Namespace) -> None:
         f"compression {count.evaluation_compression:.2f} %"
     )
     figure = plots.singular_values(dlrt.singular_values(model))
-    folder = args.output_dir or _folder(args.run)
-    try:
-        print(f"figure: {plots.save(figure, [folder], 'singular_values')}")
-    except OSError as error:
-        raise RunError(f"no figure in {folder} ({error.strerror}): give another --output-dir") from error
+    print(f"figure: {plots.save(figure, [args.output_dir or _folder(args.run)], 'singular_values')}")
 
 
 def _export(args: argparse.Namespace) -> None:
-    """Write a network as plain layers and say what it wants to be fed."""
+    """Write a network as plain layers and say what its input is."""
     model, about = load_network(args.run)
     default = _folder(args.run) / f"{about['network'].lower()}{SUFFIXES[args.format]}"
     path = args.output or default
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise RunError(f"{path} cannot be written: give --output a file in a folder that can be written to")
+        raise RunError(f"{path} cannot be written: {ELSEWHERE}")
     plain = dlrt.export(model)
     images = torch.zeros(2, *about["shape"])  # of two, since torch takes a dimension of one for a constant
-    part = path.with_name(f"unfinished-{path.name}")  # a file appears whole or not at all
+    batch = ({0: torch.export.Dim("batch")},)  # any number of images
     if args.format == "state_dict":
-        torch.save(plain.state_dict(), part)
+        write = partial(torch.save, plain.state_dict())
     elif args.format == "pt2":
-        torch.export.save(torch.export.export(plain, (images,), dynamic_shapes=_any_batch()), part)
+        write = partial(torch.export.save, torch.export.export(plain, (images,), dynamic_shapes=batch))
     else:
-        _to_onnx(plain, images, part)
-    part.replace(path)
+        names = {"input_names": ["images"], "output_names": ["logits"]}
+        program = torch.onnx.export(plain, (images,), dynamic_shapes=batch, verbose=False, **names)
+        content = program.model_proto.SerializeToString()
+        write = lambda file: file.write(content)  # noqa: E731
+    atomic_write(path, write, ELSEWHERE)
     print(f"{_describe(about)}\n{path}")
-
-
-def _to_onnx(plain: nn.Module, images: torch.Tensor, path: Path) -> None:
-    torch.onnx.export(
-        plain,
-        (images,),
-        path,
-        dynamic_shapes=_any_batch(),
-        input_names=["images"],
-        output_names=["logits"],
-        external_data=False,
-        verbose=False,
-    )
-
-
-def _any_batch() -> tuple[dict[int, torch.export.Dim], ...]:
-    return ({0: torch.export.Dim("batch")},)
 
 
 def _folder(run: Path) -> Path:

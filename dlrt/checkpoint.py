@@ -62,7 +62,7 @@ def _is_of(column: pd.Series, kind: Any) -> bool:
     return kind not in KINDS or column.dtype.kind in KINDS[kind]
 
 
-def write_whole(path: Path, write: Callable[[IO[bytes]], Any], advice: str) -> None:
+def atomic_write(path: Path, write: Callable[[IO[bytes]], Any], advice: str) -> None:
     """Write a file that is seen whole or not at all; OSError, with a line that ends in advice, where not."""
     part = path.with_name(path.name + ".part")
     try:

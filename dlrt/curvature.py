@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dlrt.hooks import watching
 from dlrt.lowrank import LowRank, at_least_single, svd
-from dlrt.watching import watching
 
 BATCH_SIZE = 16  # the patches of more inputs would fill the memory
 DAMPING = 1e-6  # of the largest eigenvalue: directions without any curvature have to stay invertible

@@ -66,7 +66,10 @@ def boundary(kept: str = KEPT, code: int = 1) -> Iterator[None]:
             report(error)
         sys.exit(DIVERGED)
     except (UserError, OSError) as error:
-        report(f"process {rank}: {error}" if processes > 1 else error)
+        message = str(error)
+        if isinstance(error, OSError) and error.filename:
+            message = f"{error.filename} cannot be used ({error.strerror}): take another"
+        report(f"process {rank}: {message}" if processes > 1 else message)
         sys.exit(IMPOSSIBLE if isinstance(error, OptionError) else code)
     except KeyboardInterrupt:
         if first:

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dlrt import runs
 from dlrt.errors import DIVERGED, RunError
 from dlrt.options import (
     NATURAL,
@@ -31,7 +30,7 @@ from dlrt.options import (
     add_flags,
     as_flags,
 )
-from dlrt.runs import epochs_done, read_options, read_runs, same_option
+from dlrt.runs import best_lrs, epochs_done, read_options, read_runs, same_option
 
 SHARED = ("dataset", "data_dir", "device")  # options of a grid that every one of its runs gets
 
@@ -66,7 +65,7 @@ def shared_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunSpec:
     """A run to make: a training script and its options, by the names that they have in config.json.
 
     name is the run's folder below that of the results; `epochs` is among the options.
@@ -84,8 +83,8 @@ class Plan:
         """The command that begins the run or goes on with it."""
         folder = results / self.name
         place = {"output_dir": folder.parent, "name": folder.name, "workers": threads}
-        command = [sys.executable, str(self.script), "--resume", "--quiet"]
-        return command + as_flags({**self.options, **place})
+        command = [sys.executable, str(self.script), "--quiet", *as_flags({**self.options, **place})]
+        return command + ["--resume"] * folder.exists()
 
     def other_options(self, results: Path) -> list[str]:
         """In which options the run that is there differs from this plan."""
@@ -107,31 +106,28 @@ def _same(name: str, recorded: Any, value: Any) -> bool:
 
 
 def make(
-    plans: Sequence[Plan],
+    plans: Sequence[RunSpec],
     results: Path,
     jobs: int = 1,
     may_diverge: bool = False,
-    then: Sequence[Plan] = (),
+    then: Sequence[RunSpec] = (),
 ) -> None:
     """Make every run that is not finished yet, `jobs` at a time, each with its share of the CPU's cores.
 
     A run that fails is reported and the others go on; then RunError, unless it was for a loss that is not
     finite and runs may diverge. Ctrl-C and SIGTERM (exit code 143) stop the runs, whose last complete epochs
-    are kept. RunError before any is made where a run is there with other options or damaged, or the folder
-    cannot be made. Records without weights are finished runs, too, unless one of the plans `then` is missing
-    and begins with those weights: such a run is made again.
+    are kept. RunError before any is made where a run is there with other options or damaged. Records without
+    weights are finished runs, too, unless one of the plans `then` is missing and begins with those weights:
+    such a run is made again.
     """
     if not plans:
         return
-    try:
-        for plan in plans:
-            if other := plan.other_options(results):
-                was = f"{results / plan.name} was made with {', '.join(other)}"
-                raise RunError(f"{was}: move it, or take another --output-dir")
-        missing = _missing(plans, then, results)
-        results.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{results} cannot be used ({error.strerror}): take another --output-dir") from error
+    for plan in plans:
+        if other := plan.other_options(results):
+            was = f"{results / plan.name} was made with {', '.join(other)}"
+            raise RunError(f"{was}: move it, or take another --output-dir")
+    missing = _missing(plans, then, results)
+    results.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory() as logs:
         codes = _run_all(plans, missing, results, jobs, Path(logs))
@@ -141,12 +137,12 @@ def make(
         raise RunError(f"failed: {', '.join(failed)}; the same command tries them again")
 
 
-def best_lrs(plans: Sequence[Plan], results: Path, by: str) -> dict[Any, float]:
+def choose_lrs(plans: Sequence[RunSpec], results: Path, by: str) -> dict[Any, float]:
     """`runs.best_lrs` of the runs of these plans; RunError where all of a value diverged."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "left out, since unfinished or diverged")
         found = read_runs(results)
-    best = runs.best_lrs(found[found["run"].isin([plan.name for plan in plans])], by).to_dict()
+    best = best_lrs(found[found["run"].isin([plan.name for plan in plans])], by).to_dict()
     if hopeless := {f"{plan.options[by]:g}" for plan in plans if plan.options[by] not in best}:
         raise RunError(
             f"every learning rate diverges at {by} {', '.join(sorted(hopeless))}: add smaller ones"
@@ -154,10 +150,10 @@ def best_lrs(plans: Sequence[Plan], results: Path, by: str) -> dict[Any, float]:
     return best
 
 
-def _missing(plans: Sequence[Plan], then: Sequence[Plan], results: Path) -> list[Plan]:
+def _missing(plans: Sequence[RunSpec], then: Sequence[RunSpec], results: Path) -> list[RunSpec]:
     """The plans whose run is not finished, or lacks the weights with which a missing one of `then` begins."""
 
-    def finished(plan: Plan) -> bool:
+    def finished(plan: RunSpec) -> bool:
         return epochs_done(results / plan.name) >= plan.epochs
 
     starts = {plan.options.get("from_checkpoint") for plan in then if not finished(plan)}
@@ -170,11 +166,11 @@ def _missing(plans: Sequence[Plan], then: Sequence[Plan], results: Path) -> list
 
 
 def _run_all(
-    plans: Sequence[Plan], missing: Sequence[Plan], results: Path, jobs: int, logs: Path
+    plans: Sequence[RunSpec], missing: Sequence[RunSpec], results: Path, jobs: int, logs: Path
 ) -> dict[str, int]:
     """Make what is missing, with a bar over the epochs of all plans; the exit codes of those that failed."""
     waiting, failed = list(missing), {}
-    running: dict[subprocess.Popen, Plan] = {}
+    running: dict[subprocess.Popen, RunSpec] = {}
     done = {plan.name: epochs_done(results / plan.name) for plan in plans}
     # of the cores that this program may use
     threads = max(1, torch.get_num_threads() // max(1, min(jobs, len(waiting))))
@@ -213,7 +209,7 @@ def _start(command: list[str], threads: int, log: Path) -> subprocess.Popen:
         return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
 
 
-def _log(logs: Path, plan: Plan) -> Path:
+def _log(logs: Path, plan: RunSpec) -> Path:
     return logs / plan.name.replace("/", " ")
 
 

@@ -30,13 +30,23 @@ NOT_PART_OF_THE_EXPERIMENT = ("data_dir", "output_dir", "resume", "quiet", "devi
 T = TypeVar("T", bound="Options")
 
 
+def _literal(text: str) -> int | float | str:
+    """A number where the text is one: an int without a point."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
 @dataclass(frozen=True)
 class Kind:
     """What a value must be. An argparse type, which reads text; `check` takes the value itself."""
 
     what: str
     holds: Callable[[Any], bool]
-    read: Callable[[str], Any] = str
+    read: Callable[[str], Any] = _literal
     type: Callable[[Any], Any] = lambda value: value
 
     def __call__(self, text: str) -> Any:
@@ -50,16 +60,6 @@ class Kind:
         return self.type(value)
 
 
-def _literal(text: str) -> int | float | str:
-    """A number where the text is one: an int without a point."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return text
-
-
 def number(kind: type, interval: str) -> Kind:
     """The ints or floats in an interval such as "[0, 1)"."""
     low, high = (float(end) for end in interval[1:-1].split(","))
@@ -69,7 +69,7 @@ def number(kind: type, interval: str) -> Kind:
         inside = type(value) in kinds and low <= value <= high
         return inside and (value != low or "[" in interval) and (value != high or "]" in interval)
 
-    return Kind(f"a {'whole ' if kind is int else ''}number in {interval}", holds, _literal, kind)
+    return Kind(f"a {'whole ' if kind is int else ''}number in {interval}", holds, type=kind)
 
 
 def _is_folder_name(text: Any) -> bool:
@@ -80,25 +80,17 @@ def _is_folder_name(text: Any) -> bool:
 NATURAL, COUNT = number(int, "[1, inf)"), number(int, "[0, inf)")
 TOLERANCE, POSITIVE = number(float, "[0, 1)"), number(float, "(0, inf)")
 SHARE, NOT_NEGATIVE = number(float, "(0, 1]"), number(float, "[0, inf)")
+SEED = number(int, "[0, 4294967295]")
 RANK = Kind(
     "a whole number from 1 on, or a share with a point in (0, 1]",
     lambda value: NATURAL.holds(value) or (isinstance(value, float) and SHARE.holds(value)),
-    _literal,
 )
-MAX_RANK = Kind(
-    "a whole number from 1 on, or initial",
-    lambda value: value == "initial" or NATURAL.holds(value),
-    _literal,
-)
-PERCENT = Kind(
-    "a percentage in [1, 100), 75 and not 0.75",
-    number(float, "[1, 100)").holds,
-    _literal,
-    float,
-)
+MAX_RANK = Kind("a whole number from 1 on, or initial", lambda its: its == "initial" or NATURAL.holds(its))
+PERCENT = Kind("a percentage in [1, 100), 75 and not 0.75", number(float, "[1, 100)").holds, type=float)
 FOLDER_NAME = Kind(
     "the name of one folder, at most 200 bytes of printable characters (--output-dir says where it goes)",
     _is_folder_name,
+    read=str,
 )
 
 
@@ -147,34 +139,21 @@ class Options:
     augment: bool = option(True, "shift training images at random, mirror half of CIFAR-10's", **SWITCH)
     from_checkpoint: Path | None = option(
         None,
-        "weights to begin with, which a low-rank network is cut from: a dense run's folder or checkpoint, or "
-        "a state dict",
+        "weights to begin with: a dense run's folder or checkpoint, or a state dict",
         Path,
         metavar="PATH",
     )
     dataset: str = option("mnist", "digits and digits32 need no download", choices=DATASETS)
     data_dir: Path = option(DATA_DIR, "or set DLRT_DATA", Path)
     device: str = option(DEFAULT_DEVICE, "where to train", device)
-    workers: int | None = option(
-        None, "CPU threads of torch; the data lie in memory, none are needed to load them", NATURAL
-    )
+    workers: int | None = option(None, "CPU threads of torch; the data lie in memory", NATURAL)
     amp: str | bool = option(
-        False,
-        "autocast to bfloat16, or to float16 with a loss scale; factors and their algebra stay in float32",
-        nargs="?",
-        choices=AMP,
-        const="bfloat16",
+        False, "autocast; factors and their algebra stay in float32", nargs="?", choices=AMP, const="bfloat16"
     )
-    seed: int = option(0, "of initial weights, validation split and order", number(int, "[0, 4294967295]"))
-    name: str | None = option(
-        None, "of the run's folder; by default made of the settings and the seed", FOLDER_NAME
-    )
-    output_dir: Path | None = option(
-        None, "where the run's folder goes; by default results/ beside the script", Path
-    )
-    resume: bool = option(
-        False, "continue a run that broke off, after its last complete epoch", action="store_true"
-    )
+    seed: int = option(0, "of initial weights, validation split and order", SEED)
+    name: str | None = option(None, "of the run's folder; by default made of settings and seed", FOLDER_NAME)
+    output_dir: Path | None = option(None, "of the run's folder; by default results/ beside the script", Path)
+    resume: bool = option(False, "continue after the last complete epoch", action="store_true")
     quiet: bool = option(False, "print the result only", action="store_true")
 
     def __post_init__(self) -> None:
@@ -184,7 +163,7 @@ class Options:
             if value is its.default:
                 continue
             if choices := its.metadata["argument"].get("choices"):
-                kind = Kind(f"one of {', '.join(choices)}", lambda value, among=choices: value in among)
+                kind = Kind(f"one of {', '.join(choices)}", list(choices).__contains__)
             elif isinstance(its.default, bool):
                 kind = Kind("True or False", lambda value: isinstance(value, bool))
             try:
@@ -229,15 +208,12 @@ class DenseOptions(Options):
     """What a run of a dense network is, or of plain factors A B in its place."""
 
     update: str | None = option(
-        None,
-        "how the weights of all layers but --skip step; by default as the optimizer",
-        choices=("sgd", "muon"),
+        None, "how layers but --skip step; by default as the optimizer", choices=("sgd", "muon")
     )
     update_lr: float | None = option(None, "step size with --update muon; by default 0.3 lr", POSITIVE)
     factors: float | None = option(
         None,
-        "layers become plain factors A B, of uniform ranks, at this compression of the whole network; weight "
-        "decay is that of A B",
+        "compression of the whole network by plain factors A B of uniform ranks",
         PERCENT,
         metavar="PERCENT",
     )
@@ -260,64 +236,45 @@ class LowRankOptions(Options):
     """What a run of a low-rank network is."""
 
     tau: float = option(
-        0.1,
-        "relative truncation tolerance, which is 0 with --compression unless given",
-        TOLERANCE,
-        "--theta",
+        0.1, "relative truncation tolerance, 0 with --compression unless given", TOLERANCE, "--theta"
     )
     tau_warmup: float | None = option(
-        None,
-        "over which the tolerance rises from 0 to tau; by default half of all",
-        NOT_NEGATIVE,
-        metavar="EPOCHS",
+        None, "epochs over which the tolerance rises from 0; by default half of all", NOT_NEGATIVE
     )
     integrator: str = option(
         "parallel", "augmented and bug take two passes a step, and bug keeps the rank", choices=INTEGRATORS
     )
-    update: str | None = option(
-        None, "how low-rank weights step; by default as the optimizer", choices=UPDATES
-    )
+    update: str | None = option(None, "how weights step; by default as the optimizer", choices=UPDATES)
     update_lr: float | None = option(
         None, "step size of low-rank weights; by default lr, and 0.3 lr with muon", POSITIVE
     )
     rank: int | float | None = option(
-        None,
-        "to begin with: 20 is a rank, 0.5 a share of the full rank; by default 0.5, full with --compression",
-        RANK,
+        None, "to begin with, or a share of the full one; by default 0.5, 1.0 with --compression", RANK
     )
     compression: float | None = option(
-        None,
-        "of the whole network at the end, instead of --tau: a budget that layers compete for",
-        PERCENT,
-        metavar="PERCENT",
+        None, "of the whole network at the end: a budget instead of --tau", PERCENT, metavar="PERCENT"
     )
     ramp: float | None = option(
         None,
-        "share of --epochs over which the budget falls; 0 cuts --from-checkpoint at the start; by default "
-        f"{RAMP:g}",
+        "share of --epochs over which the budget falls; 0 cuts --from-checkpoint at once; by default 0.6",
         number(float, "[0, 1]"),
     )
     cut_by: str = option(
-        "loss",
-        "what is kept of --from-checkpoint: what the loss needs, or what is largest in the weights",
-        choices=("loss", "weights"),
+        "loss", "what a cut keeps: what the loss needs, or the largest", choices=("loss", "weights")
     )
     skip: list[str] = option([], "layers that stay dense", **LAYERS)
     spatial: bool = option(
         False,
-        "convolutions are low-rank across space, a horizontal and a vertical one, of which half the full "
-        "rank has as many parameters as the kernel: take --compression, or --rank 0.2",
+        "convolutions are low-rank across space: one across rows and one across columns, of which half the "
+        "full rank costs as much as the kernel",
         **SWITCH,
     )
     min_rank: int = option(2, "of every layer that --max-rank lets have it", NATURAL)
     s_steps: int | None = option(
-        None, f"of S for each basis update; by default {S_STEPS}, or 1 with --compression", NATURAL
+        None, "of S for each basis update; by default 10, or 1 with --compression", NATURAL
     )
     max_rank: int | str | None = option(
-        None,
-        "of every layer, or initial: what it begins with; by default only its size limits it",
-        MAX_RANK,
-        metavar="{RANK,initial}",
+        None, "of every layer; initial: what it begins with", MAX_RANK, metavar="{RANK,initial}"
     )
     finetune_epochs: int = option(0, "afterwards, of S and the rest, bases frozen", COUNT)
 
@@ -375,6 +332,9 @@ class LowRankOptions(Options):
         if self.budget:
             self.ramp = RAMP if self.ramp is None else self.ramp
             self.rank = 1.0 if self.rank is None else self.rank
+
+
+RunOptions = DenseOptions | LowRankOptions
 
 
 class Parser(argparse.ArgumentParser):

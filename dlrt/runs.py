@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from dlrt.checkpoint import Row, holds, load_checkpoint, write_whole
+from dlrt.checkpoint import Row, atomic_write, holds, load_checkpoint
 from dlrt.distributed import world_size
 from dlrt.errors import RunError
 
@@ -29,7 +29,7 @@ AGAIN = "delete the run's folder and make the run again"
 RESUME = "once it can be, --resume continues from the last epoch"
 
 
-class Options(TypedDict, total=False):
+class Recorded(TypedDict, total=False):
     """The options in config.json that tables are made of, where they are set."""
 
     name: str
@@ -76,8 +76,8 @@ class Run:
                     "repeat those, or choose another --name"
                 )
             return
-        text = json.dumps({"options": config, **surroundings()}, indent=2) + "\n"
-        write_whole(self.config, lambda file: file.write(text.encode()), RESUME)
+        text = json.dumps({"options": config, **environment()}, indent=2) + "\n"
+        atomic_write(self.config, lambda file: file.write(text.encode()), RESUME)
 
     def options(self) -> dict[str, Any]:
         """The options that the folder's run was begun with; none where there is no run."""
@@ -104,13 +104,13 @@ class Run:
         The checkpoint comes last: a continuation writes the metrics again, but not those before it.
         """
         self.write_metrics(state["metrics"])
-        write_whole(self.checkpoint, lambda file: torch.save(state, file), RESUME)
+        atomic_write(self.checkpoint, lambda file: torch.save(state, file), RESUME)
 
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Write metrics.csv, a line for each row."""
         table = pd.DataFrame(rows)
         path, form = self.folder / "metrics.csv", {"index": False, "float_format": "%.6g"}
-        write_whole(path, lambda file: table.to_csv(file, **form), RESUME)
+        atomic_write(path, lambda file: table.to_csv(file, **form), RESUME)
 
     def load(self) -> dict[str, Any] | None:
         """The last checkpoint, or None where no epoch was completed; RunError for a damaged one."""
@@ -122,7 +122,7 @@ class Run:
             raise RunError(f"{error}: delete it to begin anew") from error
 
 
-def surroundings() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """Versions, device and commit: what else a result may depend on."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
@@ -148,10 +148,10 @@ def _commit(folder: Path) -> str | None:
     """
     command = ["git", "--no-optional-locks", "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
     try:
-        told = subprocess.run(command, cwd=folder, capture_output=True, check=False).stdout
+        status = subprocess.run(command, cwd=folder, capture_output=True, check=False).stdout
     except FileNotFoundError:  # no git here
         return None
-    lines = told.decode(errors="replace").splitlines()
+    lines = status.decode(errors="replace").splitlines()
     header, changes = ([line for line in lines if line.startswith("#") == of] for of in (True, False))
     commits = [line.split()[-1] for line in header if line.startswith("# branch.oid") and "(" not in line]
     return commits[0][:12] + ("-dirty" if changes else "") if commits else None
@@ -170,7 +170,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         options = {**config["options"]}
-        for option, kind in get_type_hints(Options).items():
+        for option, kind in get_type_hints(Recorded).items():
             value = options.get(option)
             if value is not None and not isinstance(value, (float, int) if kind is float else kind):
                 raise TypeError(f"{option} must be of {kind.__name__}, got {value!r}")
@@ -296,7 +296,7 @@ def over_seeds(runs: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     )
     if "epochs" not in by:
         table["epochs"] = groups["epochs"].first()
-    return table.reset_index()
+    return table.reset_index().sort_values(by, na_position="first")
 
 
 def best_lrs(runs: pd.DataFrame, by: str) -> pd.Series:

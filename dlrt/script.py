@@ -21,7 +21,7 @@ from dlrt.data import Dataset
 from dlrt.datasets import load
 from dlrt.errors import OptionError, RunError
 from dlrt.optimizer import DLRT
-from dlrt.options import OPTIMIZERS, DenseOptions, LowRankOptions
+from dlrt.options import OPTIMIZERS, DenseOptions, RunOptions
 from dlrt.runs import Run, chosen_epoch
 from dlrt.training import fit
 
@@ -31,7 +31,7 @@ Settings = dict[str, Any]  # what a network is called with besides shape and cla
 
 @errors.boundary("the epochs that were completed are kept: continue with --resume")
 def run(
-    options: DenseOptions | LowRankOptions,
+    options: RunOptions,
     network: Callable[..., nn.Module],
     results: Path,
     settings: Settings | None = None,
@@ -43,14 +43,15 @@ def run(
     settings = settings or {}
     _check_skip(options, network, settings)
     name = options.name or _name(options, settings)
+    run = Run((options.output_dir or results) / name)
+    if options.resume and options.name and not run.folder.exists():
+        raise RunError(f"--resume must name a run that was begun, got {run.folder}: leave --resume out")
     options = replace(options, name=name, device=distributed.start(options.device))
-    _train(options, network, Run((options.output_dir or results) / name), settings)
+    _train(options, network, run, settings)
     distributed.stop()
 
 
-def _check_skip(
-    options: DenseOptions | LowRankOptions, network: Callable[..., nn.Module], settings: Settings
-) -> None:
+def _check_skip(options: RunOptions, network: Callable[..., nn.Module], settings: Settings) -> None:
     """OptionError where --skip names no layer of the network, or all that could be low-rank."""
     if not options.skip:
         return
@@ -67,16 +68,20 @@ def _is_skipped(name: str, skip: list[str]) -> bool:
     return f"{name}.".startswith(tuple(f"{stem}." for stem in skip))
 
 
-def _train(
-    options: DenseOptions | LowRankOptions, network: Callable[..., nn.Module], run: Run, settings: Settings
-) -> None:
+def _train(options: RunOptions, network: Callable[..., nn.Module], run: Run, settings: Settings) -> None:
     """Load the data, begin the run or go on with it, and print what came of it."""
     if options.workers:
         torch.set_num_threads(options.workers)
     dataset = distributed.first_before_others(lambda: load(options.dataset, options.data_dir, options.seed))
     dataset = dataset.to(options.device)
     model = _begin(options, network, settings, dataset, run)
-    optimizer = make_optimizer(model, options, dataset.train.steps(options.batch_size))
+    try:
+        model = _with_factors(model, options, dataset, run)
+        # on a CPU convolutions take half the time in this layout
+        model = model.to(options.device, memory_format=torch.channels_last)
+        optimizer = make_optimizer(model, options, dataset.train.steps(options.batch_size))
+    except ValueError as error:
+        raise RunError(f"--{'factors: ' * isinstance(options, DenseOptions)}{error}") from error
     scheduler = make_scheduler(optimizer, options.schedule, options.epochs + options.finetune_epochs)
     about = {
         "network": network.__name__,
@@ -96,13 +101,13 @@ def _train(
 
 
 def _begin(
-    options: DenseOptions | LowRankOptions,
+    options: RunOptions,
     network: Callable[..., nn.Module],
     settings: Settings,
     dataset: Dataset,
     run: Run,
 ) -> nn.Module:
-    """The network as training finds it, on its device, once the run's folder has taken the options."""
+    """The network of dense layers that training begins with, once the run's folder has taken the options."""
     torch.manual_seed(options.seed)
     try:
         model = network(dataset.shape, dataset.classes, **settings)
@@ -114,18 +119,17 @@ def _begin(
     else:
         record.pop("cut_by", None)  # there is nothing to cut
     distributed.first(lambda: run.start(record, options.resume))
-    if isinstance(options, LowRankOptions):
-        model = _low_rank(model, options, dataset, run)
-    elif options.factors:
-        model = _factored(model, options)
-    # on a CPU convolutions take half the time in this layout
-    return model.to(options.device, memory_format=torch.channels_last)
+    return model
 
 
-def _low_rank(model: nn.Module, options: LowRankOptions, dataset: Dataset, run: Run) -> nn.Module:
-    """The network at the ranks that the options say; one that goes on takes those of its checkpoint."""
-    if run.checkpoint.exists():
-        return _resumed(model, options, run)
+def _with_factors(model: nn.Module, options: RunOptions, dataset: Dataset, run: Run) -> nn.Module:
+    """The network in the factors that the options say; the ranks of one that goes on follow."""
+    if isinstance(options, DenseOptions):
+        return plain_factors(model, options.factors / 100, options.skip) if options.factors else model
+    if run.checkpoint.exists():  # low-rank are the layers that are so there
+        weights = run.load()["model"]
+        dense = [name for name, _ in model.named_modules() if f"{name}.weight" in weights]
+        return to_low_rank(model, options.rank or 1, skip=[*options.skip, *dense], spatial=options.spatial)
     kernels = [name for name, m in model.named_modules() if type(m) is nn.Conv2d and m.kernel_size[0] > 1]
     if options.spatial and all(_is_skipped(name, options.skip) for name in kernels):
         raise RunError(
@@ -135,28 +139,10 @@ def _low_rank(model: nn.Module, options: LowRankOptions, dataset: Dataset, run: 
     inputs = dataset.train.images[:CALIBRATION_IMAGES].cpu() if by_loss else None
     compression = options.compression / 100 if options.ramp == 0 else None
     ranks = {"rank": options.rank, "compression": compression, "spatial": options.spatial}
-    try:
-        return to_low_rank(model, skip=options.skip, inputs=inputs, **ranks)
-    except ValueError as error:
-        raise RunError(f"--{error}") from error
+    return to_low_rank(model, skip=options.skip, inputs=inputs, **ranks)
 
 
-def _factored(model: nn.Module, options: DenseOptions) -> nn.Module:
-    """The network with plain factors in place of its layers."""
-    try:
-        return plain_factors(model, options.factors / 100, options.skip)
-    except ValueError as error:
-        raise RunError(f"--factors: {error}") from error
-
-
-def _resumed(model: nn.Module, options: LowRankOptions, run: Run) -> nn.Module:
-    """The network with the layers low-rank that are so in the run's checkpoint; their ranks follow."""
-    weights = run.load()["model"]
-    dense = [name for name, _ in model.named_modules() if f"{name}.weight" in weights]
-    return to_low_rank(model, options.rank or 1, skip=[*options.skip, *dense], spatial=options.spatial)
-
-
-def _name(options: DenseOptions | LowRankOptions, settings: Settings) -> str:
+def _name(options: RunOptions, settings: Settings) -> str:
     """What a run's folder is called where nobody says."""
     prefix = "".join(f"{key}{value}_" for key, value in settings.items())
     if isinstance(options, DenseOptions):
@@ -207,9 +193,7 @@ def _take_weights(model: nn.Module, path: Path, run: Run) -> str:
     return f"{path.name} {zlib.crc32(repr(sums).encode()):08x}"
 
 
-def make_optimizer(
-    model: nn.Module, options: DenseOptions | LowRankOptions, steps: int
-) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, options: RunOptions, steps: int) -> torch.optim.Optimizer:
     """The optimizer that the options describe, for so many steps an epoch: a DLRT for a low-rank run."""
     inner = {"lr": options.lr, "weight_decay": options.weight_decay}
     if options.optimizer == "sgd":
@@ -223,10 +207,7 @@ def make_optimizer(
     if options.budget:
         ramp = round(options.ramp * options.epochs * steps)
         settings |= {"compression": options.compression / 100, "ramp": ramp}
-    try:
-        return DLRT(model, OPTIMIZERS[options.optimizer], **settings, **inner)
-    except ValueError as error:
-        raise RunError(f"--{error}") from error
+    return DLRT(model, OPTIMIZERS[options.optimizer], **settings, **inner)
 
 
 def _dense_optimizer(model: nn.Module, options: DenseOptions, inner: dict) -> torch.optim.Optimizer:

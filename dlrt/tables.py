@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 from torch import nn
 
-from dlrt import errors, plots, runs
+from dlrt import errors, plots
 from dlrt.costs import compression, singular_values
 from dlrt.errors import RunError, one_line
 from dlrt.options import ROOT, HelpFormatter, Parser
@@ -78,9 +78,9 @@ def read(
     if reader is not read_runs:
         return found
     for option in ("name", "network", "dataset", "seed", "lr", *needs):
-        runs = found["run"] if option not in found else found.loc[found[option].isna(), "run"]
-        if len(runs):
-            folder = args.results / runs.iloc[0]
+        without = found["run"] if option not in found else found.loc[found[option].isna(), "run"]
+        if len(without):
+            folder = args.results / without.iloc[0]
             raise RunError(f"{folder} has no {option}: it must be a run of {command}; move it away")
     wanted = dataset if (found["dataset"] == dataset).any() else found["dataset"].iloc[0]
     others = found.loc[found["dataset"] != wanted, "run"]
@@ -94,25 +94,16 @@ def data(found: pd.DataFrame) -> str:
     return DATA.get(found["dataset"].iloc[0], found["dataset"].iloc[0])
 
 
-def over_seeds(found: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """`runs.over_seeds`, ordered."""
-    return runs.over_seeds(found, by).sort_values(by, na_position="first")
-
-
 def publish(args: argparse.Namespace, table: pd.DataFrame, caption: str, figures: dict[str, Figure]) -> None:
     """Print a table and write it as CSV, Markdown and LaTeX, and figures by their names as PDF and PNG."""
-    try:
-        write(table, args.output_dir, caption)
-    except OSError as error:
-        why = f"cannot be written to ({error.strerror}): take another"
-        raise RunError(f"{args.output_dir} {why}") from error
+    write(table, args.output_dir, caption)
     print(markdown(table, caption))
     for name, figure in figures.items():
         print(f"figure: {plots.save(figure, args.figures, name)}")
 
 
 def comparison(runs: pd.DataFrame) -> pd.DataFrame:
-    """The columns by which runs are compared, a row per run of `records.read_runs`."""
+    """The columns by which runs are compared, a row per run of `runs.read_runs`."""
     return pd.DataFrame(
         {
             "network": runs["network"],
@@ -153,8 +144,8 @@ def text(values: pd.Series, form: str, missing: str = "") -> pd.Series:
     """Numbers as text in that format, and `missing` where there is none."""
 
     def one(value: float) -> str:
-        told = form.format(value)
-        return told.removeprefix("-") if not told.strip("-0.") else told  # no -0.00
+        shown = form.format(value)
+        return shown.removeprefix("-") if not shown.strip("-0.") else shown  # no -0.00
 
     return values.map(lambda value: missing if pd.isna(value) else one(value)).astype(object)
 

@@ -5,7 +5,8 @@ python mnist/produce_results.py
 
 from pathlib import Path
 
-from dlrt import plots, runs, tables
+from dlrt import plots, tables
+from dlrt.runs import read_metrics
 
 
 @tables.boundary()
@@ -13,8 +14,7 @@ def main() -> None:
     args = tables.parse(__doc__, Path(__file__).parent)
     found = tables.read(args, "python mnist/lenet5_mnist.py, or the other scripts beside it")
     metrics = {
-        f"{row.network} {row['name']}": runs.read_metrics(args.results / row.run)
-        for _, row in found.iterrows()
+        f"{row.network} {row['name']}": read_metrics(args.results / row.run) for _, row in found.iterrows()
     }
     figures = {"learning_curves": plots.learning_curves(metrics)}
     tables.publish(args, tables.comparison(found), tables.COUNTED, figures)

@@ -19,7 +19,7 @@ from dlrt.cams.guided import guided_gradients, visible
 from dlrt.cams.networks import Network
 from dlrt.cams.pictures import Picture, overlay
 from dlrt.cams.targets import of_classes
-from dlrt.checkpoint import write_whole
+from dlrt.checkpoint import atomic_write
 from dlrt.errors import KEPT
 
 LEAST = 256  # pixels of the longer side of what is drawn
@@ -106,11 +106,11 @@ def write_map(path: Path, picture: Picture, maps: Maps, index: int, gradient: np
         arrays["guided"] = gradient * shown[..., None]
         product = Image.fromarray(visible(arrays["guided"])).resize(picture.image.size)
         save_png(path.with_suffix("").with_suffix(".guided.png"), product)
-    write_whole(path.with_suffix(".npz"), partial(np.savez_compressed, **arrays), KEPT)
+    atomic_write(path.with_suffix(".npz"), partial(np.savez_compressed, **arrays), KEPT)
 
 
 def save_png(path: Path, image: Image.Image) -> None:
-    write_whole(path, partial(image.save, format="PNG"), KEPT)
+    atomic_write(path, partial(image.save, format="PNG"), KEPT)
 
 
 def line(its: dict[str, object], path: Path) -> str:

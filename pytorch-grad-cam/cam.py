@@ -31,10 +31,10 @@ from dlrt.cams import METHODS, check_options, known, networks
 from dlrt.cams.figure import figure
 from dlrt.cams.networks import Network
 from dlrt.cams.pictures import PictureError, files, read_labels
-from dlrt.checkpoint import write_whole
+from dlrt.checkpoint import atomic_write
 from dlrt.errors import KEPT, LEFT_OUT, RunError
 from dlrt.options import NATURAL, NOT_PART_OF_THE_EXPERIMENT, PERCENT, RANK, TOLERANCE, HelpFormatter, Parser
-from dlrt.runs import surroundings
+from dlrt.runs import environment
 
 FIGURE_ROWS = 12
 
@@ -158,7 +158,7 @@ def warn_of_changes(table: pd.DataFrame, first: Network) -> None:
 def write_records(table: pd.DataFrame, nets: Sequence[Network], layer: str, args: argparse.Namespace) -> None:
     """cams.csv and config.json; of files and folders the names alone, since records can be published."""
     form = {"index": False, "float_format": "%.6g"}
-    write_whole(args.output_dir / "cams.csv", lambda file: table.to_csv(file, **form), KEPT)
+    atomic_write(args.output_dir / "cams.csv", lambda file: table.to_csv(file, **form), KEPT)
     options = {key: its for key, its in vars(args).items() if key not in NOT_PART_OF_THE_EXPERIMENT}
     options["target_layer"] = layer if args.method != ["fullgrad"] else None
     config = {
@@ -166,10 +166,10 @@ def write_records(table: pd.DataFrame, nets: Sequence[Network], layer: str, args
         "input": list(nets[0].shape),
         "device": str(nets[0].device),
         "options": {key: published(value) for key, value in options.items()},
-        **surroundings(),
+        **environment(),
     }
     text = json.dumps(config, indent=2) + "\n"
-    write_whole(args.output_dir / "config.json", lambda file: file.write(text.encode()), KEPT)
+    atomic_write(args.output_dir / "config.json", lambda file: file.write(text.encode()), KEPT)
 
 
 def about(network: Network) -> dict[str, object]:

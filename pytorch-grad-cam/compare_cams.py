@@ -33,7 +33,7 @@ from sources import digest, pictures_of
 from dlrt import errors
 from dlrt.cams import Maps, networks
 from dlrt.cams.pictures import Picture
-from dlrt.checkpoint import write_whole
+from dlrt.checkpoint import atomic_write
 from dlrt.datasets import DATASETS
 from dlrt.errors import KEPT, LEFT_OUT, DataError, RunError
 from dlrt.options import DATA_DIR, FOLDER_NAME, NATURAL, TOLERANCE, HelpFormatter, Parser, number
@@ -174,17 +174,17 @@ def save_pictures(path: Path, pictures: Sequence[Picture]) -> None:
         image = picture.image.convert("RGB")
         image.thumbnail((256, 256))
         small[picture.name] = np.asarray(image)
-    write_whole(path, partial(np.savez_compressed, **small), KEPT)
+    atomic_write(path, partial(np.savez_compressed, **small), KEPT)
 
 
 def save_maps(path: Path, maps: Maps) -> None:
     """The displayed maps of the grid's pictures."""
     shown = maps.displayed[:SHOWN].astype(np.float16)
-    write_whole(path, partial(np.savez_compressed, displayed=shown), KEPT)
+    atomic_write(path, partial(np.savez_compressed, displayed=shown), KEPT)
 
 
 def save_table(path: Path, table: pd.DataFrame) -> None:
-    write_whole(path, lambda file: table.to_csv(file, index=False, float_format="%.6g"), KEPT)
+    atomic_write(path, lambda file: table.to_csv(file, index=False, float_format="%.6g"), KEPT)
 
 
 def line(table: pd.DataFrame) -> str:

@@ -9,7 +9,7 @@ import dlrt
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    ["checks", "clutter", "timing", "watching", "errors"],
+    ["checks", "clutter", "timing", "hooks", "errors"],
     ["lowrank", "plots"],
     ["ranks", "integrators", "layers", "curvature"],
     ["velocity", "fields", "attention", "convolutions", "streaming"],

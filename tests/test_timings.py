@@ -235,12 +235,6 @@ def test_a_second_device_stands_beside_the_first(results, scripts, tmp_path):
         plt.close(figure)
 
 
-def test_without_measurements_it_says_which_command_makes_them(scripts, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        call(scripts.produce_results, "--results", tmp_path)
-    assert capsys.readouterr().err.endswith("make them with: python timings/run.py\n")
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

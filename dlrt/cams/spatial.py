@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dlrt.convolutions import LowRankConv2d
+from dlrt.hooks import watching
 from dlrt.layers import LowRankLinear
-from dlrt.watching import watching
 
 Shape = tuple[int, ...]
 Calls = dict[nn.Module, list[Shape]]

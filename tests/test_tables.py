@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
-from dlrt import grid, plots, runs, tables
+from dlrt import errors, grid, plots, runs, tables
 from dlrt.errors import RunError
 from dlrt.options import FOLDER_NAME, ROOT, Parser
 from dlrt.runs import read_runs
@@ -66,18 +66,18 @@ def test_a_setting_has_the_mean_over_its_seeds_at_the_chosen_epoch_and_at_the_la
     assert row["accuracy_std"] == pytest.approx(np.std([70, 74], ddof=1))
     assert (row["ranks"], row["compression"], row["epochs"]) == ("3/4", 50.0, 2)
     assert summary.loc[np.nan, "accuracy"] == 99.0
-    text = tables.readable(summary.reset_index(), {}).iloc[0]
+    text = tables.readable(summary.reset_index(), {}).iloc[-1]
     assert text["test accuracy [%]"] == "72.00 ± 2.83"
     assert text["at the last epoch [%]"] == "67.00 ± 9.90"
 
 
 @pytest.mark.parametrize(
-    ("other", "told"), [({"lr": 0.2}, "lr 0.1 and 0.2"), ({"seed": 0}, "need a seed each")]
+    ("other", "reported"), [({"lr": 0.2}, "lr 0.1 and 0.2"), ({"seed": 0}, "need a seed each")]
 )
-def test_runs_that_are_no_seeds_of_one_setting_are_not_averaged(other, told, tmp_path):
+def test_runs_that_are_no_seeds_of_one_setting_are_not_averaged(other, reported, tmp_path):
     write_run(tmp_path, "a", [90], [70.0])
     write_run(tmp_path, "b", [90], [71.0], **{"seed": 1, **other})
-    with pytest.raises(RunError, match=told):
+    with pytest.raises(RunError, match=reported):
         runs.over_seeds(read_runs(tmp_path), ["tau"])
 
 
@@ -114,14 +114,14 @@ def test_the_step_size_of_plain_factors_is_the_one_best_in_validation(tmp_path):
 
 def test_a_grid_chooses_among_its_own_runs_and_ends_where_all_diverged(tmp_path):
     def plan(name, decay, lr):
-        return grid.Plan(name, ROOT / "script.py", {"epochs": 1, "decay": decay, "lr": lr})
+        return grid.RunSpec(name, ROOT / "script.py", {"epochs": 1, "decay": decay, "lr": lr})
 
     for name, lr, validation in (("one", 0.1, 80), ("two", 0.2, 90), ("by hand", 0.3, 99)):
         write_run(tmp_path, name, [validation], [50], decay=2.0, lr=lr)
     plans = [plan("one", 2.0, 0.1), plan("two", 2.0, 0.2)]
-    assert grid.best_lrs(plans, tmp_path, "decay") == {2.0: 0.2}
+    assert grid.choose_lrs(plans, tmp_path, "decay") == {2.0: 0.2}
     with pytest.raises(RunError, match="every learning rate diverges at decay 9: add smaller"):
-        grid.best_lrs([*plans, plan("three", 9.0, 0.1)], tmp_path, "decay")
+        grid.choose_lrs([*plans, plan("three", 9.0, 0.1)], tmp_path, "decay")
 
 
 def test_plain_factors_have_one_step_size_and_dlrt_that_one_and_the_papers(tmp_path, monkeypatch):
@@ -150,11 +150,12 @@ def test_plain_factors_of_other_options_and_a_damaged_record_end_the_table(tmp_p
     assert "two/metrics.csv is lost or damaged" in result.stderr
 
 
-def test_a_table_that_cannot_be_written_is_one_line(tmp_path):
+def test_a_table_that_cannot_be_written_is_one_line(tmp_path, capsys):
     (tmp_path / "file").touch()
     args = Namespace(output_dir=tmp_path / "file", figures=[])
-    with pytest.raises(RunError, match=r"file cannot be written to \(File exists\): take another"):
+    with pytest.raises(SystemExit), errors.boundary():
         tables.publish(args, pd.DataFrame({"a": [1]}), "", {})
+    assert capsys.readouterr().err.endswith("file cannot be used (File exists): take another\n")
 
 
 def test_fine_tuning_is_shown_by_the_best_epoch_before_it_and_in_it(tmp_path, monkeypatch):
