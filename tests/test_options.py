@@ -212,18 +212,6 @@ def test_a_run_from_any_folder_leaves_its_folder_and_prints_the_result(finished)
     assert str(run) in last
 
 
-def test_a_second_run_into_the_same_folder_is_refused(finished):
-    folder, _ = finished
-    run = folder / "results" / "a"
-    before = {path: path.read_bytes() for path in run.iterdir()}
-    done = call(folder, *TRAINING, "--output-dir", folder / "results", "--name", "a")
-    assert done.returncode == 1
-    assert len(done.stderr.splitlines()) == 1
-    assert str(run) in done.stderr
-    assert "--resume" in done.stderr
-    assert {path: path.read_bytes() for path in run.iterdir()} == before
-
-
 def test_a_run_to_resume_must_be_there_where_it_is_named(run_script, tmp_path):
     done = run_script("mnist/lenet5_mnist.py", "--resume", "--name", "none", "--output-dir", tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
