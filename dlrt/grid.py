@@ -6,15 +6,16 @@ import argparse
 import os
 import re
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from subprocess import DEVNULL, Popen
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 import torch
 from tqdm import tqdm
@@ -129,8 +130,7 @@ def make(
     missing = _missing(plans, then, results)
     results.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with tempfile.TemporaryDirectory() as logs:
-        codes = _run_all(plans, missing, results, jobs, Path(logs))
+    codes = _run_all(plans, missing, results, jobs)
     failed = [name for name, code in codes.items() if not (may_diverge and code == DIVERGED)]
     print(f"{len(plans) - len(codes)} of {len(plans)} runs are in {results}")
     if failed:
@@ -166,53 +166,46 @@ def _missing(plans: Sequence[RunSpec], then: Sequence[RunSpec], results: Path) -
 
 
 def _run_all(
-    plans: Sequence[RunSpec], missing: Sequence[RunSpec], results: Path, jobs: int, logs: Path
+    plans: Sequence[RunSpec], missing: Sequence[RunSpec], results: Path, jobs: int
 ) -> dict[str, int]:
     """Make what is missing, with a bar over the epochs of all plans; the exit codes of those that failed."""
     waiting, failed = list(missing), {}
-    running: dict[subprocess.Popen, RunSpec] = {}
+    running: dict[Popen, tuple[RunSpec, IO[bytes]]] = {}
     done = {plan.name: epochs_done(results / plan.name) for plan in plans}
     # of the cores that this program may use
     threads = max(1, torch.get_num_threads() // max(1, min(jobs, len(waiting))))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     total, there = sum(plan.epochs for plan in plans), sum(done.values())
-    bar = tqdm(total=total, initial=there, unit="epoch", disable=None)
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                plan = waiting.pop(0)
-                running[_start(plan.command(results, threads), threads, _log(logs, plan))] = plan
-            time.sleep(0.2)
-            for process, plan in list(running.items()):
-                code = process.poll()
-                done[plan.name] = epochs_done(results / plan.name)
-                if code is not None:
-                    del running[process]
-                if code:
-                    failed[plan.name] = code
-                    tqdm.write(f"{plan.name} failed: {_last_line(_log(logs, plan))}")
-            bar.set_postfix_str(", ".join(plan.name for plan in running.values()), refresh=False)
-            bar.update(sum(done.values()) - bar.n)
-    except BaseException:  # whatever ends this program ends its runs
-        for process in running:
-            process.terminate()  # they may ignore SIGINT, as in the background
-        for process in running:
-            process.wait()
-        raise
-    finally:
-        bar.close()
+    with ExitStack() as logs, tqdm(total=total, initial=there, unit="epoch", disable=None) as bar:
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    plan = waiting.pop(0)
+                    command = plan.command(results, threads)
+                    log = logs.enter_context(TemporaryFile())  # a pipe that nobody reads would stop the run
+                    process = Popen(command, env=environment, stdout=DEVNULL, stderr=log)
+                    running[process] = plan, log
+                time.sleep(0.2)
+                for process, (plan, log) in list(running.items()):
+                    code = process.poll()
+                    done[plan.name] = epochs_done(results / plan.name)
+                    if code is not None:
+                        del running[process]
+                    if code:
+                        failed[plan.name] = code
+                        tqdm.write(f"{plan.name} failed: {_last_line(log)}")
+                bar.set_postfix_str(", ".join(plan.name for plan, _ in running.values()), refresh=False)
+                bar.update(sum(done.values()) - bar.n)
+        except BaseException:  # whatever ends this program ends its runs
+            for process in running:
+                process.terminate()  # they may ignore SIGINT, as in the background
+            for process in running:
+                process.wait()
+            raise
     return failed
 
 
-def _start(command: list[str], threads: int, log: Path) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    with log.open("wb") as errors:  # a pipe that nobody reads would stop the run when it is full
-        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
-
-
-def _log(logs: Path, plan: RunSpec) -> Path:
-    return logs / plan.name.replace("/", " ")
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+def _last_line(log: IO[bytes]) -> str:
+    log.seek(0)
+    lines = log.read().decode(errors="replace").strip().splitlines()
     return lines[-1].strip() if lines else "no message"

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import warnings
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict, get_type_hints
 
@@ -65,14 +66,9 @@ class Run:
         if begun and not resume:
             raise RunError(f"{self.folder} holds a run: continue it with --resume, or choose another --name")
         if was and begun:  # else nothing was completed, and nothing is lost
-            other = [
-                f"{key} {was.get(key)!r} -> {config.get(key)!r}"
-                for key in {**was, **config}
-                if key != "name" and not same_option(key, was.get(key), config.get(key))  # a folder may move
-            ]
-            if other:
+            if other := differences(was, config, "->", "name"):  # a folder may move
                 raise RunError(
-                    f"{self.folder} was begun with other options ({', '.join(other)}): "
+                    f"{self.folder} was begun with other options ({other}): "
                     "repeat those, or choose another --name"
                 )
             return
@@ -215,6 +211,12 @@ def same_option(name: str, one: Any, other: Any) -> bool:
     return one == other or not (one or other)
 
 
+def differences(one: Mapping[str, Any], other: Mapping[str, Any], between: str, *but: str) -> str:
+    """In which options two records differ, but for some: "lr 0.1 and 0.2" """
+    both = {name: (one.get(name), other.get(name)) for name in {**one, **other} if name not in but}
+    return ", ".join(f"{n} {a!r} {between} {b!r}" for n, (a, b) in both.items() if not same_option(n, a, b))
+
+
 def chosen_epoch(metrics: pd.DataFrame) -> int:
     """The row to report: at the final tolerance and budget, the most accurate on the validation split.
 
@@ -315,15 +317,9 @@ def _check_difference(rows: pd.DataFrame, name: str) -> None:
     """Runs of one mean, or of one choice, differ in one option, `name`: else they would say nothing of it."""
     first, *others = rows[["run", "options"]].itertuples(index=False)
     for other in others:
-        changed = [
-            f"{option} {first.options.get(option)!r} and {other.options.get(option)!r}"
-            for option in {**first.options, **other.options}
-            if option not in (name, "name", "from_checkpoint")
-            and not same_option(option, first.options.get(option), other.options.get(option))
-        ]
-        if changed:
+        if changed := differences(first.options, other.options, "and", name, "name", "from_checkpoint"):
             both = f"{first.run} and {other.run}"
-            raise RunError(f"{both} must differ in the {name} only, got {', '.join(changed)}: move one away")
+            raise RunError(f"{both} must differ in the {name} only, got {changed}: move one away")
     if rows[name].duplicated().any():
         raise RunError(
             f"runs of one setting need a {name} each, got {', '.join(rows['run'])}: move some away"
