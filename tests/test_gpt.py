@@ -9,7 +9,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import dlrt
-from dlrt.errors import DataError, Split
+from dlrt.data import Split
+from dlrt.errors import DataError
 from dlrt.models import GPT
 from dlrt.models.gpt import rotated
 from dlrt.text import WINDOW, as_text, as_tokens, stdlib, text
