@@ -182,7 +182,7 @@ def table(runs: pd.DataFrame) -> str:
 
 
 def mean_and_spread(values: pd.Series) -> str:
-    return f"{values.mean():.2f}" + (f" ± {values.std(ddof=0):.2f}" if len(values) > 1 else "")
+    return f"{values.mean():.2f}" + (f" ± {values.std():.2f}" if len(values) > 1 else "")
 
 
 @errors.boundary()

@@ -17,6 +17,7 @@ from dlrt.costs import compression, singular_values
 from dlrt.errors import RunError, one_line
 from dlrt.options import ROOT, HelpFormatter, Parser
 from dlrt.plots import Figure
+from dlrt.ranks import parameters
 from dlrt.runs import read_runs
 
 DATA = {"mnist": "MNIST", "cifar10": "CIFAR-10"}
@@ -161,13 +162,13 @@ def layers(model: nn.Module) -> pd.DataFrame:
     for name, sigma in singular_values(model).items():
         module = model.get_submodule(name)
         m, n = module.shape if name in ranks else module.weight.flatten(1).shape
-        parameters = ranks[name] * (m + n) if name in ranks else m * n
+        held = parameters(ranks[name], (m, n)) if name in ranks else m * n
         rows.append({
             "layer": name,
             "matrix": f"{m} x {n}",
             "rank": ranks.get(name, "dense"),
-            "parameters": f"{parameters:,}",
-            "compression [%]": f"{100 * (1 - parameters / (m * n)):.2f}",
+            "parameters": f"{held:,}",
+            "compression [%]": f"{100 * (1 - held / (m * n)):.2f}",
             "largest sigma": f"{sigma[0]:.3g}",
             "smallest / largest": f"{sigma[-1] / sigma[0]:.2g}",
             "above a tenth": int((sigma > sigma[0] / 10).sum()),
