@@ -6,6 +6,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
+from numbers import Integral
 
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -65,6 +66,7 @@ def to_low_rank(
     """
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     _check(model, rank, tau, skip, compression)
+    _check_inputs(inputs)
     layers = _layers(model, skip)
     try:
         cut = _cut(model, layers, rank, tau, inputs, compression, spatial)
@@ -142,13 +144,15 @@ def _check(
     skip: tuple[str, ...],
     compression: float | None,
 ) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the first argument must be a model, an nn.Module, got {type(model).__name__}")
     names = [name for name, _ in model.named_modules() if name]
     if unknown := sorted(set(skip) - set(names)):
         raise ValueError(
             f"skip names no module of the model: {', '.join(unknown)}; it has {', '.join(names)}"
         )
-    share = isinstance(rank, float)
-    if rank is not None and not (0 < rank <= 1 if share else rank >= 1):
+    share, whole = isinstance(rank, float), isinstance(rank, Integral) and not isinstance(rank, bool)
+    if rank is not None and not (0 < rank <= 1 if share else whole and rank >= 1):
         raise ValueError(
             f"rank must be an int of at least 1, a share in (0, 1] as a float, or None, got {rank!r}"
         )
@@ -156,6 +160,16 @@ def _check(
     check_compression(compression)
     if compression is not None and (rank is not None or tau is not None):
         raise ValueError(f"compression must come without rank and tau, got rank {rank!r} and tau {tau!r}")
+
+
+def _check_inputs(inputs: Tensor | None) -> None:
+    if inputs is None:
+        return
+    if not isinstance(inputs, Tensor) or inputs.dim() < 2 or len(inputs) == 0:
+        came = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
+        raise ValueError(f"inputs must be a batch of the model's inputs, a tensor (N, ...), got {came}")
+    if not inputs.isfinite().all():
+        raise ValueError("inputs must be finite, got inf or nan: leave out the samples that are damaged")
 
 
 def _rank(W: Tensor, rank: int | float | None) -> int:

@@ -273,3 +273,31 @@ def test_lenet5_says_what_it_needs():
     with pytest.raises(ValueError, match="at least 16 x 16 pixels, got 8 x 8"):
         LeNet5((1, 8, 8))
     assert LeNet5((3, 32, 32), classes=7)(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("rank", ["8", True, float("nan"), [3]], ids=str)
+def test_a_rank_of_another_type_is_refused(rank):
+    with pytest.raises((ValueError, TypeError), match="rank must be an int of at least 1"):
+        dlrt.to_low_rank(nn.Linear(6, 5), rank=rank)
+
+
+@pytest.mark.parametrize("model", [None, nn.Linear, torch.zeros(2, 2)], ids=repr)
+def test_what_is_no_model_is_refused(model):
+    with pytest.raises(TypeError, match=r"must be a model, an nn\.Module, got"):
+        dlrt.to_low_rank(model)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (torch.zeros(0, 6), r"a tensor \(N, \.\.\.\), got \(0, 6\)"),
+        (torch.zeros(6).numpy(), "got ndarray"),
+        (torch.zeros(6), r"got \(6,\)"),
+        (torch.full((3, 6), torch.nan), "inputs must be finite"),
+    ],
+)
+def test_inputs_that_are_no_batch_are_refused_and_nothing_has_changed(inputs, message):
+    model = nn.Sequential(nn.Linear(6, 5))
+    with pytest.raises(ValueError, match=message):
+        dlrt.to_low_rank(model, compression=0.3, inputs=inputs)
+    assert type(model[0]) is nn.Linear
