@@ -41,28 +41,30 @@ def to_low_rank(
 ) -> nn.Module:
     """Make every nn.Linear and nn.Conv2d of a model, in place, its truncated SVD; give the model back.
 
-    nn.MultiheadAttention becomes a `dlrt.Attention`, of which query, key, value and output are such layers.
+    Layers stay the same objects, so whatever else holds one trains it, too; a module that uses `layer.weight`
+    without calling the layer trains it as well. nn.MultiheadAttention becomes a `dlrt.Attention`, with such
+    layers for query, key, value and output. Make the optimizer afterwards: S is a new parameter. ValueError
+    for an option that is impossible, alone or beside others.
 
-    The layers stay the same objects, so that whatever else holds one, as a list or a closure, trains it, too.
-    A module that uses `layer.weight` without calling the layer trains it as well.
-    rank is an int (in a layer too small for it, that layer's full rank), a share in (0, 1] of each layer's
-    full rank, or None for the full rank; tau drops singular values up to that share of each weight's norm.
-    Instead of both, compression is the evaluation compression, a fraction, that the model has at least: the
-    singular values of all layers, squared and each as a share of its layer's, compete for the parameters, see
-    `dlrt.ranks`; a layer that is worth its whole weight stays dense.
-    With inputs, a batch (N, ...) for a classifier, the SVD is that of √G W √A, see `dlrt.curvature`, which
-    keeps what the loss needs: a trained network loses much less accuracy. It takes n x n matrices of float64
-    for every layer with n inputs.
-    A kernel is a matrix (out_channels, in_channels * height * width), or with spatial the matrix
-    (out_channels * height, in_channels * width), see `dlrt.SpatialLowRankConv2d`. Full rank then has more
-    parameters than the kernel: with as many channels in as out half of it has as many, a fifth 60 % fewer.
-    skip names the modules that stay dense, with all that they contain. A warning names each layer that stays
-    as it is: grouped convolutions, weights that two modules share (the head of a language model that is tied
-    to its embedding), recurrent layers, attention with add_bias_kv or add_zero_attn, layers with hooks,
-    parametrized and lazy ones, subclasses and others with a weight matrix of their own, and low-rank ones.
-    Embeddings and convolutions that are not two-dimensional stay so without. Make the optimizer afterwards: S
-    is a new parameter. ValueError for an impossible rank, tau or compression, for inputs of what is no
-    classifier, or where skip names no module.
+        rank: a whole number (a layer too small for it gets its full rank), a share in (0, 1] of each layer's
+            full rank, or None for the full rank.
+        tau: singular values up to that share of each weight's norm are dropped.
+        compression: instead of both the evaluation compression, a fraction, that the model has at least. The
+            singular values of all layers, squared and each as a share of its layer's, compete for the
+            parameters, see `dlrt.ranks`. A layer whose factors would cost as much as its weight stays dense.
+        inputs: a batch (N, ...) for a classifier. The SVD is then that of √G W √A, which keeps what the loss
+            needs, see `dlrt.curvature`: a trained network loses much less accuracy. It takes an n x n matrix
+            of float64 for every layer with n inputs.
+        spatial: a kernel is the matrix (out_channels * height, in_channels * width) and not (out_channels,
+            in_channels * height * width), see `dlrt.SpatialLowRankConv2d`. Full rank then has more parameters
+            than the kernel: with as many channels in as out half of it has as many, a fifth 60 % fewer.
+        skip: names of the modules that stay dense, with all that they contain.
+
+    A warning names each layer that stays dense although it has a weight matrix: grouped convolutions, weights
+    that two modules share (the head of a language model that is tied to its embedding), recurrent layers,
+    attention with add_bias_kv or add_zero_attn, layers with hooks, parametrized and lazy ones, subclasses and
+    others with a weight matrix of their own; low-rank layers stay as they are. Embeddings and convolutions
+    that are not two-dimensional stay dense without a warning.
     """
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     _check(model, rank, tau, skip, compression)

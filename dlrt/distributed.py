@@ -62,7 +62,7 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def share(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float]:
+def own_part(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float]:
     """This process's part of a batch, and the weight of its mean loss: the share of the samples it holds.
 
     No part has a single sample unless the batch has, for the sake of batch normalisation. A process that is
@@ -97,7 +97,7 @@ def reduce_gradients(model: nn.Module) -> None:
 
 
 def check_ranks_may_move(S: Tensor, name: str) -> None:
-    """RuntimeError where other processes would not follow: all but those that call `reduce_gradients`."""
+    """RuntimeError where a new rank would not reach the other processes, which `reduce_gradients` makes it."""
     if S.device.type == "cpu" and S.is_shared():
         raise RuntimeError(
             f"the rank of {name} would change, and its factors are in memory shared with other processes: "
@@ -127,21 +127,21 @@ def sum_over_processes(tensors: Iterable[Tensor]) -> None:
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         same = [tensor for tensor in tensors if tensor.dtype == dtype]
         flat = torch.cat([tensor.reshape(-1) for tensor in same])
-        with _loss_of_a_process_told():
+        with _lost_process_reported():
             dist.all_reduce(flat)
         for tensor, total in zip(same, flat.split([tensor.numel() for tensor in same]), strict=True):
             tensor.copy_(total.view(tensor.shape))
 
 
-def total(*values: float) -> list[float]:
+def sums(*values: float) -> list[float]:
     """Each of these numbers, summed over the processes."""
     totals = torch.tensor(values, dtype=torch.float64)
     sum_over_processes([totals])
     return totals.tolist()
 
 
-def first(action: Callable[[], T]) -> T:
-    """What an action gives that process 0 alone does, for all; its error ends all, and process 0 says it."""
+def on_first_process(action: Callable[[], T]) -> T:
+    """Run an action on process 0 alone, give its result to all; its error ends all, and process 0 reports it."""
     if world_size() == 1:
         return action()
     result, error = None, None
@@ -151,7 +151,7 @@ def first(action: Callable[[], T]) -> T:
         except Exception as reason:  # whichever it is, it is raised below, when the others know of it
             error = reason
     message = [error is None, result]
-    with _loss_of_a_process_told():
+    with _lost_process_reported():
         dist.broadcast_object_list(message)
     if error is not None:
         raise error
@@ -160,10 +160,10 @@ def first(action: Callable[[], T]) -> T:
     return message[1]
 
 
-def first_before_others(action: Callable[[], T]) -> T:
-    """What an action gives that every process does, process 0 alone at first: it may have to download."""
+def first_process_first(action: Callable[[], T]) -> T:
+    """Run an action on every process, on process 0 before the others: it may have to download."""
     mine: list[T] = []
-    first(lambda: mine.append(action()))
+    on_first_process(lambda: mine.append(action()))
     return mine[0] if mine else action()
 
 
@@ -173,7 +173,7 @@ def check_identical(model: nn.Module) -> None:
         return
     names, sums = zip(*((name, checksum(value)) for name, value in model.named_parameters()), strict=True)
     least, most = torch.tensor(sums), torch.tensor(sums)
-    with _loss_of_a_process_told():
+    with _lost_process_reported():
         dist.all_reduce(least, dist.ReduceOp.MIN)
         dist.all_reduce(most, dist.ReduceOp.MAX)
     if other := [name for name, a, b in zip(names, least, most, strict=True) if a != b]:
@@ -190,7 +190,7 @@ def checksum(tensor: Tensor) -> int:
 
 
 @contextmanager
-def _loss_of_a_process_told() -> Iterator[None]:
+def _lost_process_reported() -> Iterator[None]:
     """Around what waits for the other processes."""
     try:
         yield

@@ -26,25 +26,30 @@ class DLRT(torch.optim.Optimizer):
 
         optimizer = DLRT(model, torch.optim.SGD, lr=0.05, momentum=0.9, tau=0.1)
 
-    The torch class (**options are its arguments) steps biases, norms and dense layers. A low-rank weight
-    moves by an integrator along its velocity, a tangent vector, with h = lr. `update` is the rule that acts
-    on the small matrix D, "sgd", "adam" or "muon" (default: as the class). "muon" moves by
-    update_lr √max(1, m/n) msign(D), with update_lr = 0.3 lr by default and decoupled weight decay. At full
-    rank without truncation a step is that of torch's SGD, or of Muon. Schedulers change both alike.
+    `optimizer_class` (SGD, Adam, AdamW), made with `**options`, steps biases, norms and dense layers. A
+    low-rank weight moves by an integrator along its velocity, a tangent vector. A layer belongs to the last
+    DLRT that was made of it. ValueError for an impossible option and for bases that are not orthonormal.
 
-    Integrators: "parallel" takes one pass (Ceruti, Kusch & Lubich 2024). "augmented" updates the bases by
-    one pass and S by another (Ceruti, Kusch & Lubich 2022; Schotthöfer et al. 2022), and so does "bug", which
-    keeps the rank (Ceruti & Lubich 2022): both call `step(closure)`, which evaluates the closure twice.
+    How a weight steps:
+        update: the rule on the small matrix D, "sgd", "adam" or "muon"; by default that of the class. "sgd"
+            moves by lr D and at full rank is torch's SGD; "muon" moves by update_lr √max(1, m/n) msign(D),
+            with decoupled weight decay, and at full rank is Muon.
+        update_lr: the step size of low-rank weights, by default lr, or 0.3 lr of "muon". Schedulers change
+            it in proportion to lr.
+        integrator: "parallel" takes one pass a step (Ceruti, Kusch & Lubich 2024). "augmented" updates the
+            bases by one pass and S by another (Ceruti, Kusch & Lubich 2022; Schotthöfer et al. 2022), and so
+            does "bug", which keeps the rank (Ceruti & Lubich 2022); both call `step(closure)`, which
+            evaluates the closure twice.
+        s_steps: the bases are updated in every s_steps-th step, and S in between, in the augmented bases.
 
-    Ranks are decided in every `allot_every`-th step, and constant in between. tau (default 0.1, or 0 with a
-    budget) is the share of ‖S‖ that is truncated then, an attribute that may change. compression, a fraction,
-    is a budget for the parameters of the whole model: it falls along a cubic from the present ranks over
-    `ramp` steps, and the singular values of all layers compete for it. The smaller rank wins. min_rank and
-    max_rank bound each layer's; "initial" stands for what it is now. With s_steps = n the bases are updated
-    in every n-th step only, and S is trained in the augmented bases in between.
-
-    A layer belongs to the last DLRT that was made of it; an earlier one refuses to step. ValueError for an
-    impossible option and for bases that are not orthonormal.
+    Which ranks it has (the smallest that is asked for wins):
+        tau: the share of ‖S‖ that is truncated where ranks are decided, an attribute that may change; by
+            default 0.1, or 0 under a budget.
+        compression: a fraction, the budget for the parameters of the whole model. The singular values of all
+            layers compete for it, σ² / ‖S‖² for r (m + n).
+        ramp: steps over which the budget falls from the present ranks to compression, along a cubic.
+        allot_every: ranks are decided in every so many steps, and constant in between.
+        min_rank, max_rank: bounds for each layer; max_rank="initial" is the rank that it has now.
     """
 
     def __init__(

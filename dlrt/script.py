@@ -72,7 +72,7 @@ def _train(options: RunOptions, network: Callable[..., nn.Module], run: Run, set
     """Load the data, begin the run or go on with it, and print what came of it."""
     if options.workers:
         torch.set_num_threads(options.workers)
-    dataset = distributed.first_before_others(lambda: load(options.dataset, options.data_dir, options.seed))
+    dataset = distributed.first_process_first(lambda: load(options.dataset, options.data_dir, options.seed))
     dataset = dataset.to(options.device)
     model = _begin(options, network, settings, dataset, run)
     try:
@@ -118,7 +118,7 @@ def _begin(
         record["from_checkpoint"] = _take_weights(model, options.from_checkpoint, run)
     else:
         record.pop("cut_by", None)  # there is nothing to cut
-    distributed.first(lambda: run.start(record, options.resume))
+    distributed.on_first_process(lambda: run.start(record, options.resume))
     return model
 
 

@@ -68,7 +68,7 @@ def fit(
             chosen = deepcopy(model.state_dict())
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= {"chosen": chosen, "metrics": rows, "about": about}
-        distributed.first(lambda state=state: run.save(state))
+        distributed.on_first_process(lambda state=state: run.save(state))
         if not quiet:
             print(describe(rows[-1], total), flush=True)
     model.load_state_dict(chosen)
@@ -77,7 +77,7 @@ def fit(
 
 def _continued(parts: dict[str, Any], run: Run) -> tuple[list[Row], dict[str, Tensor]]:
     """Give the parts their states of the last checkpoint; its rows and chosen weights, or none of either."""
-    state = distributed.first(run.load)
+    state = distributed.on_first_process(run.load)
     if state is None:
         return [], {}
     try:
@@ -193,7 +193,7 @@ def train_epoch(
             x = augmented_batch(x, dataset.shift, dataset.flip, shuffle)
         if isinstance(optimizer, DLRT):
             optimizer.tau = options.tau * tau_fraction(options, epoch - 1 + step / steps)
-        samples, (x, y, weight) = y.numel(), distributed.share(x, y)  # of text its tokens
+        samples, (x, y, weight) = y.numel(), distributed.own_part(x, y)  # of text its tokens
         logits: list[Tensor] = []
 
         def closure(
@@ -203,7 +203,7 @@ def train_epoch(
             with _autocast(x, options.amp):
                 logits.append(model(x))
             loss = weight * cross_entropy(logits[-1].float(), y, label_smoothing=options.label_smoothing)
-            (mean,) = distributed.total(loss.item())
+            (mean,) = distributed.sums(loss.item())
             if not math.isfinite(mean):
                 raise FloatingPointError(f"the loss is {mean}")
             scaler.scale(loss).backward()
@@ -225,7 +225,7 @@ def train_epoch(
     if isinstance(optimizer, DLRT):
         optimizer.zero_grad()  # a step that the loss scale left out has kept its gradients
         optimizer.truncate()
-    (correct,) = distributed.total(correct)
+    (correct,) = distributed.sums(correct)
     return loss_sum / seen, 100 * correct / seen
 
 
@@ -261,7 +261,7 @@ def evaluate(
             logits = model(x)
         loss += cross_entropy(logits.float(), y, reduction="sum").item()
         correct += (logits.argmax(1) == y).sum().item()
-    loss, correct = distributed.total(loss, correct)
+    loss, correct = distributed.sums(loss, correct)
     return loss / split.labels.numel(), 100 * correct / split.labels.numel()
 
 

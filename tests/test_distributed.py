@@ -76,7 +76,7 @@ def trained(parts=1, **options):
     optimizer = optimizer_for(model, momentum=0.9, **options)
 
     for x, y in batches():
-        x, y, weight = distributed.share(x, y)
+        x, y, weight = distributed.own_part(x, y)
 
         def closure(x=x, y=y, weight=weight):
             optimizer.zero_grad()
@@ -170,7 +170,7 @@ def raise_oserror():
 
 def ends_with(action):
     try:
-        distributed.first(action)
+        distributed.on_first_process(action)
     except SystemExit as error:
         return f"exit {error.code}"
     except OSError as error:
@@ -191,7 +191,7 @@ def work(rank, folder):
         "another bit": error_of(checked_with_one_other_bit),
         "bytes": {name: bytes_of_a_step(wide, name) for name in ("parallel", "augmented")},
         "averaged": averaged_statistics(),
-        "first": (distributed.first(lambda: rank), ends_with(raise_oserror)),
+        "first": (distributed.on_first_process(lambda: rank), ends_with(raise_oserror)),
     }
     with redirect_stdout(io.StringIO()) as printed:
         runpy.run_path(str(ROOT / "timings" / "communication.py"), run_name="__main__")
@@ -275,7 +275,7 @@ def test_no_part_of_a_batch_is_a_single_sample_unless_the_batch_is(monkeypatch, 
     taken, weights = [], []
     for rank in (0, 1):
         monkeypatch.setattr(distributed, "process_rank", lambda rank=rank: rank)
-        x, y, weight = distributed.share(torch.arange(size), torch.arange(size))
+        x, y, weight = distributed.own_part(torch.arange(size), torch.arange(size))
         assert torch.equal(x, y)
         assert len(y) > 1 or size == 1
         weights.append(weight)

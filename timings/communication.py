@@ -20,7 +20,7 @@ from dlrt.models import MLP, LeNet5
 
 def bytes_of(model: nn.Module) -> int:
     """How many bytes this process hands over to be summed after a backward pass: those of all gradients."""
-    x, y, weight = distributed.share(torch.randn(32, 1, 28, 28), torch.randint(0, 10, (32,)))
+    x, y, weight = distributed.own_part(torch.randn(32, 1, 28, 28), torch.randint(0, 10, (32,)))
     (weight * cross_entropy(model(x), y)).backward()
     distributed.reduce_gradients(model)
     return sum(parameter.grad.nbytes for parameter in model.parameters() if parameter.grad is not None)
