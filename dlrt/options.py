@@ -24,7 +24,7 @@ DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 SCHEDULES = ("constant", "cosine", "plateau")
 AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-S_STEPS, RAMP = 10, 0.6
+TAU, S_STEPS, RAMP = 0.1, 10, 0.6
 NOT_PART_OF_THE_EXPERIMENT = ("data_dir", "output_dir", "resume", "quiet", "device", "workers")
 
 T = TypeVar("T", bound="Options")
@@ -235,8 +235,8 @@ class DenseOptions(Options):
 class LowRankOptions(Options):
     """What a run of a low-rank network is."""
 
-    tau: float = option(
-        0.1, "relative truncation tolerance, 0 with --compression unless given", TOLERANCE, "--theta"
+    tau: float | None = option(
+        None, "relative truncation tolerance, 0 with --compression unless given", TOLERANCE, "--theta"
     )
     tau_warmup: float | None = option(
         None, "epochs over which the tolerance rises from 0; by default half of all", NOT_NEGATIVE
@@ -287,7 +287,7 @@ class LowRankOptions(Options):
     def implied(cls, given: dict[str, Any]) -> dict[str, Any]:
         """A budget is instead of a script's own tolerance."""
         budget = given.get("compression") and given.get("ramp") != 0
-        return {"tau": 0.0, "tau_warmup": 0.0} if budget and "tau" not in given else {}
+        return {"tau": None} if budget and "tau" not in given else {}
 
     def __post_init__(self) -> None:
         """Check, and give values to what is not given and depends on others."""
@@ -300,6 +300,8 @@ class LowRankOptions(Options):
             self.s_steps = 1 if self.budget or self.integrator != "parallel" else S_STEPS
         if self.s_steps > 1 and self.integrator != "parallel":
             raise OptionError(f"--s-steps must be 1 with --integrator {self.integrator}, got {self.s_steps}")
+        if self.tau is None:
+            self.tau, self.tau_warmup = (0.0, 0.0) if self.budget else (TAU, self.tau_warmup)
         if self.tau_warmup is None:
             self.tau_warmup = self.epochs / 2
         if self.tau_warmup > self.epochs:

@@ -294,6 +294,7 @@ def test_a_budget_falls_from_full_rank_without_a_tolerance_unless_they_are_given
     assert settled() == (RAMP, 1.0, 0.0)
     assert settled("--ramp", "0.3", "--rank", "0.4", "--tau", "0.2") == (0.3, 0.4, 0.2)
     assert settled("--tau", "0.1") == (RAMP, 1.0, 0.1)  # also where that is the default without a budget
+    assert LowRankOptions(compression=80) == parse("--compression", "80")
     start = ["--compression", "80", "--from-checkpoint", "a"]
     assert parse(*start).rank == 1.0
     cut = parse(*start, "--ramp", "0")
