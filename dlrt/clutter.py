@@ -12,7 +12,7 @@ import numpy as np
 from numpy.random import Generator
 
 SIDE, DIGIT, FRAGMENT = 32, 14, 5  # pixels of a picture, of its digit, of a fragment
-FRAGMENTS = 8
+FRAGMENTS, MANY_FRAGMENTS = 8, 30
 TEST_DIGITS = 360  # the last of scikit-learn's order are for the test pictures only
 
 
@@ -25,8 +25,11 @@ class Clutter:
     boxes: np.ndarray
 
 
-def clutter(count: int, seed: int, test: bool = False) -> Clutter:
-    """That many pictures; the digits of training and test pictures are of different people's hands."""
+def clutter(count: int, seed: int, test: bool = False, hard: bool = False) -> Clutter:
+    """That many pictures; the digits of training and test pictures are of different people's hands.
+
+    Hard ones have more fragments, and a digit of a quarter to all of the fragments' contrast.
+    """
     import cv2  # here, as scikit-learn below: most users of the library's data want neither
     from sklearn.datasets import load_digits
 
@@ -36,19 +39,21 @@ def clutter(count: int, seed: int, test: bool = False) -> Clutter:
     digits = [cv2.resize(digit, (DIGIT, DIGIT), interpolation=cv2.INTER_LINEAR) for digit in small]
     random = np.random.default_rng([seed, test])
     chosen = random.integers(len(digits), size=count)
-    images, boxes = zip(*(_picture(digits, number, random) for number in chosen), strict=True)
+    images, boxes = zip(*(_picture(digits, number, random, hard) for number in chosen), strict=True)
     return Clutter(np.stack(images), labels[chosen], np.array(boxes))
 
 
-def held_out() -> Clutter:
-    """The 500 pictures that are the test split of `data.digits_in_clutter`."""
-    return clutter(500, seed=0, test=True)
+def held_out(hard: bool = False) -> Clutter:
+    """The test split of `datasets.digits_in_clutter`, or of `digits_in_hard_clutter`."""
+    return clutter(500, seed=0, test=True, hard=hard)
 
 
-def _picture(digits: list[np.ndarray], number: int, random: Generator) -> tuple[np.ndarray, tuple[int, ...]]:
+def _picture(
+    digits: list[np.ndarray], number: int, random: Generator, hard: bool
+) -> tuple[np.ndarray, tuple[int, ...]]:
     picture = random.uniform(0, 40, size=(SIDE, SIDE))
     top, left = random.integers(SIDE - DIGIT + 1, size=2)
-    for _ in range(FRAGMENTS):
+    for _ in range(MANY_FRAGMENTS if hard else FRAGMENTS):
         other = digits[random.integers(len(digits))]
         row, column = random.integers(DIGIT - FRAGMENT + 1, size=2)
         piece = other[row : row + FRAGMENT, column : column + FRAGMENT]
@@ -56,9 +61,10 @@ def _picture(digits: list[np.ndarray], number: int, random: Generator) -> tuple[
         place = picture[row : row + FRAGMENT, column : column + FRAGMENT]
         np.maximum(place, piece, out=place)
     digit = digits[number]
+    contrast = random.uniform(0.25, 1) if hard else 1
     place = picture[top : top + DIGIT, left : left + DIGIT]
     # nothing of the clutter is left behind the digit: it alone is in its place
-    place[:] = np.maximum(random.uniform(0, 40, size=digit.shape), digit)
+    place[:] = np.maximum(random.uniform(0, 40, size=digit.shape), contrast * digit)
     rows, columns = (np.flatnonzero((digit.round() > 64).any(axis)) for axis in (1, 0))
     box = left + columns[0], top + rows[0], left + columns[-1] + 1, top + rows[-1] + 1
     return np.uint8(picture.round()), tuple(map(int, box))

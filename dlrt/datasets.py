@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlrt.clutter import clutter, held_out
+from dlrt.clutter import Clutter, clutter, held_out
 from dlrt.data import Dataset, Split
 from dlrt.errors import DataError
 
@@ -111,11 +111,19 @@ def _bundled_digits(size: int, test: int) -> Arrays:
 
 def digits_in_clutter(folder: Path | None, seed: int) -> Dataset:
     """`clutter.clutter`, made on the spot: 4,000 / 500 / 500 pictures of 32 x 32 pixels; needs no folder."""
-    trained, test = clutter(4500, seed=0), held_out()
-    arrays = [
+    return _split("clutter", _arrays(clutter(4500, seed=0), held_out()), seed, validation=500)
+
+
+def digits_in_hard_clutter(folder: Path | None, seed: int) -> Dataset:
+    """Harder pictures of that kind: 1,500 / 300 / 500, for a study of many small networks."""
+    made = _arrays(clutter(1800, seed=0, hard=True), held_out(hard=True))
+    return _split("hard_clutter", made, seed, validation=300)
+
+
+def _arrays(trained: Clutter, test: Clutter) -> Arrays:
+    return tuple(
         torch.from_numpy(its) for part in (trained, test) for its in (part.images[:, None], part.labels)
-    ]
-    return _split("clutter", tuple(arrays), seed, validation=500)
+    )
 
 
 DATASETS: dict[str, Callable[[Path, int], Dataset]] = {
@@ -124,6 +132,7 @@ DATASETS: dict[str, Callable[[Path, int], Dataset]] = {
     "digits": digits,
     "digits32": digits32,
     "clutter": digits_in_clutter,
+    "hard_clutter": digits_in_hard_clutter,
 }
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 CLASS_NAMES = {"cifar10": CIFAR10_CLASSES}  # of the others a class's number is its name

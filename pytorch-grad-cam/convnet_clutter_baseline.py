@@ -5,17 +5,24 @@
 Half a minute on one CPU core; prints a test accuracy of about 95 %.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from dlrt import script
 from dlrt.models import ConvNet
-from dlrt.options import DenseOptions
+from dlrt.options import POSITIVE, DenseOptions, option
+
+
+@dataclass(kw_only=True)
+class Options(DenseOptions):
+    width: float = option(1.0, "of its channels that each layer has", POSITIVE, metavar="SHARE")
 
 
 def main() -> None:
     defaults = {"dataset": "clutter", "epochs": 6, "batch_size": 64, "lr": 0.1, "augment": False}
-    options = DenseOptions.parse(__doc__, skip=["features.0"], **defaults)
-    script.run(options, ConvNet, Path(__file__).parent / "results" / "convnet")
+    options = Options.parse(__doc__, skip=["features.0"], **defaults)
+    settings = {} if options.width == 1 else {"width": options.width}
+    script.run(options, ConvNet, Path(__file__).parent / "results" / "convnet", settings)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def _of_dataset(name: str, count: int, data_dir: Path) -> list[Picture]:
     dataset = load(name, data_dir, seed=0)
     mean, std = (torch.tensor(values)[:, None, None] for values in (dataset.mean, dataset.std))
     pixels = ((dataset.test.images[:count] * std + mean) * 255).round().to(torch.uint8)
-    boxes = held_out().boxes if name == "clutter" else ()
+    boxes = held_out(hard=name == "hard_clutter").boxes if name.endswith("clutter") else ()
     pictures = []
     for number, (image, label) in enumerate(zip(pixels, dataset.test.labels.tolist(), strict=False)):
         array = image.permute(1, 2, 0).numpy().squeeze()
