@@ -36,7 +36,7 @@ ORDER = [
     ["options", "runs"],
     ["training", "tables", "grid"],
     ["cams.targets", "cams.pictures", "cams.methods", "cams.spatial", "cams.faithfulness"],
-    ["cams.compare", "cams.guided", "cams.explain", "cams.figure", "cams.networks"],
+    ["cams.compare", "cams.group_tests", "cams.guided", "cams.explain", "cams.figure", "cams.networks"],
     ["cams.known"],
     ["cams"],
     ["script"],

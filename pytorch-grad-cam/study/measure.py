@@ -1,0 +1,118 @@
+"""Measure the maps of the networks that run.py trained: a row per network and method in measurements.csv.
+
+    python pytorch-grad-cam/study/measure.py
+
+A few seconds per network on one core; rows that are there already are kept. What is measured: protocol.md.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from dlrt import errors
+from dlrt.cams import Maps, explain, known
+from dlrt.cams.compare import in_boxes, similarity
+from dlrt.cams.faithfulness import blur, replacing
+from dlrt.cams.networks import Network
+from dlrt.cams.targets import of_classes
+from dlrt.clutter import held_out
+from dlrt.options import HelpFormatter, Parser
+from dlrt.runs import chosen_epoch, epochs_done, read_metrics, read_options
+
+HERE = Path(__file__).parent
+METHODS = ("gradcam", "layercam", "eigencam")
+KINDS = ("dense", "lowrank", "narrow", "continued", "compressed")
+FROM_DENSE = ("continued", "compressed")
+PICTURES = 200
+TEST = held_out(hard=True)
+LABELS = TEST.labels[:PICTURES].tolist()
+
+
+def inputs(network: Network) -> torch.Tensor:
+    images = torch.from_numpy(TEST.images[:PICTURES])[:, None] / 255
+    return (images - network.mean[0]) / network.std[0]
+
+
+def maps_of(network: Network, method: str) -> Maps:
+    return explain(network.model, inputs(network), of_classes(LABELS), method)
+
+
+def difference(one: Maps, other: Maps) -> float:
+    """1 - r of raw maps, mean over the pictures; those that do not vary are left out."""
+    return 1 - np.nanmean([similarity(a, b)["pearson"] for a, b in zip(one.raw, other.raw, strict=True)])
+
+
+def energy(maps: Maps) -> float:
+    boxes = (in_boxes(a, [box], TEST.images.shape[1:]) for a, box in zip(maps.displayed, TEST.boxes))  # noqa: B905
+    return float(np.nanmean([its["energy"] for its in boxes]))
+
+
+def insertion_minus_deletion(network: Network, maps: Maps) -> float:
+    """Divided by the probability of the true class; of the defined maps."""
+    kept = maps.defined
+    x, shown = inputs(network)[torch.from_numpy(kept)], maps.displayed[kept]
+    classes, smooth = np.array(LABELS)[kept].tolist(), blur(x)
+    ways = [replacing(network.model, *pair, shown, classes, steps=10) for pair in ((smooth, x), (x, smooth))]
+    p = maps.probabilities[torch.from_numpy(kept)][range(len(classes)), classes]
+    return float((ways[0] - ways[1]).mean() / p.mean())
+
+
+def measure(folder: Path, references: dict[str, list[Maps]]) -> list[dict[str, object]]:
+    """A row per method, of the network of a run; references are the maps to compare with, by method."""
+    network, metrics = known.from_run(folder), read_metrics(folder)
+    chosen = metrics.loc[chosen_epoch(metrics)]
+    kind, seed = folder.name.split("_seed")
+    random = insertion_minus_deletion(network, maps_of(network, "randomcam"))
+    rows = []
+    for method in METHODS:
+        maps = maps_of(network, method)
+        rows.append({
+            "kind": kind, "seed": int(seed), "method": method,
+            "accuracy": chosen["test_accuracy"], "parameters": int(chosen["evaluation_parameters"]),
+            "undefined": int((~maps.defined).sum()),
+            "difference": np.mean([difference(maps, other) for other in references[method]]),
+            "energy": energy(maps),
+            "faithfulness": insertion_minus_deletion(network, maps) - random,
+        })  # fmt: skip
+    return rows
+
+
+def complete(results: Path) -> list[int]:
+    """The seeds of which all networks are trained to the end."""
+    seeds = sorted(int(path.name.split("_seed")[1]) for path in results.glob(f"{KINDS[-1]}_seed*"))
+    names = {seed: [results / f"{kind}_seed{seed}" for kind in KINDS] for seed in seeds}
+    return [
+        seed
+        for seed, its in names.items()
+        if all(epochs_done(run) == read_options(run)["epochs"] for run in its)
+    ]
+
+
+@errors.boundary()
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--results", type=Path, default=HERE / "results", help="the folder with the runs")
+    add("--output", type=Path, default=HERE / "measurements.csv", help="the table, which is continued")
+    args = parser.parse_args()
+    rows = pd.read_csv(args.output).to_dict("records") if args.output.exists() else []
+    there = {f"{row['kind']}_seed{row['seed']}" for row in rows}
+    nets = [known.from_run(path) for path in sorted(args.results.glob("reference_seed*"))]
+    references = {method: [maps_of(network, method) for network in nets] for method in METHODS}
+    for seed in complete(args.results):
+        dense = known.from_run(args.results / f"dense_seed{seed}")
+        start = {method: [maps_of(dense, method)] for method in METHODS}
+        for kind in KINDS:
+            name = f"{kind}_seed{seed}"
+            if name not in there:
+                rows += measure(args.results / name, start if kind in FROM_DENSE else references)
+                print(name, flush=True)
+    pd.DataFrame(rows).to_csv(args.output, index=False, float_format="%.6g")
+
+
+if __name__ == "__main__":
+    main()

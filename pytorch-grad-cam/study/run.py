@@ -1,0 +1,60 @@
+"""The networks of the study of protocol.md, on hard cluttered digits.
+
+    python pytorch-grad-cam/study/run.py
+
+Reference networks first, then seed by seed. About 90 seconds a seed on one core, 35 minutes in all; the same
+command goes on where it broke off. Afterwards call measure.py and produce_results.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dlrt import errors, grid
+from dlrt.grid import Plan
+from dlrt.options import COUNT
+
+HERE = Path(__file__).parent
+BASELINE, LOW_RANK = HERE.parent / "convnet_clutter_baseline.py", HERE.parent / "convnet_clutter.py"
+REFERENCES = range(200, 204)  # seeds of dense networks to which all others are compared
+BUDGET = {"compression": 75.0}
+
+
+def trained(seed: int, common: dict[str, Any]) -> list[Plan]:
+    """Networks trained from random weights: dense, low-rank, and a narrow dense one of as many parameters."""
+    options = {**common, "seed": seed}
+    return [
+        Plan(f"dense_seed{seed}", BASELINE, options),
+        Plan(f"lowrank_seed{seed}", LOW_RANK, {**options, **BUDGET}),
+        Plan(f"narrow_seed{seed}", BASELINE, {**options, "width": 0.5}),
+    ]
+
+
+def continued(seed: int, common: dict[str, Any], results: Path) -> list[Plan]:
+    """Networks that begin with the dense one of that seed, and train half as long again."""
+    options = {**common, "seed": seed, "lr": 0.05, "from_checkpoint": results / f"dense_seed{seed}"}
+    options["epochs"] = -(-common["epochs"] // 2)
+    return [
+        Plan(f"continued_seed{seed}", BASELINE, options),
+        Plan(f"compressed_seed{seed}", LOW_RANK, {**options, **BUDGET}),
+    ]
+
+
+@errors.boundary()
+def main() -> None:
+    parser = grid.make_parser(__doc__, HERE, epochs=10, seeds=20)
+    parser.add_argument("--first-seed", type=COUNT, default=0, help="a pilot takes others than the study")
+    parser.set_defaults(dataset="hard_clutter")
+    args = parser.parse_args()
+    common = {**grid.shared_options(args), "epochs": args.epochs}
+    references = [Plan(f"reference_seed{seed}", BASELINE, {**common, "seed": seed}) for seed in REFERENCES]
+    grid.make(references, args.output_dir, args.jobs)
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        after = continued(seed, common, args.output_dir)
+        grid.make(trained(seed, common), args.output_dir, args.jobs, then=after)
+        grid.make(after, args.output_dir, args.jobs)
+
+
+if __name__ == "__main__":
+    main()
