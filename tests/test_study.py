@@ -1,0 +1,101 @@
+"""The tests over groups of networks, and the study of maps that is made of them."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from dlrt.cams import group_tests as tests
+
+MEASURED = ["kind", "seed", "method", "accuracy", "parameters", "undefined"]
+MEASURED += ["difference", "energy", "faithfulness"]
+
+
+def groups(shift, networks=12, seed=0):
+    """Two groups (2, networks) of an outcome, which depends on a covariate by half, and the covariate."""
+    rng = np.random.default_rng(seed)
+    covariates = rng.normal(size=(2, networks)) + np.array([[2.0], [0.0]])
+    noise = 0.1 * rng.normal(size=(2, networks))
+    x, y = (np.stack([0.5 * its + other, its]) for its, other in zip(covariates, noise, strict=True))
+    x[0] += shift
+    return x, y
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_a_shift_is_found_and_none_is_invented(paired):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 20))
+    assert tests.permutation_p(x + 5, y, paired) < 0.001
+    null = [tests.permutation_p(*rng.normal(size=(2, 5)), paired) for _ in range(60)]
+    assert np.mean(np.array(null) < 0.3) == pytest.approx(0.3, abs=0.15)
+
+
+def test_equivalence_needs_a_small_difference_that_is_well_known():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 100))
+    assert tests.equivalence_p(x, y, 1.0, paired=False) < 0.001
+    assert tests.equivalence_p(x[:3], y[:3], 0.1, paired=False) > 0.05
+    assert tests.equivalence_p(x + 2, y, 1.0, paired=False) > 0.99
+    narrow = stats.ttest_rel(x, y).confidence_interval(0.90)  # inside the bounds where p < 5 %
+    bound = max(abs(narrow.low), abs(narrow.high))
+    assert tests.equivalence_p(x, y, bound, paired=True) == pytest.approx(0.05)
+
+
+def test_holms_correction_is_that_of_his_paper():
+    np.testing.assert_allclose(tests.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_the_difference_at_equal_covariate_is_that_of_least_squares(paired):
+    x, y = groups(shift=0.3)
+    if paired:
+        d = x - y
+        design, outcome = np.stack([np.ones(12), d[1]], axis=1), d[0]
+    else:
+        member = np.repeat([1.0, 0.0], 12)
+        both = np.concatenate([x, y], axis=1)
+        design, outcome = np.stack([member, np.ones(24), both[1]], axis=1), both[0]
+    expected = np.linalg.lstsq(design, outcome, rcond=None)[0][0]
+    assert tests.adjusted_difference(x, y, paired) == pytest.approx(expected)
+    low, high = tests.interval(tests.adjusted_difference, x, y, paired)
+    assert low < expected < high
+    raw = tests.interval(tests.mean_difference, x, y, paired)
+    assert raw[0] < x[0].mean() - y[0].mean() < raw[1]
+
+
+def test_intervals_cover_a_difference_about_as_often_as_they_say():
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(40):
+        x, y = rng.normal(size=(2, 2, 20))
+        low, high = tests.interval(tests.mean_difference, x, y, False)
+        covered += low < 0 < high
+    assert 33 <= covered <= 40
+
+
+def test_the_study_finds_what_was_put_into_its_measurements(run_script, tmp_path):
+    """Low-rank networks differ in 1 - r from dense and not from narrow ones, and in pairs they are alike."""
+    rng, rows = np.random.default_rng(0), []
+    for seed in range(8):
+        for kind in ("dense", "lowrank", "narrow", "continued", "compressed"):
+            for method in ("gradcam", "layercam", "eigencam"):
+                differs = 0.2 * (kind in ("lowrank", "narrow"))
+                noise = 0.02 * rng.normal(size=3)
+                outcomes = [0.2 + differs + noise[0], 0.6 + noise[1], 0.5 + noise[2]]
+                rows.append([kind, seed, method, 80 + rng.normal(), 15_000, 0, *outcomes])
+    pd.DataFrame(rows, columns=MEASURED).to_csv(tmp_path / "measured.csv", index=False)
+    flags = ["--measurements", tmp_path / "measured.csv", "--output-dir", tmp_path / "out"]
+    printed = run_script("pytorch-grad-cam/study/produce_results.py", *flags).stdout
+    table = pd.read_csv(tmp_path / "out/table.csv")
+    differing = table[table["verdict"].str.contains("differs")]
+    assert set(zip(differing["comparison"], differing["outcome"], strict=True)) == {
+        ("low-rank − dense", "1 − r")
+    }
+    assert "8 seeds each, fewer than the 20" in printed
+    assert (tmp_path / "out/gradcam_study.pdf").is_file()
+
+
+def test_without_measurements_the_study_says_how_they_are_made(run_script, tmp_path):
+    flags = ["--measurements", tmp_path / "none.csv"]
+    done = run_script("pytorch-grad-cam/study/produce_results.py", *flags)
+    assert done.returncode == 1
+    assert "study/run.py" in done.stderr
