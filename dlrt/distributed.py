@@ -97,7 +97,7 @@ def reduce_gradients(model: nn.Module) -> None:
 
 
 def check_ranks_may_move(S: Tensor, name: str) -> None:
-    """RuntimeError where a new rank would not reach the other processes, which `reduce_gradients` makes it."""
+    """RuntimeError where processes would not change the rank alike, as they do after `reduce_gradients`."""
     if S.device.type == "cpu" and S.is_shared():
         raise RuntimeError(
             f"the rank of {name} would change, and its factors are in memory shared with other processes: "
@@ -141,7 +141,7 @@ def sums(*values: float) -> list[float]:
 
 
 def on_first_process(action: Callable[[], T]) -> T:
-    """Run an action on process 0 alone, give its result to all; its error ends all, and process 0 reports it."""
+    """Run an action on process 0 alone and give its result to all; an error ends all of them."""
     if world_size() == 1:
         return action()
     result, error = None, None
