@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -26,15 +27,20 @@ PARTS = {
     "svd": ((optimizer, "truncated_svd"), (optimizer, "leading_subspace")),
 }
 ROUND = 10  # steps from one decision of ranks to the next
+BATCHES = 8  # through which steps go in turn
 SHARES = ("forward_backward", *PARTS, "rest")  # the rest: the inner optimizer, momentum's change of basis
 
 
 def evaluation(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Callable:
-    """A closure for `optimizer.step`: one forward and backward pass."""
+    """A closure for `optimizer.step`: one forward and backward pass, on the next of the batches in x.
+
+    As in training no two steps in a row have one batch, or the velocity would have its rank.
+    """
+    batches = cycle(x.split(len(y)))
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = cross_entropy(model(x), y)
+        loss = cross_entropy(model(next(batches)), y)
         loss.backward()
         return loss
 

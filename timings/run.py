@@ -2,7 +2,8 @@
 
     python timings/run.py        about 20 minutes on two CPU cores that have nothing else to do
 
-Timed are all integrators: adaptive, with bases that move at every step and at every tenth, and at fixed rank.
+Timed are all integrators: adaptive, with bases that move at every step and at every tenth, and at fixed rank;
+a low-rank step is the mean of those from one decision of ranks to the next.
 Every device has its folder in results/ with a row for each setting and rank. What is there is not measured
 again, so the same command continues a grid that broke off, and a GPU is recorded beside the CPU. A setting
 that was slower than dense by the factor `--slowest`, and used up its `--seconds`, is not measured at larger
@@ -12,6 +13,7 @@ ranks.
 import argparse
 import copy
 import gc
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -20,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from measure import device_name, evaluation, flops, inference, shares, training_steps
+from measure import BATCHES, ROUND, device_name, evaluation, flops, inference, shares, training_steps
 from memory import peak
 from networks import RESTING, low_rank, make_parser, mlp_ranks, parse, resting_dlrt
 from torch import Tensor, nn
@@ -70,7 +72,8 @@ class Contender:
 def contender(model: nn.Module, data: tuple[Tensor, Tensor], setting: Setting, rank: int | None) -> Contender:
     """A network in one of the settings, after its first pass or step; rank = None is the dense one."""
     if setting.phase == "inference":
-        made = Contender(model, inference(model, data[0]))
+        x, y = data
+        made = Contender(model, inference(model, x[: len(y)]))
         made.call()
         return made
     optimizer = optimizer_of(model, setting, rank)
@@ -78,8 +81,8 @@ def contender(model: nn.Module, data: tuple[Tensor, Tensor], setting: Setting, r
     optimizer.step(closure)  # now momentum exists
     if rank is not None:
         optimizer.truncate()
-    call = training_steps(optimizer, closure, setting.s_steps)
-    return Contender(model, call, setting.s_steps, optimizer, closure)
+    steps = 1 if rank is None else math.lcm(ROUND, setting.s_steps)
+    return Contender(model, training_steps(optimizer, closure, steps), steps, optimizer, closure)
 
 
 def optimizer_of(model: nn.Module, setting: Setting, rank: int | None) -> torch.optim.Optimizer:
@@ -100,7 +103,8 @@ def counted(
         made.append(contender(copy.deepcopy(network), data, setting, rank))
         return lambda: counts.append(flops(made[0].call))
 
-    most = peak(prepare, device, warm_up=0) + sum(T.nbytes for T in data)
+    x, y = data
+    most = peak(prepare, device, warm_up=0) + x[: len(y)].nbytes + y.nbytes
     return made[0], {"gflops": counts[0] / made[0].steps / 1e9, "peak_mb": most / 1e6}
 
 
@@ -157,7 +161,7 @@ def make(args: argparse.Namespace) -> str:
     found = read_metrics(run.folder, Timing)
     rows = [] if found is None else found.fillna({"integrator": ""}).to_dict("records")
     torch.manual_seed(0)
-    x, y = torch.randn(args.batch_size, 1, 28, 28), torch.randint(0, 10, (args.batch_size,))
+    x, y = torch.randn(BATCHES * args.batch_size, 1, 28, 28), torch.randint(0, 10, (args.batch_size,))
     data = x.to(args.device), y.to(args.device)
     among = settings(dict.fromkeys(args.integrators), sorted(set(args.s_steps)))
     if any(wanted(rank, rows, among, args) for rank in ranks):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from measure import ROUND, device_name, evaluation, flops, inference, training_steps
+from measure import BATCHES, ROUND, device_name, evaluation, flops, inference, training_steps
 from networks import LENET5_RANKS, RESTING, low_rank, make_parser, mlp_ranks, parse, resting_dlrt
 from torch import nn
 
@@ -35,11 +35,11 @@ def compare(
     args: argparse.Namespace,
     s_steps: int = 1,
 ) -> list[dict[str, Any]]:
-    """Time and count all networks on the same input; a row for each low-rank one, which is printed as well.
+    """Time and count all networks on the same batches; a row for each low-rank one, which is printed as well.
 
     A low-rank training step is the mean of those from one decision of ranks to the next.
     """
-    y = torch.randint(0, 10, (len(x),))
+    y = torch.randint(0, 10, (len(x) // BATCHES,))
     factors = [replace_layers(deepcopy(model), as_factors) for model in others]
     optimizers = [torch.optim.SGD(dense.parameters(), **RESTING)]
     optimizers += [resting_dlrt(model, "parallel", s_steps) for model in others]
@@ -50,7 +50,7 @@ def compare(
     training = [training_steps(*each) for each in zip(optimizers, closures, steps, strict=True)]
     for what, functions, calls, repeats in (
         ("training step", training, ROUND, max(AT_LEAST, args.repeats // ROUND)),
-        ("inference", [inference(model, x) for model in models], 1, args.repeats),
+        ("inference", [inference(model, x[: len(y)]) for model in models], 1, args.repeats),
     ):
         times, counts = (
             medians(functions, repeats),
@@ -95,26 +95,30 @@ def main() -> None:
 def contenders(
     name: str, args: argparse.Namespace
 ) -> list[tuple[str, nn.Module, list[nn.Module], torch.Tensor]]:
-    """Of a network: a title, the dense one, low-rank ones to compare with it, and a batch for all of them.
+    """Of a network: a title, the dense one, low-rank ones to compare with it, and batches for all of them.
 
     LeNet5 is dense in channels-last, as the training scripts have it, and in torch's default layout.
     """
     if name == "lenet5":
-        x, low = torch.randn(128, 1, 28, 28), low_rank(LeNet5(), LENET5_RANKS)
+        x, low = torch.randn(BATCHES * 128, 1, 28, 28), low_rank(LeNet5(), LENET5_RANKS)
         low.to(memory_format=torch.channels_last)
         layouts = {"NHWC": torch.channels_last, "NCHW": torch.contiguous_format}
         return [
             (f"LeNet5 {at}", LeNet5().to(memory_format=layout), [low], x) for at, layout in layouts.items()
         ]
     if name == "resnet20":
-        dense, x, found = ResNet20().to(memory_format=torch.channels_last), torch.randn(128, 3, 32, 32), []
+        dense, x, found = (
+            ResNet20().to(memory_format=torch.channels_last),
+            torch.randn(BATCHES * 128, 3, 32, 32),
+            [],
+        )
         for spatial, share in RESNET20_SHARES.items():
             low = to_low_rank(ResNet20(), share, skip=["conv1", "linear"], spatial=spatial)
             low.to(memory_format=torch.channels_last)
             found.append(("ResNet20 spatial" if spatial else "ResNet20", dense, [low], x))
         return found
     mlps = [low_rank(MLP(width=args.width), mlp_ranks(rank)) for rank in args.ranks]
-    return [(f"MLP {args.width}", MLP(width=args.width), mlps, torch.randn(256, 1, 28, 28))]
+    return [(f"MLP {args.width}", MLP(width=args.width), mlps, torch.randn(BATCHES * 256, 1, 28, 28))]
 
 
 if __name__ == "__main__":
