@@ -2,11 +2,12 @@
 # make demo-cam    what dense and low-rank networks look at, on the photographs of test_images/
 # make test        the whole test suite
 # make lint        ruff, as CI runs it
+# make docs        README and docs/ as a site with the API reference, in site/
 
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: demo demo-cam test lint clean
+.PHONY: demo demo-cam test lint docs clean
 
 demo: .venv/ready
 	rm -rf demo
@@ -24,6 +25,11 @@ lint: .venv/ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
+docs: .venv/ready
+	$(RUN) -m pip install --quiet '.[docs]'
+	$(RUN) -m mkdocs build --quiet --strict
+	@echo "open site/index.html"
+
 .venv/ready: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv .venv
@@ -31,4 +37,4 @@ lint: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv demo site

@@ -46,19 +46,19 @@ def to_low_rank(
     layers for query, key, value and output. Make the optimizer afterwards: S is a new parameter. ValueError
     for an option that is impossible, alone or beside others.
 
-        rank: a whole number (a layer too small for it gets its full rank), a share in (0, 1] of each layer's
-            full rank, or None for the full rank.
-        tau: singular values up to that share of each weight's norm are dropped.
-        compression: instead of both the evaluation compression, a fraction, that the model has at least. The
-            singular values of all layers, squared and each as a share of its layer's, compete for the
-            parameters, see `dlrt.ranks`. A layer whose factors would cost as much as its weight stays dense.
-        inputs: a batch (N, ...) for a classifier. The SVD is then that of √G W √A, which keeps what the loss
-            needs, see `dlrt.curvature`: a trained network loses much less accuracy. It takes an n x n matrix
-            of float64 for every layer with n inputs.
-        spatial: a kernel is the matrix (out_channels * height, in_channels * width) and not (out_channels,
-            in_channels * height * width), see `dlrt.SpatialLowRankConv2d`. Full rank then has more parameters
-            than the kernel: with as many channels in as out half of it has as many, a fifth 60 % fewer.
-        skip: names of the modules that stay dense, with all that they contain.
+    - rank: a whole number (a layer too small for it gets its full rank), a share in (0, 1] of each layer's
+      full rank, or None for the full rank.
+    - tau: singular values up to that share of each weight's norm are dropped.
+    - compression: instead of both the evaluation compression, a fraction, that the model has at least. The
+      singular values of all layers, squared and each as a share of its layer's, compete for the
+      parameters, see `dlrt.ranks`. A layer whose factors would cost as much as its weight stays dense.
+    - inputs: a batch (N, ...) for a classifier. The SVD is then that of √G W √A, which keeps what the loss
+      needs, see `dlrt.curvature`: a trained network loses much less accuracy. It takes an n x n matrix
+      of float64 for every layer with n inputs.
+    - spatial: a kernel is the matrix (out_channels * height, in_channels * width) and not (out_channels,
+      in_channels * height * width), see `dlrt.SpatialLowRankConv2d`. Full rank then has more parameters
+      than the kernel: with as many channels in as out half of it has as many, a fifth 60 % fewer.
+    - skip: names of the modules that stay dense, with all that they contain.
 
     A warning names each layer that stays dense although it has a weight matrix: grouped convolutions, weights
     that two modules share (the head of a language model that is tied to its embedding), recurrent layers,

@@ -31,25 +31,27 @@ class DLRT(torch.optim.Optimizer):
     DLRT that was made of it. ValueError for an impossible option and for bases that are not orthonormal.
 
     How a weight steps:
-        update: the rule on the small matrix D, "sgd", "adam" or "muon"; by default that of the class. "sgd"
-            moves by lr D and at full rank is torch's SGD; "muon" moves by update_lr √max(1, m/n) msign(D),
-            with decoupled weight decay, and at full rank is Muon.
-        update_lr: the step size of low-rank weights, by default lr, or 0.3 lr of "muon". Schedulers change
-            it in proportion to lr.
-        integrator: "parallel" takes one pass a step (Ceruti, Kusch & Lubich 2024). "augmented" updates the
-            bases by one pass and S by another (Ceruti, Kusch & Lubich 2022; Schotthöfer et al. 2022), and so
-            does "bug", which keeps the rank (Ceruti & Lubich 2022); both call `step(closure)`, which
-            evaluates the closure twice.
-        s_steps: the bases are updated in every s_steps-th step, and S in between, in the augmented bases.
+
+    - update: the rule on the small matrix D, "sgd", "adam" or "muon"; by default that of the class. "sgd"
+      moves by lr D and at full rank is torch's SGD; "muon" moves by update_lr √max(1, m/n) msign(D),
+      with decoupled weight decay, and at full rank is Muon.
+    - update_lr: the step size of low-rank weights, by default lr, or 0.3 lr of "muon". Schedulers change
+      it in proportion to lr.
+    - integrator: "parallel" takes one pass a step (Ceruti, Kusch & Lubich 2024). "augmented" updates the
+      bases by one pass and S by another (Ceruti, Kusch & Lubich 2022; Schotthöfer et al. 2022), and so
+      does "bug", which keeps the rank (Ceruti & Lubich 2022); both call `step(closure)`, which
+      evaluates the closure twice.
+    - s_steps: the bases are updated in every s_steps-th step, and S in between, in the augmented bases.
 
     Which ranks it has (the smallest that is asked for wins):
-        tau: the share of ‖S‖ that is truncated where ranks are decided, an attribute that may change; by
-            default 0.1, or 0 under a budget.
-        compression: a fraction, the budget for the parameters of the whole model. The singular values of all
-            layers compete for it, σ² / ‖S‖² for r (m + n).
-        ramp: steps over which the budget falls from the present ranks to compression, along a cubic.
-        allot_every: ranks are decided in every so many steps, and constant in between.
-        min_rank, max_rank: bounds for each layer; max_rank="initial" is the rank that it has now.
+
+    - tau: the share of ‖S‖ that is truncated where ranks are decided, an attribute that may change; by
+      default 0.1, or 0 under a budget.
+    - compression: a fraction, the budget for the parameters of the whole model. The singular values of all
+      layers compete for it, σ² / ‖S‖² for r (m + n).
+    - ramp: steps over which the budget falls from the present ranks to compression, along a cubic.
+    - allot_every: ranks are decided in every so many steps, and constant in between.
+    - min_rank, max_rank: bounds for each layer; max_rank="initial" is the rank that it has now.
     """
 
     def __init__(

@@ -12,6 +12,8 @@ import pandas as pd
 import pytest
 import torch
 
+import dlrt
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = "\n".join(path.read_text(encoding="utf-8") for path in PAGES)
@@ -160,3 +162,20 @@ def test_every_link_of_a_page_leads_somewhere(page):
 def test_every_table_of_a_page_is_the_one_that_is_committed(page):
     text = page.read_text(encoding="utf-8")
     assert runpy.run_path(str(ROOT / "docs" / "fill.py"))["filled"](text) == text, "call docs/fill.py"
+
+
+def test_the_site_has_every_page_and_every_public_name():
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("nav:")[1]
+    pages = set(re.findall(r"[\w-]+\.md", nav)) - {"index.md"}
+    assert pages == {path.name for path in PAGES} - {"README.md"}
+    reference = re.findall(r"^::: dlrt\.(\S+)$", (ROOT / "docs/reference.md").read_text(), flags=re.MULTILINE)
+    assert {name.split(".")[-1] for name in reference} == set(dlrt.__all__)
+
+
+def test_the_site_builds(tmp_path):
+    """With warnings as errors: every link leads somewhere, every public name has a docstring."""
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings_handlers.python")
+    built = run(["-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path)], ROOT)
+    assert built.returncode == 0, built.stderr
+    assert (tmp_path / "figures/lenet5_frontier.png").exists()
