@@ -1,4 +1,4 @@
-"""What `make docs` does beside mkdocs: README becomes the first page, and files that pages link to come along."""
+"""Beside mkdocs for `make docs`: README becomes the first page, and files that pages link to come along."""
 
 import re
 from pathlib import Path
