@@ -13,6 +13,7 @@ from dlrt.export import export
 from dlrt.layers import LowRankLayer, LowRankLinear
 from dlrt.lowrank import LowRank, truncate
 from dlrt.optimizer import DLRT
+from dlrt.pretrained import from_pretrained, save_pretrained
 
 __all__ = [
     "DLRT",
@@ -30,11 +31,13 @@ __all__ = [
     "compression",
     "export",
     "fields",
+    "from_pretrained",
     "integrators",
     "load_adapters",
     "load_factors",
     "merge_adapters",
     "save_lora",
+    "save_pretrained",
     "singular_values",
     "to_dense",
     "to_low_rank",

@@ -17,8 +17,8 @@ ORDER = [
     ["costs"],
     ["convert", "distributed", "settings", "pendulum"],
     ["weight_step"],
-    ["averaging", "export", "optimizer"],
-    ["baselines"],
+    ["averaging", "export", "optimizer", "pretrained"],
+    ["baselines", "hub"],
     [
         "models",
         "models.alexnet",
