@@ -198,7 +198,7 @@ class DLRT(torch.optim.Optimizer):
                 moved[layer] = at
             else:
                 self._cut(layer, *at, decides)
-        if moved or (decides and "budget" in group):
+        if decides and "budget" in group:
             self._cut_to_budget(moved, group["allot_at"])
         if not rests:
             self._end_rest(decides)
