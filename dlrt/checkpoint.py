@@ -165,7 +165,8 @@ def load_network(run: Path | str, network: type[nn.Module] | None = None) -> tup
         if factors := about.get("factors"):
             model = plain_factors(model, **factors)
         numbers = [float(value) for key in ("mean", "std") for value in about[key]]
-        if len(numbers) != 2 * about["shape"][0] or not isinstance(about["dataset"], str):
+        channels = about["shape"][0] if len(about["shape"]) == 3 else 0  # text has none
+        if len(numbers) != 2 * channels or not isinstance(about["dataset"], str):
             raise ValueError("it must name the data set, with a mean and a deviation of every channel")
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = one_line(f"{type(error).__name__}: {error}")

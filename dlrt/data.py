@@ -10,10 +10,6 @@ import torch
 from torch import Tensor
 
 
-class DataError(RuntimeError):
-    """A data set is missing or damaged; the message says which file and what to do."""
-
-
 @dataclass(frozen=True)
 class Split:
     """Images (N, C, H, W), float32, normalised, and their labels (N,), int64.

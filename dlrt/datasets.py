@@ -17,6 +17,7 @@ from torch import Tensor
 from dlrt.clutter import Clutter, clutter, held_out
 from dlrt.data import Dataset, Split
 from dlrt.errors import DataError
+from dlrt.text import stdlib, text
 
 MNIST_FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -29,8 +30,8 @@ Arrays = tuple[
 
 
 def load(name: str, folder: Path, seed: int) -> Dataset:
-    """The data set of that name in `DATASETS`, from a data folder; the seed draws the validation split."""
-    return DATASETS[name](folder, seed)
+    """The data set of that name in `DATASETS` or `TEXTS`; the seed draws the validation split."""
+    return (DATASETS | TEXTS)[name](folder, seed)
 
 
 def mnist(folder: Path, seed: int) -> Dataset:
@@ -134,6 +135,7 @@ DATASETS: dict[str, Callable[[Path, int], Dataset]] = {
     "clutter": digits_in_clutter,
     "hard_clutter": digits_in_hard_clutter,
 }
+TEXTS: dict[str, Callable[[Path, int], Dataset]] = {"stdlib": stdlib, "text": text}
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 CLASS_NAMES = {"cifar10": CIFAR10_CLASSES}  # of the others a class's number is its name
 

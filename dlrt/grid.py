@@ -43,10 +43,11 @@ def make_parser(
     seeds: int = 3,
     taus: Sequence[float] = (),
     runs: str = "every run",
+    options: type[Options] = Options,
 ) -> Parser:
     """A parser for the run.py of an experiment, which makes a grid of runs in the folder's results/.
 
-    runs says of which of them --epochs and --taus are.
+    runs says of which of them --epochs and --taus are, options what one is.
     """
     parser = Parser(description=description, formatter_class=HelpFormatter)
     add = parser.add_argument
@@ -55,7 +56,7 @@ def make_parser(
     if taus:
         add("--taus", type=TOLERANCE, nargs="*", default=taus, help=f"tolerances of {runs}")
     add("--jobs", type=NATURAL, default=1, help="runs at a time, which share the CPU's cores")
-    add_flags(parser, Options, *SHARED)
+    add_flags(parser, options, *SHARED)
     add("--output-dir", type=Path, default=folder / "results", help="where the run folders go")
     return parser
 

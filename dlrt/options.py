@@ -221,8 +221,6 @@ class DenseOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.update == "muon" and self.optimizer != "sgd":
-            raise OptionError(f"--update muon must come with --optimizer sgd, got {self.optimizer}")
         if self.update_lr and self.update != "muon":
             raise OptionError("--update-lr must come with --update muon: --lr is for all else")
         if self.factors and self.from_checkpoint:

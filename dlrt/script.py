@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,7 @@ from dlrt.baselines import Muon, plain_factors, product_decay
 from dlrt.checkpoint import trained_weights
 from dlrt.convert import to_low_rank
 from dlrt.data import Dataset
-from dlrt.datasets import load
+from dlrt.datasets import TEXTS, load
 from dlrt.errors import OptionError, RunError
 from dlrt.optimizer import DLRT
 from dlrt.options import OPTIMIZERS, DenseOptions, RunOptions
@@ -97,7 +98,7 @@ def _train(options: RunOptions, network: Callable[..., nn.Module], run: Run, set
     quiet = options.quiet or distributed.process_rank() > 0
     metrics = fit(model, optimizer, scheduler, dataset, options, run, about, quiet)
     if distributed.process_rank() == 0:
-        print(_result(metrics, run.folder))
+        print(_result(metrics, run.folder, options.dataset in TEXTS))
 
 
 def _begin(
@@ -153,14 +154,15 @@ def _name(options: RunOptions, settings: Settings) -> str:
     return f"{prefix}{kind}{rule}_seed{options.seed}"
 
 
-def _result(metrics: pd.DataFrame, folder: Path) -> str:
+def _result(metrics: pd.DataFrame, folder: Path, of_text: bool) -> str:
     row = metrics.loc[chosen_epoch(metrics)]
     low_rank = (
         f", ranks {row['ranks']}, compression {row['evaluation_compression']:.2f} %" if row["ranks"] else ""
     )
+    bits = f", {row['test_loss'] / math.log(2):.4f} bits per byte" if of_text else ""
     return (
-        f"test accuracy {row['test_accuracy']:.2f} % (epoch {row['epoch']}, chosen on the validation split), "
-        f"evaluation parameters {row['evaluation_parameters']:,}{low_rank}; {folder}"
+        f"test accuracy {row['test_accuracy']:.2f} %{bits} (epoch {row['epoch']}, chosen on the validation "
+        f"split), evaluation parameters {row['evaluation_parameters']:,}{low_rank}; {folder}"
     )
 
 
@@ -215,7 +217,8 @@ def _dense_optimizer(model: nn.Module, options: DenseOptions, inner: dict) -> to
     if options.update == "muon":
         others = (module for name, module in model.named_modules() if not _is_skipped(name, options.skip))
         hidden = [module for module in others if isinstance(module, (nn.Linear, nn.Conv2d))]
-        optimizer = Muon(model.parameters(), hidden, update_lr=options.update_lr, **inner)
+        inner |= {"update_lr": options.update_lr, "optimizer_class": OPTIMIZERS[options.optimizer]}
+        optimizer = Muon(model.parameters(), hidden, **inner)
     else:
         optimizer = OPTIMIZERS[options.optimizer](model.parameters(), **inner)
     if options.factors and options.weight_decay:

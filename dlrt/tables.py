@@ -20,7 +20,7 @@ from dlrt.plots import Figure
 from dlrt.ranks import parameters
 from dlrt.runs import read_runs
 
-DATA = {"mnist": "MNIST", "cifar10": "CIFAR-10"}
+DATA = {"mnist": "MNIST", "cifar10": "CIFAR-10", "stdlib": "Python's standard library"}
 COUNTED = "Weights only, biases and norms left out; a layer of rank r counts r (m + n), a dense one m n."
 
 

@@ -189,7 +189,7 @@ def train_epoch(
     loss_sum = correct = seen = 0.0
     bar = tqdm(total=steps, desc=f"epoch {epoch}", unit="step", leave=False, disable=True if quiet else None)
     for step, (x, y) in enumerate(dataset.train.batches(options.batch_size, shuffle), start=1):
-        if options.augment:
+        if options.augment and dataset.shift:
             x = augmented_batch(x, dataset.shift, dataset.flip, shuffle)
         if isinstance(optimizer, DLRT):
             optimizer.tau = options.tau * tau_fraction(options, epoch - 1 + step / steps)

@@ -1,9 +1,12 @@
 """The GPT attends to what was before alone, texts are split by document, and training counts bytes."""
 
+import argparse
 import math
+import runpy
 import sysconfig
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -13,8 +16,11 @@ from dlrt.data import Split
 from dlrt.errors import DataError
 from dlrt.models import GPT
 from dlrt.models.gpt import rotated
+from dlrt.options import NOT_PART_OF_THE_EXPERIMENT, as_flags
 from dlrt.text import WINDOW, as_text, as_tokens, stdlib, text
 from dlrt.training import evaluate
+
+ROOT = Path(__file__).parents[1]
 
 
 def small(**options):
@@ -120,3 +126,55 @@ def test_the_loss_is_a_mean_over_bytes_and_so_are_accuracies():
     spaces = (test.labels == 32).double().mean().item()
     assert accuracy == pytest.approx(100 * spaces)
     assert loss == pytest.approx(math.log(255 + math.e) - spaces, rel=1e-5)
+
+
+@pytest.fixture
+def quick(tmp_path):
+    """Flags for a run of seconds."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "fox.txt").write_text("the quick brown fox jumps over the lazy dog. " * 1200)
+    place = ("--data-dir", tmp_path / "texts", "--output-dir", tmp_path / "results")
+    return "--dataset", "text", "--width", 32, "--depth", 1, "--epochs", 2, *place
+
+
+def test_runs_leave_bits_per_byte_a_table_and_samples(quick, tmp_path, run_script):
+    for script, flags in (
+        ("gpt_text", ("--compression", 30, "--update", "muon", "--update-lr", 0.02)),
+        ("gpt_text_baseline", ("--update", "muon", "--update-lr", 0.02)),
+        ("gpt_text_baseline", ("--factors", 30, "--seed", 1)),
+    ):
+        result = run_script(f"gpt/{script}.py", *quick, *flags)
+        assert result.returncode == 0, result.stderr
+        assert "bits per byte" in result.stdout
+    result = run_script("gpt/produce_results.py", "--results", "results", "--output-dir", "out")
+    assert result.returncode == 0, result.stderr
+    table = pd.read_csv(tmp_path / "out" / "table.csv")
+    assert set(table["trained"]) == {"dense", "plain factors", "DLRT"}
+    metrics = pd.read_csv(tmp_path / "results" / "width32_depth1_dense_muon_seed0" / "metrics.csv")
+    dense = table.set_index("trained").loc["dense"]
+    bits = [f"{loss / math.log(2):.4f}" for loss in metrics["test_loss"]]
+    assert f"{dense['bits per byte']:.4f}" in bits
+    assert dense["parameters"] == "20,480"
+    for run in (tmp_path / "results").iterdir():
+        result = run_script("gpt/sample.py", run, "--prompt", "the quick", "--length", 9)
+        assert result.stdout.startswith("the quick")
+
+
+def test_every_way_of_the_study_is_a_run_that_its_script_takes(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "gpt")
+    study = runpy.run_path(str(ROOT / "gpt" / "run.py"))
+    args = argparse.Namespace(width=192, depth=4, dataset="stdlib", data_dir=Path("data"), device="cpu")
+    sizes = {}
+    for way, rules in study["RULES"].items():
+        for rule in rules:
+            name, (smallest, *_) = study["STEP_SIZES"][rule]
+            made = study["plan"](way, rule, 75.0, args, epochs=5, seed=1, **{name: smallest})
+            kind = runpy.run_path(str(made.script))["Options"]
+            options = kind.parse("", as_flags(made.options), optimizer="adamw", skip=["head"])
+            recorded = {
+                name: of for name, of in made.options.items() if name not in NOT_PART_OF_THE_EXPERIMENT
+            }
+            assert recorded.items() <= options.record().items()
+            sizes[made.name] = dlrt.compression(GPT(width=options.width)).dense_parameters
+    assert len(sizes) == 9
+    assert 0.7 < 1 - sizes["narrow75_muon_seed1"] / sizes["dense_muon_seed1"] < 0.8

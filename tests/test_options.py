@@ -108,7 +108,6 @@ IMPOSSIBLE = [
 ]
 OF_BASELINES = [
     (["--update", "adam"], ["--update", "adam", "sgd", "muon"]),
-    (["--update", "muon", "--optimizer", "adam"], ["--update muon must come with --optimizer sgd"]),
     (["--update-lr", "0.1"], ["--update-lr must come with --update muon"]),
     (["--factors", "0.7"], ["--factors", "a percentage", "got 0.7"]),
     (["--factors", "70", "--from-checkpoint", "a"], ["--factors begins with random weights"]),

@@ -26,7 +26,7 @@ COMMANDS = [
 ]
 PYTHON = sorted({command for command in COMMANDS if command.startswith("python ")})
 # of these only the flags are tried: test_scripts.py, test_cifar10.py and others run them, on less
-LONG = re.compile("/run.py|/compare_cams.py|/convnet_clutter_baseline.py|^python cifar10/(?!produce)")
+LONG = re.compile("/run.py|/compare_cams.py|/convnet_clutter_baseline.py|^python (cifar10|gpt)/(?!produce)")
 GRIDS = [command for command in PYTHON if LONG.search(command)]
 SCRIPTS = [command for command in PYTHON if command not in GRIDS]
 QUICK = ["--dataset", "digits", "--epochs", "1"]

@@ -1,0 +1,66 @@
+"""Bits per byte of all ways to train the GPT, from the runs of this folder. It trains nothing.
+
+python gpt/produce_results.py
+"""
+
+import math
+from pathlib import Path
+
+import pandas as pd
+
+from dlrt import tables
+from dlrt.runs import over_seeds
+
+HERE = Path(__file__).parent
+CAPTION = (
+    "{data}: bits per byte (the mean loss / ln 2), mean and standard deviation over the seeds, at the epoch "
+    "chosen on the validation split. All see the same number of tokens. compression: against the dense net "
+    "of full width. Weights only, the embedding included, norms left out; a layer of rank r counts r (m + n)."
+)
+
+
+def way(options: dict) -> str:
+    """Which way a run went, by its options."""
+    if options.get("compression"):
+        return "DLRT"
+    return "plain factors" if options.get("factors") else "dense"
+
+
+def compared(found: pd.DataFrame) -> pd.DataFrame:
+    """A row per way, rule and size, with means over the seeds."""
+    rule = found["options"].map(lambda of: of.get("update") or of["optimizer"])
+    bits = found["test_loss"] / math.log(2)
+    found = found.assign(way=found["options"].map(way), rule=rule, test_accuracy=bits)
+    asked = found["options"].map(lambda of: of.get("compression") or of.get("factors") or 0.0)
+    summary = over_seeds(found.assign(asked=asked), ["way", "rule", "width", "depth", "asked"])
+    summary = summary.sort_values(
+        ["depth", "evaluation_parameters", "accuracy"], ascending=[True, False, True]
+    )
+    whole = summary.groupby("depth")["evaluation_parameters"].transform("max")
+    spread = summary["accuracy_std"].map(lambda std: "" if math.isnan(std) else f" ± {std:.4f}")
+    best = summary[summary["evaluation_parameters"] == whole].groupby("depth")["accuracy"].min()
+    above = 100 * (summary["accuracy"] / summary["depth"].map(best) - 1)
+    return pd.DataFrame({
+        "trained": summary["way"],
+        "rule": summary["rule"],
+        "width": summary["width"].map("{:.0f}".format),
+        "blocks": summary["depth"].map("{:.0f}".format),
+        "seeds": summary["seeds"].map(str),
+        "bits per byte": summary["accuracy"].map("{:.4f}".format) + spread,
+        "above the best dense [%]": tables.text(above, "{:.1f}"),
+        "parameters": summary["evaluation_parameters"].map("{:,.0f}".format),
+        "compression [%]": (100 * (1 - summary["evaluation_parameters"] / whole)).map("{:.1f}".format),
+    })  # fmt: skip
+
+
+@tables.boundary()
+def main() -> None:
+    args = tables.parse(__doc__, HERE)
+    command = "python gpt/run.py, or the training scripts beside it"
+    found = tables.read(args, command, dataset="stdlib", needs=("width", "depth", "optimizer"))
+    found = found[~found["run"].str.contains("tuning/")]
+    tables.publish(args, compared(found), CAPTION.format(data=tables.data(found)), {})
+
+
+if __name__ == "__main__":
+    main()

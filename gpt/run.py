@@ -1,0 +1,95 @@
+"""The study behind the table of this folder: ways to train a GPT from scratch, on equally many tokens.
+
+    python gpt/run.py --jobs 2                                     about 20 minutes a run and two cores
+    python gpt/run.py --device cuda --width 512 --depth 8 --jobs 4
+
+The dense net with AdamW and with Muon; for each budget DLRT with three rules, and plain factors and a
+narrower dense net with both optimizers. AdamW steps norms and the embedding, which is the head, too, in all
+of them. The step size of each is the one, of those below, that validates best in two epochs of seed 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from gpt_text import Options
+
+from dlrt import errors, grid
+from dlrt.errors import RunError
+from dlrt.grid import RunSpec
+from dlrt.options import NATURAL, PERCENT
+from dlrt.runs import epochs_done, read_metrics
+
+HERE = Path(__file__).parent
+RULES = {
+    "dense": ("adamw", "muon"),
+    "narrow": ("adamw", "muon"),
+    "factors": ("adamw", "muon"),
+    "dlrt": ("muon", "sgd", "adam"),
+}
+STEP_SIZES = {  # that of AdamW is for all weights, the others for those that the rule steps
+    "adamw": ("lr", (1e-3, 3e-3, 6e-3)),
+    "muon": ("update_lr", (0.01, 0.02, 0.04)),
+    "sgd": ("update_lr", (0.1, 0.3, 1.0)),
+    "adam": ("update_lr", (3e-4, 1e-3, 3e-3)),
+}
+TUNING_EPOCHS = 2
+
+
+def plan(way: str, rule: str, compression: float, args: argparse.Namespace, **options: object) -> RunSpec:
+    """A run that ends at a compression, or that of the dense network."""
+    options = {**grid.shared_options(args), "width": args.width, "depth": args.depth, **options}
+    options |= {} if rule == "adamw" else {"update": rule}
+    options |= {
+        "dense": {},
+        "narrow": {"width": 8 * round(args.width * (1 - compression / 100) ** 0.5 / 8)},
+        "factors": {"factors": compression},
+        "dlrt": {"compression": compression},
+    }[way]
+    size = "" if way == "dense" else f"{compression:g}"
+    script = HERE / f"gpt_text{'' if way == 'dlrt' else '_baseline'}.py"
+    return RunSpec(f"{way}{size}_{rule}_seed{options['seed']}", script, options)
+
+
+def best_step_size(way: str, rule: str, compression: float, args: argparse.Namespace) -> dict[str, float]:
+    """The step size that validates best in short runs of seed 0; RunError where all diverge."""
+    name, sizes = STEP_SIZES[rule]
+    tried = {}
+    for size in sizes:
+        made = plan(way, rule, compression, args, epochs=TUNING_EPOCHS, seed=0, **{name: size})
+        tried[size] = replace(made, name=f"tuning/{made.name}_{name}{size:g}")
+    grid.make(list(tried.values()), args.output_dir, args.jobs, may_diverge=True)
+    folders = {size: args.output_dir / made.name for size, made in tried.items()}
+    losses = {
+        size: read_metrics(folder)["validation_loss"].iloc[-1]
+        for size, folder in folders.items()
+        if epochs_done(folder) == TUNING_EPOCHS
+    }
+    if not losses:
+        raise RunError(f"every step size diverges for {way} with {rule}: add smaller ones")
+    return {name: min(losses, key=losses.get)}
+
+
+@errors.boundary("the same command goes on")
+def main() -> None:
+    parser = grid.make_parser(__doc__, HERE, epochs=5, options=Options)
+    add = parser.add_argument
+    percent = {"type": PERCENT, "metavar": "PERCENT", "nargs": "+"}
+    add("--compressions", **percent, default=[50.0, 75.0], help="budgets, the most important first")
+    add("--ways", choices=RULES, nargs="+", default=list(RULES), help="to train")
+    add("--width", type=NATURAL, default=192, help="of the residual stream")
+    add("--depth", type=NATURAL, default=4, help="blocks")
+    args = parser.parse_args()
+    for compression in args.compressions:
+        ways = [(way, rule) for way in args.ways for rule in RULES[way]]
+        best = {choice: best_step_size(*choice, compression, args) for choice in ways}
+        for seed in range(args.seeds):
+            same = {"epochs": args.epochs, "seed": seed}
+            plans = [plan(*choice, compression, args, **same, **best[choice]) for choice in ways]
+            grid.make(plans, args.output_dir, args.jobs, may_diverge=True)
+
+
+if __name__ == "__main__":
+    main()

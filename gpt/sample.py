@@ -1,0 +1,30 @@
+"""Let the network of a run continue a text.
+
+python gpt/sample.py gpt/results/width192_depth4_compression50_muon_seed0 --prompt "def "
+"""
+
+from pathlib import Path
+
+import torch
+
+from dlrt import errors
+from dlrt.checkpoint import load_network
+from dlrt.options import COUNT, NATURAL, HelpFormatter, Parser
+from dlrt.text import as_text, as_tokens
+
+
+@errors.boundary()
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("run", type=Path, help="its folder")
+    parser.add_argument("--prompt", default="import ", help="what the text begins with")
+    parser.add_argument("--length", type=NATURAL, default=400, help="bytes to add")
+    parser.add_argument("--seed", type=COUNT, default=0, help="of the draws")
+    args = parser.parse_args()
+    model, _ = load_network(args.run)
+    draws = torch.Generator().manual_seed(args.seed)
+    print(as_text(model.continued(as_tokens(args.prompt), args.length, draws)))
+
+
+if __name__ == "__main__":
+    main()
