@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlrt.clutter import Clutter, clutter, held_out
+from dlrt.cluttered_digits import Clutter, clutter, held_out
 from dlrt.data import Dataset, Split
 from dlrt.errors import DataError
 from dlrt.text import stdlib, text
@@ -111,7 +111,7 @@ def _bundled_digits(size: int, test: int) -> Arrays:
 
 
 def digits_in_clutter(folder: Path | None, seed: int) -> Dataset:
-    """`clutter.clutter`, made on the spot: 4,000 / 500 / 500 pictures of 32 x 32 pixels; needs no folder."""
+    """`cluttered_digits`, made on the spot: 4,000 / 500 / 500 pictures of 32 x 32 pixels; needs no folder."""
     return _split("clutter", _arrays(clutter(4500, seed=0), held_out()), seed, validation=500)
 
 

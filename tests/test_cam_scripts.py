@@ -1,10 +1,7 @@
 """cam.py and what it explains: every kind of picture, and every mistake."""
 
-import argparse
-import importlib
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +13,8 @@ from torch import nn
 
 import dlrt
 from dlrt import models
-from dlrt.cams import Maps, known, networks
+from dlrt.cams import Maps, batch_maps, known, load_pictures, networks
+from dlrt.cams.map_times import map_times
 from dlrt.cams.pictures import Picture
 from dlrt.errors import RunError
 
@@ -32,18 +30,6 @@ def script(run_script):
         return result.returncode, result.stdout, result.stderr
 
     return call
-
-
-@pytest.fixture
-def modules(monkeypatch):
-    """The modules of the scripts' folder by name."""
-    names = ("batch_maps", "cam", "compare_cams", "drawings", "map_times", "sources")
-    loaded = set(sys.modules)
-    monkeypatch.syspath_prepend(ROOT / "pytorch-grad-cam")
-    yield argparse.Namespace(**{name: importlib.import_module(name) for name in names})
-    for name in set(sys.modules) - loaded:
-        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == ROOT / "pytorch-grad-cam":
-            del sys.modules[name]
 
 
 def save_run(folder, seed=0, shape=(1, 32, 32), network="ConvNet", **options):
@@ -307,20 +293,20 @@ def test_random_maps_differ_by_picture_and_not_by_batch(script, runs, pictures, 
     assert not np.allclose(maps[0][0], maps[0][1])
 
 
-def test_the_predicted_class_is_that_of_the_logits_and_a_class_counts_once(modules):
+def test_the_predicted_class_is_that_of_the_logits_and_a_class_counts_once():
     logits = torch.tensor([[0.0, 1e-9, 2e-9]])
     assert len(logits.softmax(1).unique()) == 1  # in float32
     shown = np.random.default_rng(0).random((1, 4, 4), dtype=np.float32)
     maps = Maps(raw=shown, displayed=shown, logits=logits, milliseconds={})
     names, shape = ("a", "b", "c"), (1, 4, 4)
     network = networks.Network("n", None, shape, (0.0,), (1.0,), names, shape)
-    it = modules.batch_maps.Wanted(Picture("one", Image.new("L", (4, 4))), (1,), "one")
-    row = modules.batch_maps.numbers(it, 0, maps, maps, network, "gradcam")
+    it = batch_maps.Wanted(Picture("one", Image.new("L", (4, 4))), (1,), "one")
+    row = batch_maps.numbers(it, 0, maps, maps, network, "gradcam")
     assert row["predicted"] == names[int(logits.argmax())]
-    assert modules.cam.chosen_classes(["b,1"], network, [Path("one")]) == {"one": [(1,)]}
+    assert batch_maps.chosen_classes(["b,1"], network, [Path("one")]) == {"one": [(1,)]}
 
 
-def test_a_network_with_random_weights_is_the_same_every_time(modules):
+def test_a_network_with_random_weights_is_the_same_every_time():
     one, two = (known.from_arch("ConvNet", "random").model.state_dict() for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
@@ -348,7 +334,7 @@ def test_networks_of_torchvision_and_weights_that_do_not_fit(script, runs, pictu
 
 
 @pytest.mark.parametrize("weights", [None, "random", "lite0.pt"])
-def test_the_default_network_needs_no_download_and_knows_imagenet(weights, modules, monkeypatch, tmp_path):
+def test_the_default_network_needs_no_download_and_knows_imagenet(weights, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     torch.save(models.EfficientNetLite0().state_dict(), "lite0.pt")
     network = known.from_arch(known.DEFAULT_ARCH, weights)
@@ -381,12 +367,12 @@ class Fussy(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
-def test_a_network_that_asserts_its_size_is_told_as_any_other(modules, capsys):
+def test_a_network_that_asserts_its_size_is_told_as_any_other(capsys):
     shape = (1, 32, 32)
     network = networks.Network("fussy", Fussy(), shape, (0.0,), (1.0,), ("a", "b"), shape)
     with pytest.raises(ValueError, match=r"fussy cannot see 16 x 16 pixels \(Wrong image height!\)"):
         networks.placed(network, 16, "cpu")
-    assert modules.map_times.map_times(network, "features", "gradcam", [0.5], [16]).empty
+    assert map_times(network, "features", "gradcam", [0.5], [16]).empty
     assert "its time is not measured there" in capsys.readouterr().out
 
 
@@ -421,9 +407,9 @@ def test_the_photographs_are_there_with_source_and_licence(run_script, tmp_path)
         assert (tmp_path / name).read_bytes() == (ROOT / "test_images" / name).read_bytes()
 
 
-def test_every_photograph_has_classes_of_imagenet_and_a_box_for_each(modules, capsys):
+def test_every_photograph_has_classes_of_imagenet_and_a_box_for_each(capsys):
     network = known.from_arch(known.DEFAULT_ARCH, "random")
-    found, failed = modules.sources.pictures_of(str(ROOT / "test_images"), 9, None, network)
+    found, failed = load_pictures.pictures_of(str(ROOT / "test_images"), 9, None, network)
     assert (failed, capsys.readouterr().err) == (False, "")
     its = {picture.name: [network.classes[number] for number in picture.classes] for picture in found}
     assert its == {

@@ -23,7 +23,7 @@ from dlrt.cams.methods import NOT_SMOOTHED
 from dlrt.cams.pictures import PictureError, read, read_labels
 from dlrt.cams.targets import class_number, of_classes
 from dlrt.checkpoint import load_network
-from dlrt.clutter import clutter
+from dlrt.cluttered_digits import clutter
 from dlrt.models import VGG16, ConvNet, LeNet5, ResNet20
 from dlrt.plots import plt
 

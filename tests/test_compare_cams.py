@@ -6,12 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from test_cam_scripts import modules, pictures, runs, script
+from test_cam_scripts import pictures, runs, script
 
+from dlrt.cams import drawings, load_pictures
+from dlrt.cams.comparison import check_full_rank
 from dlrt.cams.networks import Network
 from dlrt.errors import RunError
 
-__all__ = ["modules", "pictures", "runs", "script"]  # fixtures
+__all__ = ["pictures", "runs", "script"]  # fixtures
 
 
 def test_a_comparison_goes_from_networks_to_table_and_figures(script, runs, tmp_path):
@@ -115,11 +117,11 @@ def test_networks_are_compared_at_another_size_on_a_single_picture(script, runs,
         assert maps.shape == (1, 24, 24)
 
 
-def test_labels_of_no_picture_are_told_and_boxes_outside_leave_a_picture_out(modules, pictures, capsys):
+def test_labels_of_no_picture_are_told_and_boxes_outside_leave_a_picture_out(pictures, capsys):
     (pictures / "labels.csv").write_text("absent.png,3\ngrey.png,3,box=1 2 300 4\ncat.v2.png,3,3\n")
     names, shape = tuple("0123456789"), (1, 32, 32)
     network = Network("digits", None, shape, (0.0,), (1.0,), names, shape)
-    found, failed = modules.sources.pictures_of(str(pictures), 9, None, network)
+    found, failed = load_pictures.pictures_of(str(pictures), 9, None, network)
     assert failed
     assert "grey.png" not in [picture.name for picture in found]
     assert {picture.name: picture.classes for picture in found}["cat.v2.png"] == (3,)
@@ -128,12 +130,12 @@ def test_labels_of_no_picture_are_told_and_boxes_outside_leave_a_picture_out(mod
     assert "a box must lie in the 90 x 37 pixels of grey.png, got 1 2 300 4" in outside
 
 
-def test_a_class_that_a_network_does_not_have_leaves_a_picture_its_box(modules, pictures, capsys):
+def test_a_class_that_a_network_does_not_have_leaves_a_picture_its_box(pictures, capsys):
     lines = "cat.v1.png,cat,box=1 2 3 4\ncat.v2.png,3,dog\ngrey.png,cat\n"
     (pictures / "labels.csv").write_text(lines)
     names, shape = tuple("0123456789"), (1, 32, 32)
     network = Network("digits", None, shape, (0.0,), (1.0,), names, shape)
-    found, failed = modules.sources.pictures_of(str(pictures), 9, None, network)
+    found, failed = load_pictures.pictures_of(str(pictures), 9, None, network)
     assert not failed
     its = {picture.name: (picture.classes, picture.boxes) for picture in found}
     assert its["cat.v1.png"] == ((), ((1, 2, 3, 4),))
@@ -147,13 +149,13 @@ def test_a_class_that_a_network_does_not_have_leaves_a_picture_its_box(modules, 
     ("defined", "difference", "told"),
     [([True, False], [0, np.nan], "of b.png only one"), ([True, True], [0, np.nan], "differ by inf")],
 )
-def test_a_map_that_is_undefined_fails_the_control_of_full_rank(defined, difference, told, modules, tmp_path):
+def test_a_map_that_is_undefined_fails_the_control_of_full_rank(defined, difference, told, tmp_path):
     rows = {"file": ["a.png", "b.png"], "target": "same"}
     for name, its, gaps in (("dense", [True, True], [0, 0]), ("full_rank", defined, difference)):
         table = pd.DataFrame({**rows, "defined": its, "largest_difference": gaps})
         table.to_csv(tmp_path / f"{name}.csv", index=False)
     with pytest.raises(RunError, match=told):
-        modules.compare_cams.check_full_rank(tmp_path, "dense", "gradcam")
+        check_full_rank(tmp_path, "dense", "gradcam")
 
 
 def test_a_comparison_that_broke_off_is_not_drawn(script, tmp_path):
@@ -167,18 +169,18 @@ def test_a_comparison_that_broke_off_is_not_drawn(script, tmp_path):
     assert "no finished comparisons in results" in nothing
 
 
-def test_a_grid_of_undefined_maps_is_drawn(modules, tmp_path):
+def test_a_grid_of_undefined_maps_is_drawn(tmp_path):
     np.savez(tmp_path / "pictures.npz", **{"a.png": np.zeros((8, 8, 3), np.uint8)})
     for name, value in (("dense", 0.5), ("low_rank", np.nan)):
         np.savez(tmp_path / f"{name}.npz", displayed=np.full((1, 8, 8), value))
     summary = {"network": ["dense", "low_rank"], "kind": ["reference", "low-rank"], "tau": [np.nan, 0.1]}
-    figure = modules.drawings.grid(tmp_path, pd.DataFrame({**summary, "compression": [0, 50]}))
+    figure = drawings.grid(tmp_path, pd.DataFrame({**summary, "compression": [0, 50]}))
     assert [ax.get_ylabel() for ax in figure.axes][-1].startswith("map - dense map")
 
 
-def test_times_at_many_sizes_have_curves_that_differ(modules):
+def test_times_at_many_sizes_have_curves_that_differ():
     times = {"pixels": range(6), "share": 0.5, "ratio": 0.5, "dense_milliseconds": 1}
-    figure = modules.drawings.time_over_rank(pd.DataFrame(times))
+    figure = drawings.time_over_rank(pd.DataFrame(times))
     looks = {(line.get_color(), line.get_linestyle()) for line in figure.axes[0].get_lines()[:6]}
     assert len(looks) == 6
 

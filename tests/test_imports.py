@@ -9,7 +9,7 @@ import dlrt
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    ["checks", "clutter", "timing", "hooks", "errors"],
+    ["checks", "cluttered_digits", "timing", "hooks", "errors"],
     ["lowrank", "plots"],
     ["ranks", "integrators", "layers", "curvature"],
     ["velocity", "fields", "attention", "convolutions", "streaming"],
@@ -39,6 +39,9 @@ ORDER = [
     ["cams.compare", "cams.group_tests", "cams.guided", "cams.explain", "cams.figure", "cams.networks"],
     ["cams.known"],
     ["cams"],
+    ["cams.batch_maps", "cams.build_networks", "cams.load_pictures", "cams.network_flags"],
+    ["cams.drawings", "cams.map_records", "cams.map_times", "cams.measure", "cams.summary"],
+    ["cams.comparison"],
     ["script"],
     ["__main__"],
 ]

@@ -14,7 +14,7 @@ from PIL import Image
 from dlrt import errors
 from dlrt.cams.networks import Network
 from dlrt.cams.pictures import Labels, Picture, PictureError, files, labelled, read, read_labels
-from dlrt.clutter import held_out
+from dlrt.cluttered_digits import held_out
 from dlrt.datasets import DATASETS, load
 
 

@@ -17,7 +17,7 @@ from dlrt.cams.compare import similarity
 from dlrt.cams.figure import Cell, Row
 from dlrt.cams.guided import guided_gradients, visible
 from dlrt.cams.networks import Network
-from dlrt.cams.pictures import Picture, overlay
+from dlrt.cams.pictures import Picture, PictureError, overlay, read_labels
 from dlrt.cams.targets import of_classes
 from dlrt.checkpoint import atomic_write
 from dlrt.errors import KEPT
@@ -33,6 +33,31 @@ class Wanted:
     picture: Picture
     classes: Classes
     name: str
+
+
+def chosen_classes(
+    texts: Sequence[str] | None, network: Network, paths: Sequence[Path]
+) -> dict[str, list[Classes]] | None:
+    """What to explain of each file, None for the predicted class; ValueError where a class is unknown."""
+    if texts is None:
+        return None
+    chosen: dict[str, list[Classes]] = {path.name: [] for path in paths}
+    for text in texts:
+        if Path(text).is_file():
+            labels = read_labels(Path(text), network.class_number)
+            lines = {name: [classes for classes, _ in its if classes] for name, its in labels.items()}
+        elif text.endswith(".csv"):
+            raise PictureError(f"--targets: there is no {text}")
+        else:
+            classes = tuple(dict.fromkeys(network.class_number(part) for part in text.split(",")))
+            lines = {name: [classes] for name in chosen}
+        if missing := [name for name in chosen if not lines.get(name)]:
+            raise PictureError(
+                f"--targets {text} names no class for {', '.join(missing)}: add a line for each"
+            )
+        for name, its in chosen.items():
+            its += lines[name]
+    return {name: list(dict.fromkeys(its)) for name, its in chosen.items()}
 
 
 def wanted(

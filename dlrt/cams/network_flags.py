@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from dlrt.cams import METHODS, default_layer, known, networks, spatial_layers
-from dlrt.options import DEFAULT_DEVICE, NATURAL, Parser, device
+from dlrt.cams.networks import Network
+from dlrt.options import DEFAULT_DEVICE, NATURAL, PERCENT, RANK, TOLERANCE, Parser, device
 
 
 def add_flags(parser: Parser, run_flag: str = "--checkpoint", several: bool = False) -> None:
@@ -45,7 +46,22 @@ def add_size_flag(parser: Parser) -> None:
     parser.add_argument("--image-size", type=NATURAL, metavar="PIXELS", help=size)
 
 
-def read(args: argparse.Namespace, size: int | None = None) -> networks.Network:
+def add_flags_beside(parser: Parser) -> None:
+    """Flags for networks to draw beside that one: other runs, and what it is cut to."""
+    several = {"nargs": "+", "action": "extend"}  # of a flag that is given twice no value is lost
+    add = parser.add_argument
+    add("--compare", type=Path, default=[], metavar="RUN", help="runs to draw beside the network", **several)
+    tau = "cut the network by the SVD of each layer at these tolerances"
+    add("--low-rank", type=TOLERANCE, default=[], metavar="TAU", help=tau, **several)
+    rank = "the same, to these ranks: 20, or a share of the full one: 0.5"
+    add("--rank", type=RANK, default=[], metavar="RANK", help=rank, **several)
+    compression = "the same, to these compressions, for which the singular values of all layers compete"
+    add("--compression", type=PERCENT, default=[], metavar="PERCENT", help=compression, **several)
+    skip = "layers that are not cut, with all that they contain"
+    add("--skip", default=[], metavar="LAYER", help=skip, **several)
+
+
+def read(args: argparse.Namespace, size: int | None = None) -> Network:
     """The network that the flags name, for pictures of a size; RunError or ValueError where there is none."""
     if args.checkpoint and args.weights:
         raise ValueError(f"--weights must come with --arch: {args.checkpoint} has weights of its own")
@@ -56,7 +72,7 @@ def read(args: argparse.Namespace, size: int | None = None) -> networks.Network:
     return networks.placed(network, size, args.device)
 
 
-def target_layer(network: networks.Network, name: str | None, method: str) -> str:
+def target_layer(network: Network, name: str | None, method: str) -> str:
     """The name of the layer to explain; ValueError where the network or the method has no such layer."""
     if name is None:
         return default_layer(network.model, network.blank)
@@ -69,3 +85,14 @@ def target_layer(network: networks.Network, name: str | None, method: str) -> st
             f"the last of them are {', '.join(list(layers)[-12:])}"
         )
     return name
+
+
+def read_all(args: argparse.Namespace) -> list[Network]:
+    """The network that the flags name, and all that are drawn beside it."""
+    first = read(args, args.image_size)
+    ways = ("compression", args.compression), ("tau", args.low_rank), ("rank", args.rank)
+    cuts = [{way: value} for way, values in ways for value in dict.fromkeys(values)]
+    if args.skip and not cuts:
+        raise ValueError("--skip must come with --low-rank, --rank or --compression: nothing is cut")
+    runs = [networks.placed(known.from_run(run), args.image_size, args.device) for run in args.compare]
+    return [first, *runs, *(networks.truncated(first, skip=args.skip, **cut) for cut in cuts)]

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from candidates import Candidate, describe
-from sources import batches
 
 from dlrt.cams import Maps, explain
+from dlrt.cams.build_networks import Candidate, describe
 from dlrt.cams.compare import in_boxes, similarity
 from dlrt.cams.faithfulness import MEASURES, faithfulness
+from dlrt.cams.load_pictures import batches
 from dlrt.cams.networks import Network
 from dlrt.cams.pictures import Picture
 from dlrt.cams.targets import of_classes
