@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlrt.cluttered_digits import Clutter, clutter, held_out
+from dlrt.cluttered_digits import HARD, Clutter, clutter, held_out
 from dlrt.data import Dataset, Split
 from dlrt.errors import DataError
 from dlrt.text import stdlib, text
@@ -111,13 +111,13 @@ def _bundled_digits(size: int, test: int) -> Arrays:
 
 
 def digits_in_clutter(folder: Path | None, seed: int) -> Dataset:
-    """`cluttered_digits`, made on the spot: 4,000 / 500 / 500 pictures of 32 x 32 pixels; needs no folder."""
+    """4,000 / 500 / 500 `cluttered_digits` of 32 x 32 pixels, made on the spot; needs no folder."""
     return _split("clutter", _arrays(clutter(4500, seed=0), held_out()), seed, validation=500)
 
 
 def digits_in_hard_clutter(folder: Path | None, seed: int) -> Dataset:
-    """Harder pictures of that kind: 1,500 / 300 / 500, for a study of many small networks."""
-    made = _arrays(clutter(1800, seed=0, hard=True), held_out(hard=True))
+    """1,000 / 300 / 500 harder ones of 20 x 20 pixels, for a study of many small networks."""
+    made = _arrays(clutter(1300, seed=0, layout=HARD), held_out(HARD))
     return _split("hard_clutter", made, seed, validation=300)
 
 

@@ -14,8 +14,10 @@ from PIL import Image
 from dlrt import errors
 from dlrt.cams.networks import Network
 from dlrt.cams.pictures import Labels, Picture, PictureError, files, labelled, read, read_labels
-from dlrt.cluttered_digits import held_out
+from dlrt.cluttered_digits import EASY, HARD, held_out
 from dlrt.datasets import DATASETS, load
+
+LAYOUTS = {"clutter": EASY, "hard_clutter": HARD}  # of the data sets whose boxes are known
 
 
 def pictures_of(source: str, count: int, data_dir: Path, network: Network) -> tuple[list[Picture], bool]:
@@ -86,7 +88,7 @@ def _of_dataset(name: str, count: int, data_dir: Path) -> list[Picture]:
     dataset = load(name, data_dir, seed=0)
     mean, std = (torch.tensor(values)[:, None, None] for values in (dataset.mean, dataset.std))
     pixels = ((dataset.test.images[:count] * std + mean) * 255).round().to(torch.uint8)
-    boxes = held_out(hard=name == "hard_clutter").boxes if name.endswith("clutter") else ()
+    boxes = held_out(LAYOUTS[name]).boxes if name in LAYOUTS else ()
     pictures = []
     for number, (image, label) in enumerate(zip(pixels, dataset.test.labels.tolist(), strict=False)):
         array = image.permute(1, 2, 0).numpy().squeeze()

@@ -19,7 +19,7 @@ from dlrt.cams.compare import in_boxes
 from dlrt.cams.faithfulness import blur, replacing
 from dlrt.cams.networks import Network
 from dlrt.cams.targets import of_classes
-from dlrt.cluttered_digits import held_out
+from dlrt.cluttered_digits import HARD, held_out
 from dlrt.options import HelpFormatter, Parser
 from dlrt.runs import chosen_epoch, epochs_done, read_metrics, read_options
 
@@ -28,7 +28,7 @@ METHODS = ("gradcam", "layercam", "eigencam")
 KINDS = ("dense", "lowrank", "narrow", "continued", "compressed")
 FROM_DENSE = ("continued", "compressed")
 PICTURES = 100
-TEST = held_out(hard=True)
+TEST = held_out(HARD)
 LABELS = TEST.labels[:PICTURES].tolist()
 
 
