@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dlrt import errors, grid
-from dlrt.grid import Plan
+from dlrt.grid import RunSpec
 from dlrt.options import COUNT
 
 HERE = Path(__file__).parent
@@ -21,23 +21,23 @@ REFERENCES = range(200, 204)  # seeds of dense networks to which all others are 
 BUDGET = {"compression": 75.0}
 
 
-def trained(seed: int, common: dict[str, Any]) -> list[Plan]:
+def trained(seed: int, common: dict[str, Any]) -> list[RunSpec]:
     """Networks trained from random weights: dense, low-rank, and a narrow dense one of as many parameters."""
     options = {**common, "seed": seed}
     return [
-        Plan(f"dense_seed{seed}", BASELINE, options),
-        Plan(f"lowrank_seed{seed}", LOW_RANK, {**options, **BUDGET}),
-        Plan(f"narrow_seed{seed}", BASELINE, {**options, "width": 0.5}),
+        RunSpec(f"dense_seed{seed}", BASELINE, options),
+        RunSpec(f"lowrank_seed{seed}", LOW_RANK, {**options, **BUDGET}),
+        RunSpec(f"narrow_seed{seed}", BASELINE, {**options, "width": 0.5}),
     ]
 
 
-def continued(seed: int, common: dict[str, Any], results: Path) -> list[Plan]:
+def continued(seed: int, common: dict[str, Any], results: Path) -> list[RunSpec]:
     """Networks that begin with the dense one of that seed, and train half as long again."""
     options = {**common, "seed": seed, "lr": 0.05, "from_checkpoint": results / f"dense_seed{seed}"}
     options["epochs"] = -(-common["epochs"] // 2)
     return [
-        Plan(f"continued_seed{seed}", BASELINE, options),
-        Plan(f"compressed_seed{seed}", LOW_RANK, {**options, **BUDGET}),
+        RunSpec(f"continued_seed{seed}", BASELINE, options),
+        RunSpec(f"compressed_seed{seed}", LOW_RANK, {**options, **BUDGET}),
     ]
 
 
@@ -48,7 +48,7 @@ def main() -> None:
     parser.set_defaults(dataset="hard_clutter")
     args = parser.parse_args()
     common = {**grid.shared_options(args), "epochs": args.epochs, "batch_size": 32}
-    references = [Plan(f"reference_seed{seed}", BASELINE, {**common, "seed": seed}) for seed in REFERENCES]
+    references = [RunSpec(f"reference_seed{seed}", BASELINE, {**common, "seed": seed}) for seed in REFERENCES]
     grid.make(references, args.output_dir, args.jobs)
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         after = continued(seed, common, args.output_dir)
