@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PLACE = re.compile(r"(<!-- table: (\S+) -->\n\n)(?:\|.*\n)*")
+PLACE = re.compile(r"(<!-- table: (\S+) -->\n\n)(?:\|.*\n)*\n*")
 
 
 def filled(text: str) -> str:
@@ -15,7 +15,7 @@ def filled(text: str) -> str:
 
     def table(found: re.Match) -> str:
         lines = (ROOT / found[2]).read_text(encoding="utf-8").splitlines()
-        return found[1] + "".join(f"{line}\n" for line in lines if line.startswith("|"))
+        return found[1] + "".join(f"{line}\n" for line in lines if line.startswith("|")) + "\n"
 
     return PLACE.sub(table, text)
 
