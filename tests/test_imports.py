@@ -35,6 +35,7 @@ ORDER = [
     ["datasets", "checkpoint"],
     ["options", "runs"],
     ["training", "tables", "grid"],
+    ["cams.imputation"],
     ["cams.targets", "cams.pictures", "cams.methods", "cams.spatial", "cams.faithfulness"],
     ["cams.compare", "cams.group_tests", "cams.guided", "cams.explain", "cams.figure", "cams.networks"],
     ["cams.known"],

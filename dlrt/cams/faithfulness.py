@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 import torch
-from pytorch_grad_cam.metrics.road import ROADCombined
-from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget
 from torch import Tensor, nn
 
+from dlrt.cams.imputation import fill
+
 MEASURES = ("deletion", "insertion", "road")
-PERCENTILES = (20, 40, 60, 80)
+SHARES, NOISE = (0.2, 0.4, 0.6, 0.8), 0.01  # of pixels that ROAD keeps, and what it adds to the others
 
 
 def faithfulness(
@@ -30,27 +32,38 @@ def faithfulness(
     images = images[torch.from_numpy(kept)]
     shown, chosen = shown[kept], [number for number, keep in zip(classes, kept, strict=True) if keep]
     blurred = blur(images)
-    result["deletion"][kept] = replacing(model, images, blurred, shown, chosen, steps)
-    result["insertion"][kept] = replacing(model, blurred, images, shown, chosen, steps)
+    ends = [probability(model, its, chosen) for its in (images, blurred)]
+    result["deletion"][kept] = replacing(model, images, blurred, shown, chosen, steps, ends)
+    result["insertion"][kept] = replacing(model, blurred, images, shown, chosen, steps, ends[::-1])
     result["road"][kept] = _road(model, images, shown, chosen)
     return result
 
 
 @torch.no_grad()
+def probability(model: nn.Module, images: Tensor, classes: list[int]) -> np.ndarray:
+    """That of each picture's class (N,)."""
+    return model(images).softmax(1)[torch.arange(len(images)), classes].cpu().numpy()
+
+
 def replacing(
-    model: nn.Module, before: Tensor, after: Tensor, shown: np.ndarray, classes: list[int], steps: int
+    model: nn.Module,
+    before: Tensor,
+    after: Tensor,
+    shown: np.ndarray,
+    classes: list[int],
+    steps: int,
+    ends: Sequence[np.ndarray],
 ) -> np.ndarray:
     """The mean probability (N,) of each class on the way from one picture to another, highest pixels first.
 
-    By the trapezoidal rule over the share of pixels, in [0, 1].
+    By the trapezoidal rule over the share of pixels, in [0, 1]; ends are the probabilities of the two.
     """
     place, pixels = _places(shown)[:, None].to(before.device), shown[0].size
-    curve = []
-    for step in range(steps + 1):
+    curve = [ends[0]]
+    for step in range(1, steps):
         mixed = torch.where(place < pixels * step / steps, after, before)
-        probabilities = model(mixed).softmax(1)
-        curve.append(probabilities[torch.arange(len(mixed)), classes].cpu().numpy())
-    return np.trapezoid(np.array(curve), dx=1 / steps, axis=0)
+        curve.append(probability(model, mixed, classes))
+    return np.trapezoid(np.array([*curve, ends[1]]), dx=1 / steps, axis=0)
 
 
 def _places(shown: np.ndarray) -> Tensor:
@@ -70,9 +83,12 @@ def blur(images: Tensor) -> Tensor:
 
 
 def _road(model: nn.Module, images: Tensor, shown: np.ndarray, classes: list[int]) -> np.ndarray:
-    targets = [ClassifierOutputSoftmaxTarget(number) for number in classes]
-    # ranks, since the package finds no percentile among pixels that are equal, as those cut at 0 are
-    ranks = 1 - (_places(shown).double().numpy() + 0.5) / shown[0].size
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # of the noise, which is small; the same call gives the same number
-        return ROADCombined(percentiles=list(PERCENTILES))(images, ranks, targets, model)
+    """Half of how much higher the probability (N,) is without the lowest pixels than without the highest."""
+    places, pixels, total = _places(shown).numpy(), images.cpu().numpy(), 0.0
+    noise = NOISE * np.random.default_rng(0).normal(size=pixels.shape[1:])  # the same for every picture
+    for share in SHARES:
+        for sign, known in ((1, places < share * shown[0].size), (-1, places >= share * shown[0].size)):
+            filled = np.stack([fill(*pair) for pair in zip(pixels, known, strict=True)])
+            filled += (noise * ~known[:, None]).astype(filled.dtype)
+            total = total + sign * probability(model, torch.from_numpy(filled).to(images), classes)
+    return total / len(SHARES) / 2

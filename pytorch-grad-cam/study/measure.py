@@ -16,7 +16,7 @@ import torch
 from dlrt import errors
 from dlrt.cams import Maps, explain, known
 from dlrt.cams.compare import in_boxes
-from dlrt.cams.faithfulness import blur, replacing
+from dlrt.cams.faithfulness import blur, probability, replacing
 from dlrt.cams.networks import Network
 from dlrt.cams.targets import of_classes
 from dlrt.cluttered_digits import HARD, held_out
@@ -59,9 +59,10 @@ def insertion_minus_deletion(network: Network, maps: Maps) -> float:
     kept = maps.defined
     x, shown = inputs(network)[torch.from_numpy(kept)], maps.displayed[kept]
     classes, smooth = np.array(LABELS)[kept].tolist(), blur(x)
-    ways = [replacing(network.model, *pair, shown, classes, steps=10) for pair in ((smooth, x), (x, smooth))]
-    p = maps.probabilities[torch.from_numpy(kept)][range(len(classes)), classes]
-    return float((ways[0] - ways[1]).mean() / p.mean())
+    ends = [probability(network.model, its, classes) for its in (smooth, x)]
+    insertion = replacing(network.model, smooth, x, shown, classes, 10, ends)
+    deletion = replacing(network.model, x, smooth, shown, classes, 10, ends[::-1])
+    return float((insertion - deletion).mean() / ends[1].mean())
 
 
 def measure(folder: Path, references: dict[str, list[Maps]]) -> list[dict[str, object]]:
