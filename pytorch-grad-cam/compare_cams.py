@@ -23,6 +23,7 @@ from dlrt.cams import build_networks, measure, network_flags, networks
 from dlrt.cams.comparison import check_full_rank, compare, recorded, save_table
 from dlrt.cams.load_pictures import pictures_of
 from dlrt.cams.map_times import map_times
+from dlrt.cams.page import write_page
 from dlrt.datasets import DATASETS
 from dlrt.errors import LEFT_OUT, DataError, RunError
 from dlrt.options import DATA_DIR, FOLDER_NAME, NATURAL, SHARE, TOLERANCE, HelpFormatter, Parser
@@ -45,6 +46,7 @@ def make_parser() -> Parser:
     add("--no-faithfulness", action="store_true", help=faithfulness)
     shares = "shares of the full rank at which the time per map is measured; none: not measured"
     add("--time-shares", type=SHARE, nargs="*", default=[1.0, 0.5, 0.25, 0.125], help=shares)
+    add("--html", action="store_true", help="also page.html: a slider over compression, a table to sort")
     sizes = "pixels a side at which it is measured; by default the input's and 224"
     add("--time-sizes", type=NATURAL, nargs="*", help=sizes)
     add("--batch-size", type=NATURAL, default=50, help="pictures at a time")
@@ -81,6 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if len(times):
                 save_table(run.folder / "times.csv", times)
         check_full_rank(run.folder, reference.label, args.method)
+        if args.html:
+            print(f"page: {write_page(run.folder)}")
     where = "" if args.output_dir == parser.get_default("output_dir") else f" --results {args.output_dir}"
     print(f"{run.folder}: draw it with python pytorch-grad-cam/produce_results.py{where}")
     sys.exit(LEFT_OUT if failed else 0)

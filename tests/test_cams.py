@@ -9,6 +9,7 @@ from matplotlib.text import Text
 from PIL import ExifTags, Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from pytorch_grad_cam.base_cam import BaseCAM
+from pytorch_grad_cam.metrics.road import NoisyLinearImputer
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
 from torch.nn.functional import conv_transpose2d, cross_entropy, relu, silu
@@ -19,6 +20,7 @@ from dlrt.cams.compare import in_boxes, similarity, top
 from dlrt.cams.faithfulness import faithfulness
 from dlrt.cams.figure import Cell, Row, figure
 from dlrt.cams.guided import guided_gradients
+from dlrt.cams.imputation import fill
 from dlrt.cams.methods import NOT_SMOOTHED
 from dlrt.cams.pictures import PictureError, read, read_labels
 from dlrt.cams.targets import class_number, of_classes
@@ -125,6 +127,17 @@ def test_a_network_needs_what_its_map_shows_more_than_random_places(trained):
     assert np.nanmean(true["deletion"]) < np.nanmean(random["deletion"]) - 0.05
     assert np.nanmean(true["insertion"]) > np.nanmean(random["insertion"]) + 0.05
     assert np.nanmean(true["road"]) > np.nanmean(random["road"]) + 0.05
+
+
+@pytest.mark.parametrize("shape", [(3, 9, 14), (1, 32, 20)])
+def test_missing_pixels_are_filled_in_as_by_the_authors_of_road(shape):
+    rng = np.random.default_rng(0)
+    image, known = rng.normal(size=shape).astype(np.float32), rng.random(shape[1:]) < 0.3
+    reference = NoisyLinearImputer(noise=0.0)(torch.from_numpy(image), torch.from_numpy(np.float32(known)))
+    filled = fill(image, known)
+    np.testing.assert_allclose(filled, reference.numpy(), atol=1e-6)
+    np.testing.assert_array_equal(filled[:, known], image[:, known])
+    np.testing.assert_array_equal(fill(image, np.ones_like(known)), image)
 
 
 def test_road_takes_equal_shares_of_a_map_that_is_zero_almost_everywhere():

@@ -1,6 +1,12 @@
 """compare_cams.py and its produce_results.py: from networks to a table and figures, and every refusal."""
 
+import base64
+import io
+import json
+import re
 import shutil
+from collections import defaultdict
+from html.parser import HTMLParser
 
 import numpy as np
 import pandas as pd
@@ -16,12 +22,55 @@ from dlrt.errors import RunError
 __all__ = ["pictures", "runs", "script"]  # fixtures
 
 
+class Page(HTMLParser):
+    """How often each tag begins, all attributes of it, and the tags that are open."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.open = defaultdict(list), []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found[tag].append(dict(attributes))
+        if tag not in ("meta", "img", "input"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def check_page(text, networks, drawn, pictures):
+    """It is well-formed and alone: all pictures are in it, and no address."""
+    page = Page(text)
+    assert page.open == []
+    assert "http" not in text
+    assert not {"link", "iframe"} & page.found.keys()
+    images = page.found["img"]
+    assert len(images) == pictures * (1 + drawn)
+    for image in images:
+        kind, data = image["src"].split(";base64,")
+        assert kind == "data:image/webp"
+        assert Image.open(io.BytesIO(base64.b64decode(data))).size == (32, 32)
+    shown = [image for image in images if "hidden" not in image]
+    assert {image.get("data-network") for image in shown} == {None, "0"}
+    (slider,) = page.found["input"]
+    assert int(slider["max"]) == drawn - 1
+    assert len(page.found["tr"]) == 1 + networks
+    assert len(page.found["td"]) == networks * len(page.found["th"])
+    script = text.split("<script>")[1].split("</script>")[0]
+    assert script.count("\n") <= 60
+    names = json.loads(re.search("names = (.*);", script)[1])
+    assert len(names) == drawn
+    assert names[0] == "0 %, dense_seed0, r = 1.000"
+
+
 def test_a_comparison_goes_from_networks_to_table_and_figures(script, runs, tmp_path):
     flags = ["--reference", runs / "dense_seed0", "--low-rank", runs / "tau0.3_seed0", "--taus", 0.2]
     flags += ["--seeds", runs / "dense_seed1", "--images", "clutter-test", "--count", 6]
     flags += ["--output-dir", tmp_path / "results", "--name", "one", "--time-shares", 0.5, "--time-sizes", 32]
-    code, printed, err = script("compare_cams", *flags)
+    code, printed, err = script("compare_cams", *flags, "--html")
     assert (code, err) == (0, "")
+    check_page((tmp_path / "results/one/page.html").read_text(), networks=7, drawn=3, pictures=6)
     assert "full rank: maps agree" in printed
     code, printed, _ = script("compare_cams", *flags)  # what is there is not measured again
     assert printed.count("is there") == 7
