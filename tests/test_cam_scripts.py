@@ -386,6 +386,25 @@ def test_a_folder_of_one_picture_is_explained(script, runs, tmp_path):
     assert json.loads((tmp_path / "maps/config.json").read_text())["options"]["image_path"] == tmp_path.name
 
 
+def test_a_narrow_network_is_trained_and_explained(script, tmp_path):
+    flags = [
+        "--dataset",
+        "hard_clutter",
+        "--epochs",
+        1,
+        "--width",
+        0.25,
+        "--output-dir",
+        "runs",
+        "--name",
+        "narrow",
+    ]
+    code, printed, err = script("convnet_clutter_baseline", *flags)
+    assert (code, err) == (0, "")
+    assert "parameters 3,940" in printed
+    assert known.from_run(tmp_path / "runs/narrow").shape == (1, 20, 20)
+
+
 @pytest.mark.parametrize("name", ["convnet_clutter", "convnet_clutter_baseline"])
 def test_the_network_to_explain_trains(name, script, tmp_path):
     flags = ["--dataset", "digits32", "--epochs", 1, "--output-dir", "runs", "--name", "one"]

@@ -25,7 +25,7 @@ from dlrt.cams.methods import NOT_SMOOTHED
 from dlrt.cams.pictures import PictureError, read, read_labels
 from dlrt.cams.targets import class_number, of_classes
 from dlrt.checkpoint import load_network
-from dlrt.cluttered_digits import clutter
+from dlrt.cluttered_digits import EASY, HARD, clutter
 from dlrt.models import VGG16, ConvNet, LeNet5, ResNet20
 from dlrt.plots import plt
 
@@ -560,12 +560,13 @@ def test_a_class_is_found_by_name_or_number():
             class_number(text, names)
 
 
-def test_boxes_of_digits_in_clutter_are_exact():
-    made = clutter(50, seed=3)
-    assert made.images.shape == (50, 32, 32)
-    np.testing.assert_array_equal(made.images, clutter(50, seed=3).images)
+@pytest.mark.parametrize("layout", [EASY, HARD])
+def test_boxes_of_digits_in_clutter_are_exact(layout):
+    made = clutter(50, seed=3, layout=layout)
+    assert made.images.shape == (50, layout.side, layout.side)
+    np.testing.assert_array_equal(made.images, clutter(50, seed=3, layout=layout).images)
     for image, (left, top_, right, bottom) in zip(made.images, made.boxes, strict=True):
-        inside = image[top_:bottom, left:right] > 64
+        inside = image[top_:bottom, left:right] > 64 * layout.faintest
         for edge in (inside[0], inside[-1], inside[:, 0], inside[:, -1]):
             assert edge.any()
     assert set(made.labels) <= set(range(10))
