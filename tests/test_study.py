@@ -1,5 +1,7 @@
 """The tests over groups of networks, and the study of maps that is made of them."""
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -99,3 +101,24 @@ def test_without_measurements_the_study_says_how_they_are_made(run_script, tmp_p
     done = run_script("pytorch-grad-cam/study/produce_results.py", *flags)
     assert done.returncode == 1
     assert "study/run.py" in done.stderr
+
+
+def test_a_network_is_as_its_twin_and_what_is_measured_is_kept(run_script, tmp_path):
+    """All runs are copies of one: 1 - r is 0, and rows that are there are not measured again."""
+    flags = ["--dataset", "hard_clutter", "--epochs", 1, "--width", 0.25, "--quiet", "--output-dir", "runs"]
+    run_script("pytorch-grad-cam/convnet_clutter_baseline.py", *flags, "--name", "reference_seed200")
+    kinds = ["dense", "lowrank", "narrow", "continued", "compressed"]
+    for kind in kinds:
+        shutil.copytree(tmp_path / "runs/reference_seed200", tmp_path / f"runs/{kind}_seed0")
+    kept = pd.DataFrame([[kind, 0, "gradcam", 0, 0, 0, 7, 7, 7] for kind in kinds[:4]], columns=MEASURED)
+    kept.to_csv(tmp_path / "measured.csv", index=False)
+    flags = ["--results", "runs", "--output", "measured.csv"]
+    done = run_script("pytorch-grad-cam/study/measure.py", *flags)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "compressed_seed0\n", "")
+    rows = pd.read_csv(tmp_path / "measured.csv")
+    assert (rows["difference"][:4] == 7).all()
+    measured = rows[4:]
+    assert list(measured["method"]) == ["gradcam", "layercam", "eigencam"]
+    np.testing.assert_allclose(measured["difference"], 0, atol=1e-6)
+    assert measured["energy"].between(0, 1).all()
+    assert (measured["parameters"] == 3_940).all()
