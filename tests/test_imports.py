@@ -42,7 +42,7 @@ ORDER = [
     ["cams"],
     ["cams.batch_maps", "cams.build_networks", "cams.load_pictures", "cams.network_flags"],
     ["cams.drawings", "cams.map_records", "cams.map_times", "cams.measure", "cams.summary"],
-    ["cams.comparison", "cams.page"],
+    ["cams.comparison", "cams.page", "cams.study", "cams.study_results"],
     ["script"],
     ["__main__"],
 ]
