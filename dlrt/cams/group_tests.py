@@ -60,6 +60,7 @@ def interval(
     rng = np.random.default_rng(0)
     first = rng.integers(x.shape[-1], size=(DRAWS, x.shape[-1]))
     second = first if paired else rng.integers(y.shape[-1], size=(DRAWS, y.shape[-1]))
-    drawn = statistic(np.moveaxis(x[:, first], 0, 1), np.moveaxis(y[:, second], 0, 1), paired)
+    with np.errstate(invalid="ignore", divide="ignore"):  # of few networks a draw may be one alone
+        drawn = statistic(np.moveaxis(x[:, first], 0, 1), np.moveaxis(y[:, second], 0, 1), paired)
     low, high = np.nanpercentile(drawn, [50 * LEVEL, 100 - 50 * LEVEL])
     return float(low), float(high)
