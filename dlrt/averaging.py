@@ -16,14 +16,18 @@ def average(models: Sequence[nn.Module], weights: Sequence[float] | None = None)
     """The mean of models of one kind, a dense copy; ranks may differ. weights, which sum to 1, weigh them.
 
     `to_low_rank` makes it low-rank again. An exponential average is `average([mean, model], [d, 1 - d])`.
-    Buffers are averaged where they are floating-point numbers. ValueError where there is nothing to average.
+    Buffers are averaged where they are floating-point numbers. ValueError where there is nothing to
+    average, and for models of different kinds.
     """
     if not models or (weights is not None and len(weights) != len(models)):
         raise ValueError(f"an average takes models, and a weight for each, got {len(models)} and {weights}")
-    if weights is not None and abs(sum(weights) - 1) > 1e-6:
+    if weights is not None and not abs(sum(weights) - 1) <= 1e-6:
         raise ValueError(f"weights must sum to 1, got {sum(weights):g}: divide them by their sum")
     weights = weights or [1 / len(models)] * len(models)
     states = [to_dense(deepcopy(model)).state_dict() for model in models]
+    shapes = [{name: value.shape for name, value in state.items()} for state in states]
+    if any(other != shapes[0] for other in shapes):
+        raise ValueError("an average takes models of one kind, got models of different layers or shapes")
     mean = to_dense(deepcopy(models[0]))
     for name, value in mean.state_dict().items():
         if value.is_floating_point():

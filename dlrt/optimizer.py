@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from dlrt.velocity import Velocity
 from dlrt.weight_step import WeightStep
 
 Moved = tuple[LowRank, Velocity | None]
+POLISH_EVERY = 10  # steps, after which rounding errors of the bases are taken back
 
 
 class DLRT(torch.optim.Optimizer):
@@ -41,7 +43,8 @@ class DLRT(torch.optim.Optimizer):
       bases by one pass and S by another (Ceruti, Kusch & Lubich 2022; Schotthöfer et al. 2022), and so
       does "bug", which keeps the rank (Ceruti & Lubich 2022); both call `step(closure)`, which
       evaluates the closure twice.
-    - s_steps: the bases are updated in every s_steps-th step, and S in between, in the augmented bases.
+    - s_steps: the bases are updated in every s_steps-th step, and S in between, in the augmented bases, of
+      up to twice the rank; `truncate()` cuts them at once, to evaluate or to save.
 
     Which ranks it has (the smallest that is asked for wins):
 
@@ -156,7 +159,7 @@ class DLRT(torch.optim.Optimizer):
                 )
 
     def _layers_with_gradient(self) -> list[LowRankLayer]:
-        """The layers that took part; FloatingPointError where their gradients are not finite."""
+        """The layers that took part; an error where a step of them would go wrong."""
         decides = not self.group["frozen"] and self.group["steps"] + 1 >= self.group["allot_at"]
         for layer, name in self.layers.items():
             check_factors(name, layer.S)
@@ -168,15 +171,24 @@ class DLRT(torch.optim.Optimizer):
                     f"{name} has a coefficient matrix of shape {tuple(layer.S.shape)}, its velocity "
                     f"{tuple(past.shape)}: load the optimizer's state with the model's, or make a new DLRT"
                 )
-        layers = [layer for layer in self.layers if layer.S.grad is not None]
-        gradients = [[p.grad for p in (L.U, L.S, L.V) if p.grad is not None] for L in layers]
-        largest = torch._foreach_norm([g for of in gradients for g in of], float("inf")) if layers else []
-        if largest and not torch.stack(largest).isfinite().all():
-            norms = iter(largest)
-            for layer, of in zip(layers, gradients, strict=True):
-                if not torch.stack([next(norms) for _ in of]).isfinite().all():
-                    raise FloatingPointError(f"the gradient of {self.layers[layer]} is not finite")
-        return layers
+        self._check_finite()
+        return [layer for layer in self.layers if layer.S.grad is not None]
+
+    def _check_finite(self) -> None:
+        """FloatingPointError where a gradient of whatever is trained here, or lr, is not a finite number."""
+        names = {p: name for layer, name in self.layers.items() for p in (layer.U, layer.S, layer.V)}
+        for group in self.param_groups:
+            if not math.isfinite(group["lr"]):
+                raise FloatingPointError(f"lr must be finite, got {group['lr']}: look at the scheduler")
+        groups = [self.group, *(group for group in self.param_groups if "update" not in group)]
+        trained = [p for group in groups for p in group["params"] if p.grad is not None]
+        trained = [p for p in trained if p.grad.layout == torch.strided]
+        largest = torch._foreach_norm([p.grad for p in trained], float("inf")) if trained else []
+        device = self.group["params"][0].device
+        if largest and not torch.stack([norm.float().to(device) for norm in largest]).isfinite().all():
+            first = next(p for p, norm in zip(trained, largest, strict=True) if not norm.isfinite())
+            name = names.get(first, f"a bias, norm or dense layer of shape {tuple(first.shape)}")
+            raise FloatingPointError(f"the gradient of {name} is not finite")
 
     def _move(self, layers: list[LowRankLayer], two_passes: bool) -> None:
         """K-, L- and S-step of every layer, or the S-step where bases rest; truncation where it is due."""
@@ -245,7 +257,8 @@ class DLRT(torch.optim.Optimizer):
                     f"the SVD of S fails in {self.layers[layer]}: {error}"
                 ) from error
             S1 = sigma.diag()
-        weight.cut(Y_hat, M, P, S1, Q, polish=decides)
+        polish = decides or self.group["steps"] % POLISH_EVERY == 0
+        weight.cut(Y_hat, M, P, S1, Q, polish)
 
     def _max_rank(self, layer: LowRankLayer) -> int:
         return self.group["max_ranks"][list(self.layers).index(layer)]

@@ -71,6 +71,8 @@ class Settings:
             )
         if self.update is None:
             self.update = next((name for of, name in UPDATE_OF.items() if issubclass(kind, of)), None)
+        if self.update is None:
+            raise ValueError(f"update must be given for {kind.__name__}, one of {', '.join(UPDATES)}")
         if self.update not in UPDATES:
             raise ValueError(
                 f"update must be one of {', '.join(UPDATES)} (SGD, Adam and AdamW have their own), got "
@@ -116,7 +118,7 @@ class Settings:
 
         ValueError for options of the class that have no low-rank form.
         """
-        for name in ("lr", "weight_decay"):
+        for name in ("lr", "weight_decay", "momentum", "eps"):
             if not isinstance(defaults.get(name), torch.Tensor):
                 check_number(name, defaults.get(name, 0.0))
         if defaults.get("dampening") or defaults.get("amsgrad"):

@@ -397,7 +397,7 @@ def test_mistakes_are_named():
         with pytest.raises(ValueError, match=r"must have momentum or betas: use SGD"):
             DLRT(model, kind, lr=0.1, update="sgd")
     for kind in (torch.optim.Rprop, torch.optim.LBFGS):
-        with pytest.raises(ValueError, match=r"sgd, muon, adam \(SGD, Adam and AdamW have their own\)"):
+        with pytest.raises(ValueError, match=r"update must be given for \w+, one of sgd, muon, adam"):
             DLRT(model, kind, lr=0.1)
 
 
@@ -609,3 +609,40 @@ def test_truncation_between_two_decisions_keeps_the_tolerance():
     for layer, Y in zip(low_rank_layers(model), before, strict=True):
         assert layer.rank == dlrt.truncate(Y, tau).rank
         assert (layer.factors.dense() - Y.dense()).norm() <= tau * Y.dense().norm()
+
+
+@pytest.mark.parametrize("name", ["5.weight", "5.bias", "0.bias", "0.S", "3.V"])
+def test_a_gradient_that_is_not_finite_moves_nothing_whoever_it_belongs_to(name):
+    model = dlrt.to_low_rank(network(), rank=3, skip=["5"])
+    optimizer = DLRT(model, torch.optim.SGD, lr=0.1, momentum=0.9)
+    train(model, optimizer, [batch()])
+    closure_of(model, optimizer, *batch())()
+    parameter = model.get_parameter(name)
+    parameter.grad.view(-1)[0] = torch.nan
+    before = copy.deepcopy(model.state_dict())
+    kind = name.split(".")[0] if name[-1] in "USV" else "a bias, norm or dense layer of shape"
+    with pytest.raises(FloatingPointError, match=f"the gradient of {kind}"):
+        optimizer.step()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_step_size_that_a_scheduler_broke_is_told():
+    model = dlrt.to_low_rank(network(), rank=3)
+    optimizer = DLRT(model, torch.optim.SGD, lr=0.1)
+    closure_of(model, optimizer, *batch())()
+    optimizer.group["lr"] = float("nan")
+    with pytest.raises(FloatingPointError, match="lr must be finite, got nan"):
+        optimizer.step()
+
+
+def test_bases_stay_orthonormal_in_float32_however_rarely_ranks_are_decided():
+    model = dlrt.to_low_rank(nn.Linear(40, 30), rank=8).float()
+    optimizer = DLRT(model, torch.optim.SGD, lr=0.05, momentum=0.9, tau=0.0, allot_every=10_000)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(600):
+        optimizer.zero_grad()
+        x = torch.randn(4, 40, generator=generator, dtype=torch.float32)
+        model(x).sub(x[:, :30].sin()).square().mean().backward()
+        optimizer.step()
+    for basis in (model.U, model.V):
+        assert (basis.mT @ basis - torch.eye(model.rank, dtype=torch.float32)).norm() < 2e-5
