@@ -79,8 +79,8 @@ def own_part(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float]:
 def reduce_gradients(model: nn.Module) -> None:
     """Between backward pass and step: sum all gradients over the processes.
 
-    Weigh every process's loss first, as `share` says, and the sum is the gradient of the joined batch. K-, L-
-    and S-gradients are gradients like all others. The same parameters must have taken part everywhere.
+    Weigh every process's loss first, as `own_part` says, and the sum is the gradient of the joined batch. K-,
+    L- and S-gradients are gradients like all others. The same parameters must have taken part everywhere.
     RuntimeError where it was done already.
     """
     if world_size() == 1:

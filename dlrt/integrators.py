@@ -58,7 +58,7 @@ def augmented_bug(
 
     As `parallel_bug`, but the S-step sees all of F in the augmented bases.
     """
-    Y_hat = augment(Y, times(F, Y.V), times(F.T, Y.U))
+    Y_hat, _ = augment(Y, times(F, Y.V), times(F.T, Y.U))
     Y_hat = LowRank(Y_hat.U, Y_hat.S + h * galerkin(F, Y_hat), Y_hat.V)
     return truncate(Y_hat, tau, min_rank, max_rank)
 
@@ -77,9 +77,9 @@ def midpoint_bug(
     first, second and h are those of `strang`. Bases of the midpoint are augmented by F applied to them, so
     the rank may grow fourfold; what is then truncated enters to first order, times its size.
     """
-    half = augment(Y, times(first, Y.V), times(first.T, Y.U))
+    half, _ = augment(Y, times(first, Y.V), times(first.T, Y.U))
     FV = times(first, half.V) + times(second, half.V)
-    Y_hat = augment(half, FV, times(first.T, half.U) + times(second.T, half.U))
+    Y_hat, _ = augment(half, FV, times(first.T, half.U) + times(second.T, half.U))
     S = Y_hat.S + h * (galerkin(first, Y_hat) + galerkin(second, Y_hat))
     return truncate(LowRank(Y_hat.U, S, Y_hat.V), tau, min_rank, max_rank)
 
@@ -158,6 +158,16 @@ def parallel_step(
     own in there. rule(D, Ŷ) turns the small matrix D into the direction in which S moves, for Ŷ = Y in those
     bases (see `velocity`); without one it is D itself.
     """
+    Y_hat, D = augment(Y, FV, FtU, core)
+    return LowRank(Y_hat.U, Y_hat.S + h * (D if rule is None else rule(D, Y_hat)), Y_hat.V), D  # S-step
+
+
+def augment(Y: LowRank, FV: Tensor, FtU: Tensor, core: Tensor | None = None) -> tuple[LowRank, Tensor]:
+    """The K- and the L-step: Y in bases Û = [U U1], V̂ = [V V1] that span K1 and L1, unchanged; and D.
+
+    span Û = span[U, K1], since K1 = U S + h F V; likewise V̂. So Û diag(S, 0) V̂ᵀ = U S Vᵀ exactly. D and
+    core are those of `parallel_step`.
+    """
     U1, C, R = complement(Y.U, FV)  # K-step: F V = U C + U1 R
     V1, _, Rt = complement(Y.V, FtU)  # L-step
     U_hat, V_hat = torch.cat([Y.U, U1], dim=1), torch.cat([Y.V, V1], dim=1)
@@ -165,17 +175,7 @@ def parallel_step(
     D = pad(C if core is None else core, Y_hat.S.shape)
     r, s = Y.S.shape
     D[:r, s:], D[r:, :s] = Rt.mT, R
-    return LowRank(U_hat, Y_hat.S + h * (D if rule is None else rule(D, Y_hat)), V_hat), D  # S-step
-
-
-def augment(Y: LowRank, FV: Tensor, FtU: Tensor) -> LowRank:
-    """The K- and the L-step: Y in bases Û = [U U1], V̂ = [V V1] that span K1 and L1 as well, unchanged.
-
-    span Û = span[U, K1], since K1 = U S + h F V; likewise V̂. So Û diag(S, 0) V̂ᵀ = U S Vᵀ exactly.
-    """
-    U_hat = torch.cat([Y.U, complement(Y.U, FV)[0]], dim=1)
-    V_hat = torch.cat([Y.V, complement(Y.V, FtU)[0]], dim=1)
-    return LowRank(U_hat, pad(Y.S, (U_hat.shape[1], V_hat.shape[1])), V_hat)
+    return Y_hat, D
 
 
 def update_bases(Y: LowRank, FV: Tensor, FtU: Tensor, h: float) -> LowRank:

@@ -35,7 +35,7 @@ class DLRT(torch.optim.Optimizer):
     How a weight steps:
 
     - update: the rule on the small matrix D, "sgd", "adam" or "muon"; by default that of the class. "sgd"
-      moves by lr D and at full rank is torch's SGD; "muon" moves by update_lr √max(1, m/n) msign(D),
+      moves by update_lr D and at full rank is torch's SGD; "muon" moves by update_lr √max(1, m/n) msign(D),
       with decoupled weight decay, and at full rank is Muon.
     - update_lr: the step size of low-rank weights, by default lr, or 0.3 lr of "muon". Schedulers change
       it in proportion to lr.
@@ -53,7 +53,8 @@ class DLRT(torch.optim.Optimizer):
     - compression: a fraction, the budget for the parameters of the whole model. The singular values of all
       layers compete for it, σ² / ‖S‖² for r (m + n).
     - ramp: steps over which the budget falls from the present ranks to compression, along a cubic.
-    - allot_every: ranks are decided in every so many steps, and constant in between.
+    - allot_every: ranks are decided in every so many steps, at an update of the bases, and constant in
+      between.
     - min_rank, max_rank: bounds for each layer; max_rank="initial" is the rank that it has now.
     """
 
@@ -76,10 +77,21 @@ class DLRT(torch.optim.Optimizer):
     ) -> None:
         names = low_rank_layers(model)
         settings = Settings(
-            optimizer_class, update, update_lr, tau, compression, ramp, allot_every, integrator, min_rank,
-            max_rank, s_steps,
-        )  # fmt: skip
+            optimizer_class,
+            update=update,
+            update_lr=update_lr,
+            tau=tau,
+            compression=compression,
+            ramp=ramp,
+            allot_every=allot_every,
+            integrator=integrator,
+            min_rank=min_rank,
+            max_rank=max_rank,
+            s_steps=s_steps,
+        )
         self.layers = {layer: name for layer, name in names.items() if layer.S.requires_grad}
+        if not self.layers:
+            raise ValueError("a low-rank layer must be trainable, got frozen ones alone: unfreeze an S")
         factors = {id(factor) for layer in names for factor in (layer.U, layer.S, layer.V)}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in factors]
         self.inner = optimizer_class([{"params": rest}], **options)
@@ -138,7 +150,7 @@ class DLRT(torch.optim.Optimizer):
             with _full_precision(self.layers):
                 for layer in (L for L in layers if L.trains_bases):  # not those that a failed pass augmented
                     self._weight(layer).update_bases()
-            self.zero_grad()  # those gradients belong to other weights
+            self.zero_grad()  # those gradients belong to other bases
             with torch.enable_grad():
                 closure()
             layers = self._layers_with_gradient()
@@ -185,7 +197,7 @@ class DLRT(torch.optim.Optimizer):
         trained = [p for p in trained if p.grad.layout == torch.strided]
         largest = torch._foreach_norm([p.grad for p in trained], float("inf")) if trained else []
         device = self.group["params"][0].device
-        if largest and not torch.stack([norm.float().to(device) for norm in largest]).isfinite().all():
+        if largest and not torch.stack([norm.isfinite().to(device) for norm in largest]).all():
             first = next(p for p, norm in zip(trained, largest, strict=True) if not norm.isfinite())
             name = names.get(first, f"a bias, norm or dense layer of shape {tuple(first.shape)}")
             raise FloatingPointError(f"the gradient of {name} is not finite")
@@ -209,9 +221,12 @@ class DLRT(torch.optim.Optimizer):
             elif decides and "budget" in group:
                 moved[layer] = at
             else:
-                self._cut(layer, *at, decides)
+                self._cut(layer, *at, decides or self.state[layer.S].pop("due", False))
         if decides and "budget" in group:
-            self._cut_to_budget(moved, group["allot_at"])
+            self._cut_to_budget(moved)
+        elif decides:
+            for layer in self.layers.keys() - set(layers):  # they are cut when they take part again
+                self.state[layer.S]["due"] = True
         if not rests:
             self._end_rest(decides)
 
@@ -222,8 +237,10 @@ class DLRT(torch.optim.Optimizer):
             if not layer.trains_bases:
                 self._cut(layer, *self._at(layer), decides)
 
-    def _cut_to_budget(self, moved: dict[LowRankLayer, Moved], step: int) -> None:
-        """Cut all layers to the ranks that fit the budget of that step."""
+    def _cut_to_budget(self, moved: dict[LowRankLayer, Moved], step: int | None = None) -> None:
+        """Cut all layers to the ranks that fit the budget of that step, by default of the next decision."""
+        if step is None:
+            step = self.group["allot_at"] + self.group["s_steps"] - 1  # at the latest
         now = {layer: moved.get(layer) or self._at(layer) for layer in self.layers}
         scores = direction_scores([Y_hat.S for Y_hat, _ in now.values()])
         scores = [of[: self._max_rank(layer)] for layer, of in zip(now, scores, strict=True)]
@@ -246,8 +263,11 @@ class DLRT(torch.optim.Optimizer):
         if self.group["integrator"] == "bug":
             weight.stay(Y_hat)
             return
-        if not decides:
+        if not decides and layer.trains_bases:
             P, S1, Q = leading_subspace(Y_hat.S, weight.kept_rank)
+        elif not decides:  # after several steps of S its first columns are no longer those that matter
+            P, sigma, Q = truncated_svd(Y_hat.S, max_rank=weight.kept_rank)
+            S1 = sigma.diag()
         else:
             most = self._max_rank(layer) if rank is None else rank
             try:
@@ -274,8 +294,8 @@ class DLRT(torch.optim.Optimizer):
     def truncate(self) -> None:
         """Truncate by tau now, to evaluate between two decisions, or before the last of `s_steps`.
 
-        Under a budget ranks stay what they are. RuntimeError where a gradient for the present bases still
-        waits for its step.
+        Under a budget ranks are those of its last decision, or of one that is due. RuntimeError where a
+        gradient for the present bases still waits for its step.
         """
         self._check_no_gradient_waits()
         with _full_precision(self.layers):
@@ -283,6 +303,9 @@ class DLRT(torch.optim.Optimizer):
                 for layer in self.layers:
                     self._cut(layer, *self._at(layer), decides="budget" not in self.group)
                 self.group["s_steps_taken"] = 0
+                if "budget" in self.group and self.group["steps"] >= self.group["allot_at"]:
+                    self.group["allot_at"] = self.group["steps"] + self.group["allot_every"]
+                    self._cut_to_budget({})
 
     @torch.no_grad()
     def freeze_bases(self) -> None:

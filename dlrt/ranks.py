@@ -5,11 +5,10 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from dlrt.checks import check_compression
-from dlrt.lowrank import normalized
+from dlrt.lowrank import normalized, svd
 
 Shape = tuple[int, int]
 
@@ -47,7 +46,7 @@ def falling_budget(start: int, end: int, ramp: int, step: int) -> int:
 
 def direction_scores(coefficients: Sequence[Tensor]) -> list[list[float]]:
     """The score σ² / ‖S‖² of every direction of each S (k, l), descending, whatever the layer's norm."""
-    spectra = [normalized(torch.linalg.svdvals(S)).square() for S in coefficients]
+    spectra = [normalized(svd(S)[1]).square() for S in coefficients]
     return [(squares / squares.sum().clamp(min=1)).tolist() for squares in spectra]
 
 

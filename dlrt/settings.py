@@ -127,25 +127,24 @@ class Settings:
             raise ValueError("the torch class must have momentum or betas: use SGD, Adam or AdamW")
         if self.update == "adam" and "betas" not in defaults:
             raise ValueError('update="adam" takes its betas from torch.optim.Adam or AdamW: use one of them')
-        if defaults.get("nesterov") and self.integrator == "augmented":
+        if defaults.get("nesterov") and (self.integrator == "augmented" or self.s_steps > 1):
             raise ValueError(
-                'integrator="augmented" keeps of the velocity what lies in the bases, which is less than '
-                "Nesterov's step needs: leave nesterov out"
+                'integrator="augmented" and s_steps > 1 keep of the velocity what lies in augmented bases, '
+                "less than Nesterov's step needs: leave nesterov out, or take neither"
             )
         share = MUON_LR if self.update == "muon" else 1.0
-        least = [min(self.min_rank, *layer.shape) for layer in layers]
         most = {None: [min(layer.shape) for layer in layers], "initial": [layer.rank for layer in layers]}
         taken_over = ("nesterov", "maximize", "weight_decay", "momentum", "betas", "eps")
         return {
             **{"nesterov": False, "maximize": False, "weight_decay": 0.0},
             **{name: defaults[name] for name in taken_over if name in defaults},
             "update": self.update,
-            "update_share": share if self.update_lr is None else self.update_lr / defaults["lr"],
+            "update_share": share if self.update_lr is None else self.update_lr / (defaults["lr"] or 1.0),
             "decoupled": self.update == "muon" or defaults.get("decoupled_weight_decay", False),
             "integrator": self.integrator,
             "tau": self.tau,
             "min_rank": self.min_rank,
-            "max_ranks": most.get(self.max_rank) or [max(r, self.max_rank) for r in least],
+            "max_ranks": most.get(self.max_rank) or [self.max_rank] * len(layers),
             "allot_every": self.allot_every,
             "s_steps": self.s_steps,
             "steps": 0,  # made, of the bases or of S alone

@@ -35,7 +35,7 @@ class WeightStep:
 
     @property
     def h(self) -> float:
-        """The step size: lr, and for muon update_lr √max(1, m/n)."""
+        """The step size: update_lr, and of muon √max(1, m/n) times as much."""
         h = self.group["lr"] * self.group["update_share"]
         return h * muon_scale(self.layer.shape) if self.group["update"] == "muon" else h
 
@@ -48,8 +48,8 @@ class WeightStep:
     @property
     def velocity(self) -> Velocity | None:
         """M of the last step; of a layer whose bases rest, in these alone."""
-        U, S, V = self.layer.U, self.layer.S, self.layer.V
-        MV, core, MU = (self.state[factor].get("velocity") for factor in (U, S, V))
+        U, V, S = self._factors
+        MV, MU, core = (self.state[factor].get("velocity") for factor in (U, V, S))
         if core is None:
             return None
         return LowRank(U, core, V) if MV is None else Tangent(U, V, MV, MU, core)
@@ -106,10 +106,10 @@ class WeightStep:
         Y, M = self.layer.factors, self.velocity
         _, N = self.accelerate(self.gradient(), keep=False)
         if self.group["integrator"] == "augmented":
-            self.rest(augment(Y, N.MV, N.MU), M)
+            self.rest(augment(Y, N.MV, N.MU)[0], M)
         else:
             Y1 = update_bases(Y, N @ Y.V, N.T @ Y.U, -self.h)
-            self._put(Y1, *((None, None, None) if M is None else (M @ Y1.V, M.T @ Y1.U, galerkin(M, Y1))))
+            self._put(Y1, *(() if M is None else (M @ Y1.V, M.T @ Y1.U, galerkin(M, Y1))))
 
     def rest(self, Y_hat: LowRank, M: Velocity | None) -> None:
         """Leave the layer in these bases, and of the velocity what lies in them."""
@@ -120,13 +120,12 @@ class WeightStep:
 
     def stay(self, Y1: LowRank) -> None:
         """Take new coefficients in the present bases, to which the velocity belongs."""
-        M = self.velocity
-        self._put(Y1, *((None, None, None) if M is None else (M.MV, M.MU, M.core)))
+        self._put(Y1, *(self.state[factor].get("velocity") for factor in self._factors))
 
     def cut(self, Y_hat: LowRank, M: Velocity | None, P: Tensor, S1: Tensor, Q: Tensor, polish: bool) -> None:
         """Leave the layer at Û P S1 Qᵀ V̂ᵀ, and the velocity in its tangent space; then its bases train."""
         rotate_squares(self.state[self.layer.S], P, Q)
-        along = carried(M, Y_hat, P, Q) if M is not None and self.beta else (None, None, None)
+        along = carried(M, Y_hat, P, Q) if M is not None and self.beta else ()
         self._put(LowRank(rotate(Y_hat.U, P, polish), S1, rotate(Y_hat.V, Q, polish)), *along)
         self.layer.trains_bases = True
 
@@ -149,14 +148,19 @@ class WeightStep:
         layer = self.layer
         if Y1.S.shape != layer.S.shape:
             check_ranks_may_move(layer.S, self.name)
-        for factor in (layer.U, layer.S, layer.V):
+        for factor in self._factors:
             factor.grad = None
         layer.factors = Y1
-        self._remember(*(velocity if self.beta else (None, None, None)))
+        self._remember(*(velocity if self.beta else ()))
 
-    def _remember(self, MV: Tensor | None, MU: Tensor | None, core: Tensor | None) -> None:
-        layer = self.layer
-        for factor, product in ((layer.U, MV), (layer.V, MU), (layer.S, core)):
+    @property
+    def _factors(self) -> tuple[torch.nn.Parameter, ...]:
+        return self.layer.U, self.layer.V, self.layer.S
+
+    def _remember(
+        self, MV: Tensor | None = None, MU: Tensor | None = None, core: Tensor | None = None
+    ) -> None:
+        for factor, product in zip(self._factors, (MV, MU, core), strict=True):
             self.state[factor].pop("velocity", None)
             if product is not None:
                 self.state[factor]["velocity"] = product

@@ -205,7 +205,7 @@ def test_with_several_s_steps_the_bases_move_once_and_s_is_trained_in_them(momen
     expected = copy.deepcopy(model)
     gradients = dense_gradients(model, *data[0])
     for layer, Y, G in zip(low_rank_layers(expected), factors_of(model), gradients, strict=False):
-        layer.factors = integrators.augment(Y, G @ Y.V, G.mT @ Y.U)
+        layer.factors, _ = integrators.augment(Y, G @ Y.V, G.mT @ Y.U)
     options = {"lr": h, "momentum": momentum}
     sgd = torch.optim.SGD([p for p in expected.parameters() if p.requires_grad], **options)
     closure_of(expected, sgd, *data[0])()
@@ -575,6 +575,7 @@ def test_bases_that_somebody_writes_into_are_noticed_when_ranks_are_decided(way)
         ({"allot_every": 0}, "allot_every must be a whole number"),
         ({"integrator": "bug", "compression": 0.5, "ramp": 3}, 'integrator="bug" keeps ranks'),
         ({"integrator": "augmented", "momentum": 0.9, "nesterov": True}, "leave nesterov out"),
+        ({"s_steps": 2, "momentum": 0.9, "nesterov": True}, "leave nesterov out"),
     ],
     ids=str,
 )
@@ -646,3 +647,32 @@ def test_bases_stay_orthonormal_in_float32_however_rarely_ranks_are_decided():
         optimizer.step()
     for basis in (model.U, model.V):
         assert (basis.mT @ basis - torch.eye(model.rank, dtype=torch.float32)).norm() < 2e-5
+
+
+def test_a_budget_is_met_where_every_epoch_is_shorter_than_the_steps_of_s():
+    """Then bases are updated by the truncation at the end of an epoch alone."""
+    model = dlrt.to_low_rank(network())
+    optimizer = DLRT(model, torch.optim.SGD, lr=0.05, compression=0.5, ramp=12, s_steps=5, min_rank=1)
+    for _ in range(8):
+        train(model, optimizer, [batch() for _ in range(3)])
+        optimizer.truncate()
+    assert dlrt.compression(model).evaluation_compression >= 50
+
+
+def test_a_layer_that_takes_no_part_where_ranks_are_decided_is_cut_when_it_does_again():
+    layers = nn.ModuleList([nn.Linear(8, 6), nn.Linear(8, 6)])
+    model, tau = dlrt.to_low_rank(layers), 0.5
+    optimizer = DLRT(model, torch.optim.SGD, lr=0.01, tau=tau, min_rank=1, allot_every=4)  # in 1, 5, 9, ...
+    for step in range(1, 13):
+        optimizer.zero_grad(set_to_none=True)
+        model[step % 2](torch.randn(5, 8)).square().mean().backward()
+        optimizer.step()
+    assert all(layer.rank < 6 for layer in model)
+
+
+def test_frozen_layers_alone_are_refused():
+    model = dlrt.to_low_rank(network(), rank=3)
+    for layer in low_rank_layers(model):
+        layer.S.requires_grad_(False)
+    with pytest.raises(ValueError, match="must be trainable, got frozen ones alone: unfreeze an S"):
+        DLRT(model, torch.optim.SGD, lr=0.1)
