@@ -56,7 +56,7 @@ def test_a_command_of_the_readme_runs(command, tmp_path, request):
         warmup = [] if "baseline" in script else ["--tau-warmup", "0"]
         flags += [*QUICK, *warmup, "--output-dir", str(tmp_path)]
     elif script == "timings/step.py":
-        flags += ["--repeats", "1", "--width", "64", "--ranks", "2", "7", "--networks", "lenet5", "mlp"]
+        flags += ["--repeats", "1", "--width", "64", "--ranks", "2", "7", "--networks", "mlp"]
         flags += ["--output-dir", str(tmp_path)]
     elif script == "timings/pca.py":
         flags += ["--sizes", "64", "--repeats", "2", "--output-dir", str(tmp_path)]
