@@ -6,7 +6,7 @@
     net = Net.from_pretrained("folder")       low-rank again, of the ranks that it had
 
 A class is made with the arguments that it had, as with every such mixin, and gets its ranks from the weights.
-Needs the extra `hub`. A folder is all it takes: the network may stay unplugged.
+Needs the extra `hub`. For a folder no connection is needed.
 """
 
 from __future__ import annotations

@@ -218,10 +218,12 @@ class DLRT(torch.optim.Optimizer):
             at = weight.s_step() if s_step_alone else weight.parallel_step()
             if rests:
                 weight.rest(*at)
-            elif decides and "budget" in group:
+                continue
+            due = self.state[layer.S].pop("due", False)
+            if decides and "budget" in group:
                 moved[layer] = at
             else:
-                self._cut(layer, *at, decides or self.state[layer.S].pop("due", False))
+                self._cut(layer, *at, decides or due)
         if decides and "budget" in group:
             self._cut_to_budget(moved)
         elif decides:

@@ -16,7 +16,8 @@ import torch
 
 from dlrt.datasets import DATASETS
 from dlrt.errors import IMPOSSIBLE, OptionError
-from dlrt.settings import INTEGRATORS, UPDATES
+from dlrt.settings import INTEGRATORS
+from dlrt.velocity import UPDATES
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA_DIR = Path(os.environ.get("DLRT_DATA", ROOT / "data"))

@@ -1,6 +1,6 @@
 """Save and load trained networks in the hub's form: a folder with model.safetensors and config.json.
 
-They need safetensors (the extra `hub`), and so does `dlrt.hub` for networks that are shared.
+Needs safetensors (the extra `hub`). `dlrt.hub` has huggingface_hub's methods for it.
 """
 
 from __future__ import annotations

@@ -19,10 +19,9 @@ from dlrt.checks import (
     check_whole,
 )
 from dlrt.layers import LowRankLayer
-from dlrt.velocity import MUON_LR, RULES
+from dlrt.velocity import MUON_LR, UPDATES
 
 INTEGRATORS = ("parallel", "augmented", "bug")
-UPDATES = tuple(RULES)
 UPDATE_OF = {torch.optim.SGD: "sgd", torch.optim.Adam: "adam", torch.optim.AdamW: "adam"}
 
 
@@ -139,6 +138,7 @@ class Settings:
             **{"nesterov": False, "maximize": False, "weight_decay": 0.0},
             **{name: defaults[name] for name in taken_over if name in defaults},
             "update": self.update,
+            # with lr = 0 nothing moves, whatever the share
             "update_share": share if self.update_lr is None else self.update_lr / (defaults["lr"] or 1.0),
             "decoupled": self.update == "muon" or defaults.get("decoupled_weight_decay", False),
             "integrator": self.integrator,

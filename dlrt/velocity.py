@@ -111,7 +111,8 @@ def adam(D: Tensor, DG: Tensor, state: dict[str, Any], betas: tuple[float, float
     return mean / ((squares / weights).sqrt() + eps)
 
 
-RULES: dict[str, Callable[[Tensor], Tensor] | None] = {"sgd": sgd, "muon": msign, "adam": None}
+RULES: dict[str, Callable[[Tensor], Tensor]] = {"sgd": sgd, "muon": msign}  # of D alone
+UPDATES = (*RULES, "adam")
 
 
 def rotate_squares(state: dict[str, Any], P: Tensor, Q: Tensor) -> None:

@@ -668,6 +668,7 @@ def test_a_layer_that_takes_no_part_where_ranks_are_decided_is_cut_when_it_does_
         model[step % 2](torch.randn(5, 8)).square().mean().backward()
         optimizer.step()
     assert all(layer.rank < 6 for layer in model)
+    assert sum(optimizer.state[layer.S].get("due", False) for layer in model) <= 1  # the one that was absent
 
 
 def test_frozen_layers_alone_are_refused():
