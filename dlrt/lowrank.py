@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -135,42 +134,59 @@ def complement(U: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U1 (m, p), C (k, r), R (p, r) with A = U C + U1 R and [U U1] orthonormal, for U (m, k), A (m, r).
 
     p = min(r, m - k). U is orthonormal already, so only A is factorised. Where columns are long that is block
-    Gram-Schmidt against U and a Cholesky QR, both twice, all of it matrix products (Yamamoto et al. 2015).
-    Where A adds fewer than p directions, or some hardly, its Gram matrix is not definite: then Householder's
-    QR takes the first Cholesky's place, and adds arbitrary directions.
+    Gram-Schmidt against U and a Cholesky QR, all of it matrix products; both twice where once is not accurate
+    (Yamamoto et al. 2015). Where A adds fewer than p directions, or some hardly, its Gram matrix is not
+    definite: then Householder's QR takes the first Cholesky's place, and adds arbitrary directions.
     """
-    scale = A.abs().amax(0).clamp(min=torch.finfo(A.dtype).tiny)  # squares neither overflow nor vanish
     r, outside = A.shape[1], len(U) - U.shape[1]
     if 4 * r < len(A) and r <= outside:
-        for first in (cholesky_qr, noisy_qr):
-            U1, C, R, converged = _gram_schmidt_twice(U, A / scale, first)
-            if converged:
-                return U1, C * scale, R * scale
+        found = _gram_schmidt(U, A) or _gram_schmidt(U, A, noisy=True)
+        if found:
+            return found
     # as many directions as there are outside U complete it, whatever A is
+    scale = A.abs().amax(0).clamp(min=torch.finfo(A.dtype).tiny)
     U1 = qr(torch.cat([U, (A / scale)[:, :outside]], dim=1))[0][:, U.shape[1] :]
     return U1, U.mT @ A, U1.mT @ A
 
 
-def _gram_schmidt_twice(
-    U: Tensor, A: Tensor, factorise: Callable[[Tensor], tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor, Tensor, bool]:
-    """U1, C, R of `complement`, and whether U1 is orthonormal; A is overwritten."""
-    C = U.mT @ A
-    B, R = factorise(A.addmm_(U, C, alpha=-1))
-    again = U.mT @ B
-    B.addmm_(U, again, alpha=-1)
-    gram = B.mT @ B  # near the identity, which the second pass makes it
-    identity = torch.eye(len(gram), dtype=A.dtype, device=A.device)
-    converged = torch.linalg.matrix_norm(gram - identity) < 0.5
-    R1, _ = torch.linalg.cholesky_ex(gram, upper=True)
-    U1 = B @ torch.linalg.solve_triangular(R1, identity, upper=True)
-    return U1, C + again @ R, R1 @ R, bool(converged)
+def _gram_schmidt(U: Tensor, A: Tensor, noisy: bool = False) -> tuple[Tensor, Tensor, Tensor] | None:
+    """U1, C, R of `complement`, or None where Cholesky fails; noisy: by Householder's QR first."""
+    size = A.abs()
+    scale = (size.amax(0) if noisy else size.max()).clamp(min=torch.finfo(A.dtype).tiny)
+    B = A / scale  # its squares neither overflow nor vanish
+    C = U.mT @ B
+    B.addmm_(U, C, alpha=-1)
+    if noisy:
+        U1, R = noisy_qr(B)
+    else:
+        R, inverse = _cholesky(B)
+        if _accurate(C, R, inverse):
+            return B @ inverse, C * scale, R * scale
+        U1 = torch.linalg.solve_triangular(R, B, upper=True, left=False)  # U1 R = B although R is inaccurate
+    again = U.mT @ U1
+    U1.addmm_(U, again, alpha=-1)
+    R1, inverse = _cholesky(U1)
+    if not _accurate(again, R1, inverse):
+        return None
+    return U1 @ inverse, (C + again @ R) * scale, R1 @ R * scale
 
 
-def cholesky_qr(A: Tensor) -> tuple[Tensor, Tensor]:
-    """A = Q R by the Cholesky factor R of Aᵀ A: cheap, and inexact where columns are nearly dependent."""
-    R, _ = torch.linalg.cholesky_ex(A.mT @ A, upper=True)
-    return torch.linalg.solve_triangular(R, A, upper=True, left=False), R
+def _cholesky(B: Tensor) -> tuple[Tensor, Tensor]:
+    """R and R⁻¹ for B = Q R, of the Gram matrix: inexact where columns are nearly dependent."""
+    R, _ = torch.linalg.cholesky_ex(B.mT @ B, upper=True)
+    return R, torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
+
+
+def _accurate(C: Tensor, R: Tensor, inverse: Tensor) -> bool:
+    """Whether U1 = B R⁻¹ is orthonormal to 3000 rounding errors a column; not where Cholesky failed.
+
+    For columns of B = U1 R of length 1, U1ᵀ U1 is off by ‖R⁻¹‖² rounding errors, and Uᵀ U1 by ‖R⁻¹‖ times as
+    many as A = U C + B is longer than B (Frobenius norms).
+    """
+    length = torch.linalg.vector_norm(R, dim=0)
+    grown = torch.linalg.matrix_norm(length.unsqueeze(1) * inverse)
+    longer = (torch.linalg.vector_norm(C, dim=0) / length).amax()
+    return bool(grown * torch.maximum(grown, longer) < 3e3 * len(R) ** 0.5)
 
 
 def noisy_qr(A: Tensor) -> tuple[Tensor, Tensor]:

@@ -195,12 +195,15 @@ class DLRT(torch.optim.Optimizer):
         groups = [self.group, *(group for group in self.param_groups if "update" not in group)]
         trained = [p for group in groups for p in group["params"] if p.grad is not None]
         trained = [p for p in trained if p.grad.layout == torch.strided]
-        largest = torch._foreach_norm([p.grad for p in trained], float("inf")) if trained else []
+        # the sum is not finite where an entry is not, and takes a tenth of the time that isfinite() takes
+        sums = [p.grad.sum() for p in trained]
         device = self.group["params"][0].device
-        if largest and not torch.stack([norm.isfinite().to(device) for norm in largest]).all():
-            first = next(p for p, norm in zip(trained, largest, strict=True) if not norm.isfinite())
-            name = names.get(first, f"a bias, norm or dense layer of shape {tuple(first.shape)}")
-            raise FloatingPointError(f"the gradient of {name} is not finite")
+        if not sums or torch.stack([total.to(device).isfinite() for total in sums]).all():
+            return
+        for p in trained:
+            if not p.grad.isfinite().all():
+                name = names.get(p, f"a bias, norm or dense layer of shape {tuple(p.shape)}")
+                raise FloatingPointError(f"the gradient of {name} is not finite")
 
     def _move(self, layers: list[LowRankLayer], two_passes: bool) -> None:
         """K-, L- and S-step of every layer, or the S-step where bases rest; truncation where it is due."""
