@@ -6,9 +6,9 @@
 What is compared: the dense net, a narrower one and plain factors at the parameters of each budget, DLRT under
 that budget with kernels as matrices and spatially separable, each with SGD and with Muon; the trained dense
 net cut to the budget and trained on for a third of the epochs; and DLRT as published. Step sizes are those
-that validation chose for each way on a smaller network (probe.csv), and with `--tune EPOCHS` a half and a
-quarter of them are tried as well, in short runs of seed 0. (Separable kernels with SGD take that of matrices,
-cuts half of it, the published method 0.2.) The first budget comes first, seed by seed.
+that validation chose for each way on a smaller network (probe.csv), and with `--tune EPOCHS` a half, a
+quarter and an eighth of them are tried as well, in short runs of seed 0. (Separable kernels with SGD take that
+of matrices, cuts half of it, the published method 0.2.) The first budget comes first, seed by seed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ WAYS = {
     "dense": "dense, {}",
 }
 RULES = {"muon": {"update": "muon", "nesterov": True}, "sgd": {"update": "sgd"}}
-SCALES = (0.25, 0.5, 1.0)  # of the probe's step size, with --tune: a deeper network may want less
+SCALES = (0.125, 0.25, 0.5, 1.0)  # of the probe's step size, with --tune: a deeper network may want less
 Choice = tuple[str, str]  # a way and a rule
 
 
@@ -76,7 +76,7 @@ def cuts(network: str, compression: float, common: dict[str, Any], results: Path
     options = {**common, **RULES["muon"], **step_sizes("matrices", "muon", 0.5)}
     options |= {"epochs": -(-common["epochs"] // 3), "compression": compression, "ramp": 0.0}
     options |= {"from_checkpoint": results / network / f"dense_muon_seed{common['seed']}"}
-    options |= {"tau": 0.0, "tau_warmup": 0, "max_rank": "initial", "s_steps": 1}
+    options |= {"tau": 0.0, "tau_warmup": 0, "max_rank": "initial"}
     return [
         _named(network, f"cut_by_{by}{compression:g}", {**options, "cut_by": by}, low_rank=True)
         for by in ("weights", "loss")

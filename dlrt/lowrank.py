@@ -133,13 +133,14 @@ def leading_subspace(S: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 def complement(U: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U1 (m, p), C (k, r), R (p, r) with A = U C + U1 R and [U U1] orthonormal, for U (m, k), A (m, r).
 
-    p = min(r, m - k). U is orthonormal already, so only A is factorised. Where columns are long that is block
-    Gram-Schmidt against U and a Cholesky QR, all of it matrix products; both twice where once is not accurate
-    (Yamamoto et al. 2015). Where A adds fewer than p directions, or some hardly, its Gram matrix is not
-    definite: then Householder's QR takes the first Cholesky's place, and adds arbitrary directions.
+    p = min(r, m - k). U is orthonormal already, so only A is factorised. Where A is long and large that is
+    block Gram-Schmidt against U and a Cholesky QR, all of it matrix products; both twice where once is not
+    accurate (Yamamoto et al. 2015). Where A adds fewer than p directions, or some hardly, its Gram matrix is
+    not definite: then Householder's QR takes the first Cholesky's place, and adds arbitrary directions.
     """
-    r, outside = A.shape[1], len(U) - U.shape[1]
-    if 4 * r < len(A) and r <= outside:
+    m, r = A.shape
+    outside = m - U.shape[1]
+    if 5 * r < 2 * m and m * r > 4096 and r <= outside:  # elsewhere LAPACK's QR is as fast
         found = _gram_schmidt(U, A) or _gram_schmidt(U, A, noisy=True)
         if found:
             return found

@@ -102,29 +102,32 @@ def test_a_complex_network_is_refused_and_stays_as_it_was(options):
         assert type(model[0]) is nn.Linear
 
 
-@pytest.mark.parametrize(
-    ("name", "A"),
-    [
-        ("anything", torch.randn(30, 6)),
-        ("graded columns", torch.randn(30, 6) * 10.0 ** -torch.arange(6)),
-        ("hardly outside U", torch.zeros(30, 6)),
-        ("deficient", torch.randn(30, 2) @ torch.randn(2, 6)),
-        ("nearly deficient", torch.randn(30, 2) @ torch.randn(2, 6) + 1e-6 * torch.randn(30, 6)),
-        ("zero", torch.zeros(30, 6)),
-    ],
-)
+DIRECTIONS = {
+    "anything": lambda m, U: torch.randn(m, 6),
+    "graded columns": lambda m, U: torch.randn(m, 6) * 10.0 ** -torch.arange(6),
+    "hardly outside U": lambda m, U: U @ torch.randn(4, 6) + 1e-5 * torch.randn(m, 6),
+    "deficient": lambda m, U: torch.randn(m, 2) @ torch.randn(2, 6),
+    "nearly deficient": lambda m, U: torch.randn(m, 2) @ torch.randn(2, 6) + 1e-6 * torch.randn(m, 6),
+    "zero": lambda m, U: torch.zeros(m, 6),
+    "tiny": lambda m, U: 1e-25 * torch.randn(m, 6),
+    "huge": lambda m, U: 1e25 * torch.randn(m, 6),
+}
+
+
+@pytest.mark.parametrize("name", DIRECTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_complement_is_orthonormal_and_spans_what_the_basis_lacked(name, A, dtype):
-    U = orthonormal(30, 4).to(dtype)
-    A = A.to(dtype)
-    if name == "hardly outside U":
-        A = U @ torch.randn(4, 6, dtype=dtype) + 1e-5 * torch.randn(30, 6, dtype=dtype)
+@pytest.mark.parametrize("m", [30, 900])  # by Householder's QR, and by matrix products
+def test_complement_is_orthonormal_and_spans_what_the_basis_lacked(m, dtype, name):
+    U = orthonormal(m, 4)
+    A = DIRECTIONS[name](m, U.float()).to(dtype)
+    U = U.to(dtype)
     U1, C, R = complement(U, A)
     U_hat = torch.cat([U, U1], dim=1)
     eps = torch.finfo(dtype).eps
-    assert U1.shape == (30, 6)
+    assert U1.shape == (m, 6)
     assert orthogonality_error(U_hat) < 3e3 * eps
-    assert (A - U @ C - U1 @ R).norm() <= 50 * eps * A.norm()
+    largest = A.abs().max().clamp(min=1e-30)  # float32's norm of huge entries overflows
+    assert (A / largest - U @ (C / largest) - U1 @ (R / largest)).norm() <= 50 * eps * m**0.5
 
 
 @pytest.mark.parametrize(("rank", "expected"), [(5, 1), (4, 2), (3, 3), (6, 0)])
