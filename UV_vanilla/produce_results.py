@@ -22,6 +22,14 @@ PUBLISHED = pd.DataFrame({
         "97.81 ± 0.15", "97.29 ± 0.30", "97.07 ± 0.69", "93.74 ± 1.5", "90.9 ± 2.6", "86.2 ± 4.8"
     ],
 })  # fmt: skip
+SHORT = (
+    "method",
+    "decay",
+    "learning rate",
+    "after epoch 1 [%]",
+    "at the chosen epoch [%]",
+    "after the last epoch [%]",
+)
 CAPTION = (
     "LeNet5 on {data} at rank 20 (the last layer at its full 10), from weights of singular values |N(0, 1)|, "
     "divided by 1, decay, decay², ...: test accuracy, mean and standard deviation over the seeds, after the "
@@ -93,7 +101,7 @@ def main() -> None:
     tried = found.loc[found["network"] == "vanilla_lenet5", "lr"].unique()
     lrs = ", ".join(f"{lr:g}" for lr in sorted(tried))
     caption = CAPTION.format(data=tables.data(found), lrs=lrs)
-    tables.publish(args, table(of_setting), caption, {"uv_vanilla": draw(of_setting)})
+    tables.publish(args, table(of_setting), caption, {"uv_vanilla": draw(of_setting)}, SHORT)
 
 
 if __name__ == "__main__":

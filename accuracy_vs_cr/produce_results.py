@@ -24,6 +24,14 @@ PUBLISHED = pd.DataFrame({
         0, 51.4, 68.2, 78.7, 84.1, 88.6, 91.0, 93.0, 94.3,
     ],
 })  # fmt: skip
+SHORT = (
+    "width",
+    "method",
+    "τ",
+    "test accuracy [%]",
+    "ranks (first seed)",
+    "compression [%]",
+)
 CAPTION = (
     "Five-layer nets on {data}, all trained on digits shifted at random: test accuracy in %, mean and "
     "standard deviation over the seeds, at the epoch chosen on the validation digits and at the last one. "
@@ -111,7 +119,7 @@ def main() -> None:
     tau = tables.text(summary["tau"], "{:g}").where(summary["method"] == "DLRT", "")
     table = tables.readable(summary, {"width": summary["width"], "method": summary["method"], "τ": tau})
     table = pd.concat([table, published(summary["width"])]).fillna("")
-    tables.publish(args, table, CAPTION.format(data=tables.data(found), lrs=lrs), figures)
+    tables.publish(args, table, CAPTION.format(data=tables.data(found), lrs=lrs), figures, SHORT)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,14 @@ from study_figures import DENSE, WAYS
 from dlrt import tables
 from dlrt.runs import chosen_epoch, over_seeds, read_metrics
 
+SHORT = (
+    "network",
+    "trained",
+    "rule",
+    "test accuracy [%]",
+    "below dense",
+    "compression [%]",
+)
 HERE = Path(__file__).parent
 # Schotthöfer et al. 2022: after 20 epochs at 93 to 98 % compression, and after 20 more of S alone
 PUBLISHED = pd.DataFrame({
@@ -127,7 +135,8 @@ def main() -> None:
         missing = ", ".join(name for name in PUBLISHED["network"] if name not in set(effects["network"]))
         missing = missing and f" Runs of {missing} are still to come."
         caption = FINE_TUNING.format(data=data, missing=missing)
-        tables.write(effects, args.output_dir, caption, name="fine_tune_effects")
+        short = ("network", "τ", "epochs", "before [%]", "after [%]", "compression [%]")
+        tables.write(effects, args.output_dir, caption, "fine_tune_effects", short)
         print(tables.markdown(effects, caption))
     study = with_ways(found[~tuned & ~found["run"].str.contains("tuning/")])
     if study.empty:
@@ -142,7 +151,7 @@ def main() -> None:
         figures["cifar10_accuracy_vs_cr"] = study_figures.relative_to_dense(summary)
     if (ours := study[study["way"].str.startswith("DLRT, budget")].sort_values(["seed", "run"])).size:
         figures["cifar10_ranks"] = study_figures.ranks_over_training(ours.iloc[0], args.results)
-    tables.publish(args, table, CAPTION.format(data=data, missing=missing), figures)
+    tables.publish(args, table, CAPTION.format(data=data, missing=missing), figures, SHORT)
 
 
 if __name__ == "__main__":

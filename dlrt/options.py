@@ -25,7 +25,7 @@ DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 SCHEDULES = ("constant", "cosine", "plateau")
 AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-TAU, S_STEPS, RAMP = 0.1, 10, 0.6
+TAU, RAMP = 0.1, 0.6
 NOT_PART_OF_THE_EXPERIMENT = ("data_dir", "output_dir", "resume", "quiet", "device", "workers")
 
 T = TypeVar("T", bound="Options")
@@ -269,9 +269,7 @@ class LowRankOptions(Options):
         **SWITCH,
     )
     min_rank: int = option(2, "of every layer that --max-rank lets have it", NATURAL)
-    s_steps: int | None = option(
-        None, "of S for each basis update; by default 10, or 1 with --compression", NATURAL
-    )
+    s_steps: int = option(1, "of S for each basis update", NATURAL)
     max_rank: int | str | None = option(
         None, "of every layer; initial: what it begins with", MAX_RANK, metavar="{RANK,initial}"
     )
@@ -295,8 +293,6 @@ class LowRankOptions(Options):
             raise OptionError(
                 f"--max-rank must be at least --min-rank, got {self.max_rank} < {self.min_rank}"
             )
-        if self.s_steps is None:
-            self.s_steps = 1 if self.budget or self.integrator != "parallel" else S_STEPS
         if self.s_steps > 1 and self.integrator != "parallel":
             raise OptionError(f"--s-steps must be 1 with --integrator {self.integrator}, got {self.s_steps}")
         if self.tau is None:

@@ -95,9 +95,15 @@ def data(found: pd.DataFrame) -> str:
     return DATA.get(found["dataset"].iloc[0], found["dataset"].iloc[0])
 
 
-def publish(args: argparse.Namespace, table: pd.DataFrame, caption: str, figures: dict[str, Figure]) -> None:
-    """Print a table and write it as CSV, Markdown and LaTeX, and figures by their names as PDF and PNG."""
-    write(table, args.output_dir, caption)
+def publish(
+    args: argparse.Namespace,
+    table: pd.DataFrame,
+    caption: str,
+    figures: dict[str, Figure],
+    short: Sequence[str] = (),
+) -> None:
+    """Print a table and `write` it, and figures by their names as PDF and PNG."""
+    write(table, args.output_dir, caption, short=short)
     print(markdown(table, caption))
     for name, figure in figures.items():
         print(f"figure: {plots.save(figure, args.figures, name)}")
@@ -215,33 +221,24 @@ LATEX = str.maketrans(
 )
 # else -- is a dash, '' a quotation mark, and the first cell an argument of the line break before it
 APART = re.compile(r"([-'`])(?=[-'`])|^(?=[\[*])")
-WIDE = 8  # columns that a page holds
 
 
 def latex(table: pd.DataFrame, caption: str = "") -> str:
-    """A table environment in LaTeX; it needs the package booktabs, and graphicx where the table is wide."""
+    """A table environment in LaTeX; it needs the package booktabs."""
     rows = [[APART.sub(r"\1{}", cell.translate(LATEX)) for cell in row] for row in _cells(table)]
     head = " & ".join(column.translate(LATEX) for column in table.columns)
-    wide = len(table.columns) > WIDE
-    lines = [
-        r"\begin{table}",
-        r"\centering",
-        *([r"\resizebox{\textwidth}{!}{"] if wide else []),
-        rf"\begin{{tabular}}{{{'l' * len(table.columns)}}}",
-        r"\toprule",
-    ]
+    tabular = rf"\begin{{tabular}}{{{'l' * len(table.columns)}}}"
+    lines = [r"\begin{table}", r"\centering", tabular, r"\toprule"]
     lines += [head + r" \\", r"\midrule", *(" & ".join(row) + r" \\" for row in rows), r"\bottomrule"]
-    lines += [
-        r"\end{tabular}" + ("}" if wide else ""),
-        *([rf"\caption{{{caption.translate(LATEX)}}}"] if caption else []),
-        r"\end{table}",
-    ]
-    return "\n".join(lines) + "\n"
+    lines += [r"\end{tabular}", *([rf"\caption{{{caption.translate(LATEX)}}}"] if caption else [])]
+    return "\n".join([*lines, r"\end{table}"]) + "\n"
 
 
-def write(table: pd.DataFrame, folder: Path, caption: str = "", name: str = "table") -> None:
-    """name.csv, name.md and name.tex in a folder."""
+def write(
+    table: pd.DataFrame, folder: Path, caption: str = "", name: str = "table", short: Sequence[str] = ()
+) -> None:
+    """name.csv, name.md and name.tex in a folder; short names the columns that LaTeX has, six fit a page."""
     folder.mkdir(parents=True, exist_ok=True)
     table.to_csv(folder / f"{name}.csv", index=False, encoding="utf-8", errors="backslashreplace")
     (folder / f"{name}.md").write_text(markdown(table, caption), encoding="utf-8")
-    (folder / f"{name}.tex").write_text(latex(table, caption), encoding="utf-8")
+    (folder / f"{name}.tex").write_text(latex(table[list(short or table.columns)], caption), encoding="utf-8")

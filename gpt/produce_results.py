@@ -11,6 +11,14 @@ import pandas as pd
 from dlrt import tables
 from dlrt.runs import over_seeds
 
+SHORT = (
+    "trained",
+    "rule",
+    "width",
+    "bits per byte",
+    "above the best dense [%]",
+    "compression [%]",
+)
 HERE = Path(__file__).parent
 CAPTION = (
     "{data}: bits per byte (the mean loss / ln 2), mean and standard deviation over the seeds, at the epoch "
@@ -59,7 +67,7 @@ def main() -> None:
     command = "python gpt/run.py, or the training scripts beside it"
     found = tables.read(args, command, dataset="stdlib", needs=("width", "depth", "optimizer"))
     found = found[~found["run"].str.contains("tuning/")]
-    tables.publish(args, compared(found), CAPTION.format(data=tables.data(found)), {})
+    tables.publish(args, compared(found), CAPTION.format(data=tables.data(found)), {}, SHORT)
 
 
 if __name__ == "__main__":

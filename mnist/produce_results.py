@@ -17,7 +17,8 @@ def main() -> None:
         f"{row.network} {row['name']}": read_metrics(args.results / row.run) for _, row in found.iterrows()
     }
     figures = {"learning_curves": plots.learning_curves(metrics)}
-    tables.publish(args, tables.comparison(found), tables.COUNTED, figures)
+    short = ("network", "run", "test accuracy [%]", "ranks", "evaluation parameters", "compression [%]")
+    tables.publish(args, tables.comparison(found), tables.COUNTED, figures, short)
 
 
 if __name__ == "__main__":

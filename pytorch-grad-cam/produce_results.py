@@ -15,6 +15,8 @@ from dlrt.cams.summary import CAPTION, FINISH, read_study, read_times, readable,
 from dlrt.errors import RunError, one_line
 from dlrt.runs import read_options
 
+SHORT = ("study", "method", "network", "compression [%]", "Pearson", "Pearson own")
+
 
 @errors.boundary()
 def main() -> None:
@@ -38,7 +40,7 @@ def main() -> None:
             f"no finished comparisons in {args.results}; make one with: "
             "python pytorch-grad-cam/compare_cams.py --help"
         )
-    tables.publish(args, pd.concat(studied, ignore_index=True), CAPTION, figures)
+    tables.publish(args, pd.concat(studied, ignore_index=True), CAPTION, figures, SHORT)
 
 
 if __name__ == "__main__":

@@ -232,6 +232,14 @@ def one_line(name):
     return " ".join(name.split()).encode("utf-8", "backslashreplace").decode().replace("\x07", "\\x07")
 
 
+def test_committed_latex_tables_have_at_most_six_columns():
+    found = [*ROOT.glob("[!.]*/*.tex"), *ROOT.glob("[!.]*/*/*.tex")]
+    assert found
+    for path in found:
+        columns = re.search(r"\\begin\{tabular\}\{(l+)\}", path.read_text(encoding="utf-8"))[1]
+        assert len(columns) <= 6, path
+
+
 def test_a_table_says_every_name_literally_and_in_a_cell_of_its_own(tmp_path):
     tables.write(pd.DataFrame({"name": NAMES, "value": range(len(NAMES))}), tmp_path)
     csv, md, tex = (tmp_path / f"table.{kind}" for kind in ("csv", "md", "tex"))

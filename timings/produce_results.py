@@ -32,6 +32,14 @@ PARTS = {
     "share_rest": "inner optimizer, rest",
 }
 LIMITS = [(0, (1, 1)), (0, (1, 4))]  # dotted, more widely with more S-steps
+SHORT = (
+    "integrator",
+    "S-steps",
+    "rank adaptation",
+    "break-even rank",
+    "largest speed-up",
+    "at rank",
+)
 SETTING = ["device", "phase", "integrator", "s_steps", "adaptive"]
 
 
@@ -212,7 +220,7 @@ def main() -> None:
     figures = {"timings": times(rows)}
     if (rows["phase"] == "training").any():
         figures["timings_shares"] = shares(rows)
-    tables.publish(args, table(rows), caption(rows), figures)
+    tables.publish(args, table(rows), caption(rows), figures, SHORT)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,8 @@ def main() -> None:
                 made = compare(title, dense, others, x, args, s_steps)
                 rows += made if s_steps == 1 else [row for row in made if row["S-steps"]]
     about = f"torch {torch.__version__}, {device_name('cpu')}; medians in one process, momentum 0.9"
-    tables.write(pd.DataFrame(rows), args.output_dir, f"{about}.", name="step")
+    short = ("network", "ranks", "what", "S-steps", "faster than dense", "slower than factors")
+    tables.write(pd.DataFrame(rows), args.output_dir, f"{about}.", "step", short)
 
 
 def contenders(

@@ -14,6 +14,7 @@ from dlrt.cams.study_results import caption, compare, figure, readable
 from dlrt.errors import RunError
 from dlrt.options import ROOT, HelpFormatter, Parser
 
+SHORT = ("comparison", "outcome", "method", "difference", "p", "verdict")
 HERE = Path(__file__).parent
 
 
@@ -31,7 +32,7 @@ def main() -> None:
     rows = pd.read_csv(args.measurements)
     table = compare(rows)
     drawn = figure(table, rows["seed"].nunique())
-    tables.publish(args, readable(table), caption(rows), {"gradcam_study": drawn})
+    tables.publish(args, readable(table), caption(rows), {"gradcam_study": drawn}, SHORT)
 
 
 if __name__ == "__main__":
