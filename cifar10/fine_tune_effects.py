@@ -35,7 +35,7 @@ def main() -> None:
         for network in args.networks:
             epochs = {"epochs": args.epochs, "finetune_epochs": args.finetune_epochs}
             options = {**grid.shared_options(args), **epochs, "seed": seed}
-            options |= {"rank": args.rank, "tau": TAUS[network]}
+            options |= {"rank": args.rank, "tau": TAUS[network], "s_steps": 10}
             name = f"fine_tuned/{network}_seed{seed}"
             plans.append(grid.RunSpec(name, SCRIPTS[network], options))
     grid.make(plans, args.output_dir, args.jobs)

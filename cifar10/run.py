@@ -7,8 +7,8 @@ What is compared: the dense net, a narrower one and plain factors at the paramet
 that budget with kernels as matrices and spatially separable, each with SGD and with Muon; the trained dense
 net cut to the budget and trained on for a third of the epochs; and DLRT as published. Step sizes are those
 that validation chose for each way on a smaller network (probe.csv), and with `--tune EPOCHS` a half, a
-quarter and an eighth of them are tried as well, in short runs of seed 0. (Separable kernels with SGD take that
-of matrices, cuts half of it, the published method 0.2.) The first budget comes first, seed by seed.
+quarter and an eighth of them are tried as well, in short runs of seed 0. (Separable kernels with SGD take
+that of matrices, cuts half of it, the published method 0.2.) The first budget comes first, seed by seed.
 """
 
 from __future__ import annotations
