@@ -199,23 +199,23 @@ def _cut(
     spatial: bool,
 ) -> list[LowRankLayer]:
     """The layers at the ranks asked for, in the norm of the loss where there are inputs."""
-    kinds = [_kind(layer, spatial) for layer in layers]
-    weights = [kind.as_matrix(layer.weight.detach()) for kind, layer in zip(kinds, layers, strict=True)]
+    kinds = {layer: _kind(layer, spatial) for layer in layers}
+    weights = [kind.as_matrix(layer.weight.detach()) for layer, kind in kinds.items()]
     check_real(*weights)
     ranks = [_rank(W, rank) for W in weights]
     if inputs is None and compression is None:
-        return [kind.from_dense(layer, r, tau) for kind, layer, r in zip(kinds, layers, ranks, strict=True)]
-    factors = {} if inputs is None else kronecker_factors(model, layers, inputs, spatial)
+        return [kinds[layer].from_dense(layer, r, tau) for layer, r in zip(layers, ranks, strict=True)]
+    factors = {} if inputs is None else kronecker_factors(model, kinds, inputs)
     parts = [terms(W, factors.get(layer)) for W, layer in zip(weights, layers, strict=True)]
     if compression is not None:
         ranks = _ranks_for(model, weights, parts, compression)
     made = []
-    for kind, layer, part, r in zip(kinds, layers, parts, ranks, strict=True):
+    for layer, part, r in zip(layers, parts, ranks, strict=True):
         if r is None:
             made.append(layer)
             continue
         within = r if tau is None else max(1, rank_within(part.sigma, tau))
-        low_rank = kind.in_place_of(layer)
+        low_rank = kinds[layer].in_place_of(layer)
         low_rank.factors = part.matrix(min(r, within), layer.weight.dtype)
         made.append(low_rank)
     return made

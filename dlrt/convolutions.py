@@ -6,14 +6,14 @@ with r filters, and what follows is another one.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dlrt.layers import LowRankLayer, give_back, in_type_of, take_over
+from dlrt.layers import LowRankLayer, give_back, in_type_of, rows_of, take_over
 
 SAME_IN_DENSE = (
     "in_channels",
@@ -24,6 +24,19 @@ SAME_IN_DENSE = (
     "dilation",
     "padding_mode",
 )
+
+
+NEUTRAL = {"size": 1, "kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}
+
+
+def along(geometry: dict[str, Any], directions: tuple[bool, bool]) -> dict[str, Any]:
+    """What of sizes (vertical, horizontal) lies in these directions; a text, as of padding, is for both."""
+    return {
+        name: sizes
+        if isinstance(sizes, str)
+        else tuple(s if wanted else NEUTRAL[name] for s, wanted in zip(sizes, directions, strict=True))
+        for name, sizes in geometry.items()
+    }
 
 
 class Thin(NamedTuple):
@@ -80,6 +93,12 @@ def with_gradient_laid_out(x: Tensor) -> Tensor:
     return x.flatten(1).unflatten(1, x.shape[1:])  # backwards a reshape, which makes rows contiguous
 
 
+def padded(convolution: nn.Conv2d | LowRankConv2d, x: Tensor) -> Tensor:
+    """Pictures with the padding that a convolution gives them."""
+    mode = "constant" if convolution.padding_mode == "zeros" else convolution.padding_mode
+    return F.pad(x, convolution._reversed_padding_repeated_twice, mode)
+
+
 def total(g: Tensor) -> Tensor:
     """The sum of g for every channel, as a product of matrices, which on a CPU is ten times faster."""
     rows = g.permute(0, 2, 3, 1).reshape(-1, g.shape[1])
@@ -128,6 +147,8 @@ class LowRankConv2d(LowRankLayer):
     """
 
     groups, transposed, output_padding = 1, False, (0, 0)  # for whoever reads them as of nn.Conv2d
+    directions = (True, True), (False, False)
+    """(vertical, horizontal): what each of the two convolutions has of the kernel and its geometry."""
     _conv_forward = nn.Conv2d._conv_forward  # a dense layer's `forward` that was taken before calls it
 
     def __init__(
@@ -153,7 +174,7 @@ class LowRankConv2d(LowRankLayer):
         self._every = tuple(s if k == 1 else 1 for k, s in zip(self.kernel_size, self.stride, strict=True))
         self._reversed_padding_repeated_twice = list(dense._reversed_padding_repeated_twice)
         pads_itself = padding_mode == "zeros" and not isinstance(padding, str) and self._every == (1, 1)
-        self._pad_before = None if pads_itself else self._reversed_padding_repeated_twice
+        self._pads_before = not pads_itself
         stride = tuple(s // every for s, every in zip(self.stride, self._every, strict=True))
         inner_padding = self.padding if pads_itself else (0, 0)
         self._channels_last = False  # whether outputs are so, whatever inputs are
@@ -194,15 +215,38 @@ class LowRankConv2d(LowRankLayer):
     @property
     def thin(self) -> tuple[Thin, Thin]:
         """The two convolutions that y = x V Sᵀ Uᵀ consists of."""
-        return Thin(self.in_channels, self.kernel_size, **self._geometry), Thin(self.out_channels)
+        geometry = {"size": self.kernel_size, **self._geometry}
+        first, second = (along(geometry, directions) for directions in self.directions)
+        return Thin(self.in_channels, **first), Thin(self.out_channels, **second)
+
+    def thin_layers(self) -> tuple[nn.Conv2d, nn.Conv2d]:
+        geometry = {name: getattr(self, name) for name in ("kernel_size", "stride", "padding", "dilation")}
+        channels = (self.in_channels, self.rank), (self.rank, self.out_channels)
+        biased = False, self.bias is not None
+        first, second = (
+            nn.Conv2d(*of, bias=bias, padding_mode=mode, device="meta", **along(geometry, directions))
+            for of, bias, directions in zip(channels, biased, self.directions, strict=True)
+            for mode in [self.padding_mode if any(directions) else "zeros"]
+        )
+        return first, second
+
+    @staticmethod
+    def input_rows(dense: nn.Conv2d, x: Tensor) -> Tensor:
+        """Patches (products, in_channels * height * width) of pictures."""
+        geometry = {"stride": dense.stride, "dilation": dense.dilation}
+        return rows_of(F.unfold(padded(dense, x), dense.kernel_size, **geometry), -2)
+
+    @staticmethod
+    def output_rows(dense: nn.Conv2d, g: Tensor) -> Tensor:
+        return rows_of(g, -3)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 3:
             return self.forward(x[None])[0]
         as_channels_last = self._channels_last or is_channels_last(x)
         x = with_gradient_laid_out(x)
-        if self._pad_before is not None:
-            x = F.pad(x, self._pad_before, "constant" if self.padding_mode == "zeros" else self.padding_mode)
+        if self._pads_before:
+            x = padded(self, x)
         if self._every != (1, 1):
             x = x[:, :, :: self._every[0], :: self._every[1]]
         if as_channels_last or x.device.type == "cpu":  # where any other layout takes up to 20 times as long
@@ -235,6 +279,8 @@ class SpatialLowRankConv2d(LowRankConv2d):
     "Scheme 2" of Jaderberg et al. 2014 (arXiv:1405.3866); as an SVD Tai et al. 2016 (arXiv:1511.06067).
     """
 
+    directions = (False, True), (True, False)
+
     @staticmethod
     def as_matrix(weight: Tensor) -> Tensor:
         """A kernel (o, i, p, q) as the matrix W with a row for every (o, p) and a column for every (i, q)."""
@@ -247,12 +293,25 @@ class SpatialLowRankConv2d(LowRankConv2d):
         kernel = self._matrix().view(self.out_channels, height, self.in_channels, width)
         return kernel.transpose(1, 2)
 
-    @property
-    def thin(self) -> tuple[Thin, Thin]:
-        """A horizontal convolution, and then a vertical one."""
-        (height, width), geometry = self.kernel_size, self._geometry.items()
-        neutral = {"stride": 1, "padding": 0, "dilation": 1}
-        horizontal = {name: (neutral[name], across) for name, (_, across) in geometry}
-        vertical = {name: (down, neutral[name]) for name, (down, _) in geometry}
-        first = Thin(self.in_channels, (1, width), **horizontal)
-        return first, Thin(self.out_channels, (height, 1), **vertical)
+    @classmethod
+    def input_rows(cls, dense: nn.Conv2d, x: Tensor) -> Tensor:
+        """Patches (products, in_channels * width) one row high, each of which adds to several outputs."""
+        x = padded(dense, x)
+        x = x[:, :, cls._used_rows(dense, x.shape[2])]
+        geometry = {"stride": (1, dense.stride[1]), "dilation": dense.dilation}
+        return rows_of(F.unfold(x, (1, dense.kernel_size[1]), **geometry), -2)
+
+    @classmethod
+    def output_rows(cls, dense: nn.Conv2d, g: Tensor) -> Tensor:
+        height = dense.kernel_size[0]
+        place = torch.eye(dense.out_channels * height).to(g)  # (o, p) of g's channel o, p rows further down
+        place = place.view(-1, dense.out_channels, height, 1).transpose(0, 1)
+        g = F.conv_transpose2d(g, place, stride=(dense.stride[0], 1), dilation=(dense.dilation[0], 1))
+        return rows_of(g[..., cls._used_rows(dense, g.shape[-2]), :], -3)
+
+    @staticmethod
+    def _used_rows(dense: nn.Conv2d, height: int) -> list[int]:
+        """The rows of a padded picture of that height that a convolution multiplies by anything."""
+        (size, _), (stride, _), (dilation, _) = dense.kernel_size, dense.stride, dense.dilation
+        outputs = (height - dilation * (size - 1) - 1) // stride + 1
+        return sorted({i * stride + p * dilation for i in range(outputs) for p in range(size)})

@@ -7,7 +7,7 @@ its inputs (Martens & Grosse 2015; for convolutions Grosse & Martens 2016). With
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlrt.hooks import watching
+from dlrt.layers import LowRankLayer
 from dlrt.lowrank import LowRank, at_least_single, svd
 
 BATCH_SIZE = 16  # the patches of more inputs would fill the memory
@@ -24,14 +25,13 @@ Factors = tuple[Tensor, Tensor]  # A (n, n), G (m, m), float64
 
 
 def kronecker_factors(
-    model: nn.Module, layers: Iterable[nn.Linear | nn.Conv2d], inputs: Tensor, spatial: bool = False
+    model: nn.Module, kinds: Mapping[nn.Module, type[LowRankLayer]], inputs: Tensor
 ) -> dict[nn.Module, Factors]:
-    """A and G of each layer, from a classifier's inputs (N, ...), with classes drawn as the model sees them.
+    """A and G of each dense layer, from a classifier's inputs (N, ...); the model draws the classes.
 
-    In evaluation mode. A is a mean over all that the weight is multiplied by, G a sum over all outputs for an
-    input. With spatial they are those of a kernel as the matrix of a `SpatialLowRankConv2d`, which is
-    multiplied by patches one row high, each of which adds to several outputs. A layer that the logits do not
-    depend on has none. ValueError unless the model gives logits (N, classes) of at least two classes.
+    In evaluation mode, and of the weight as the matrix of that kind of low-rank layer: A is a mean over all
+    that it is multiplied by, G a sum over all products for an input. A layer that the logits do not depend on
+    has none. ValueError unless the model gives logits (N, classes) of at least two classes.
     """
     A: dict[nn.Module, Tensor] = {}
     G: dict[nn.Module, Tensor] = {}
@@ -39,14 +39,14 @@ def kronecker_factors(
     probes: list[tuple[nn.Module, Tensor]] = []
 
     def watch(layer: nn.Module, x: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        rows = _patches(layer, x[0].detach(), spatial)
+        rows = at_least_single(kinds[layer].input_rows(layer, x[0].detach()))  # products of halves overflow
         A[layer] = A.get(layer, 0) + (rows.mT @ rows).double()
         count[layer] = count.get(layer, 0) + len(rows)
         probes.append((layer, torch.zeros_like(y, requires_grad=True)))
         return y + probes[-1][1]  # the gradient for y, also where the next layer works in place
 
     generator = torch.Generator(inputs.device).manual_seed(0)
-    with watching(model, layers, watch), torch.enable_grad():
+    with watching(model, kinds, watch), torch.enable_grad():
         for x in inputs.detach().clone().split(BATCH_SIZE):  # a first layer in place would change the user's
             logits = model(x)
             if logits.dim() != 2 or logits.shape[1] < 2:
@@ -60,50 +60,10 @@ def kronecker_factors(
             gradients = torch.autograd.grad(loss, [probe for _, probe in probes], allow_unused=True)
             for (layer, _), gradient in zip(probes, gradients, strict=True):
                 if gradient is not None:
-                    rows = _gradients(layer, gradient, spatial)
+                    rows = at_least_single(kinds[layer].output_rows(layer, gradient))
                     G[layer] = G.get(layer, 0) + (rows.mT @ rows).double()
             probes.clear()
     return {layer: (A[layer] / count[layer], G[layer] / len(inputs)) for layer in G}
-
-
-def _patches(layer: nn.Linear | nn.Conv2d, x: Tensor, spatial: bool) -> Tensor:
-    """What the weight as a matrix is multiplied by, a row for each product."""
-    if isinstance(layer, nn.Linear):
-        return _rows(x, channels=-1)
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = F.pad(x, layer._reversed_padding_repeated_twice, mode)
-    kernel_size, stride = layer.kernel_size, layer.stride
-    if spatial:
-        x = x[:, :, _used_rows(layer, x.shape[2])]
-        kernel_size, stride = (1, kernel_size[1]), (1, stride[1])
-    return _rows(F.unfold(x, kernel_size, dilation=layer.dilation, stride=stride), channels=-2)
-
-
-def _gradients(layer: nn.Linear | nn.Conv2d, g: Tensor, spatial: bool) -> Tensor:
-    """The gradients for those products, from that for the outputs."""
-    if isinstance(layer, nn.Linear):
-        return _rows(g, channels=-1)
-    if spatial:
-        height = layer.kernel_size[0]
-        place = torch.eye(layer.out_channels * height).to(g)  # (o, p) of g's channel o, p rows further down
-        place = place.view(-1, layer.out_channels, height, 1).transpose(0, 1)
-        stride, dilation = (layer.stride[0], 1), (layer.dilation[0], 1)
-        g = F.conv_transpose2d(g, place, stride=stride, dilation=dilation)
-        g = g[..., _used_rows(layer, g.shape[-2]), :]
-    return _rows(g, channels=-3)
-
-
-def _used_rows(layer: nn.Conv2d, height: int) -> list[int]:
-    """The rows of a picture of that height, padding and all, that a convolution multiplies by anything."""
-    (size, _), (stride, _), (dilation, _) = layer.kernel_size, layer.stride, layer.dilation
-    outputs = (height - dilation * (size - 1) - 1) // stride + 1
-    return sorted({i * stride + p * dilation for i in range(outputs) for p in range(size)})
-
-
-def _rows(x: Tensor, channels: int) -> Tensor:
-    """A row of channels for all else, in single precision at least: products of halves would overflow."""
-    x = x.movedim(channels, -1)
-    return at_least_single(x.reshape(-1, x.shape[-1]))
 
 
 @dataclass(frozen=True, eq=False)

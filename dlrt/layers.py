@@ -104,7 +104,9 @@ class LowRankLayer(nn.Module):
 
     S (r, r) and bias (outputs,) are trained by any optimizer. U (m, r) and V (n, r) have no gradient until a
     `dlrt.DLRT` owns the layer and sets `trains_bases`. A copy, or a layer read from a file, is nobody's. The
-    subclasses supply `dense_map`, `plain_map` and `map`.
+    subclasses supply `dense_map`, `plain_map` and `map`; `thin_layers`, two of torch's layers without weights
+    for S Vᵀ and U; and for W of a dense layer `input_rows`, the rows of x that it is multiplied by, and
+    `output_rows`, the gradients for these products by that for what comes out, g.
     """
 
     outputs: int
@@ -268,8 +270,26 @@ class LowRankLinear(LowRankLayer):
         y, _ = LinearMap.apply(x.reshape(-1, self.in_features), U, S, V, self.bias)
         return y.view(*x.shape[:-1], self.out_features) if x.dim() != 2 else y
 
+    def thin_layers(self) -> tuple[nn.Linear, nn.Linear]:
+        first = nn.Linear(self.in_features, self.rank, bias=False, device="meta")
+        return first, nn.Linear(self.rank, self.out_features, self.bias is not None, device="meta")
+
+    @staticmethod
+    def input_rows(dense: nn.Linear, x: Tensor) -> Tensor:
+        return rows_of(x, -1)
+
+    @staticmethod
+    def output_rows(dense: nn.Linear, g: Tensor) -> Tensor:
+        return rows_of(g, -1)
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
+
+
+def rows_of(x: Tensor, channels: int) -> Tensor:
+    """A row of channels, which are that dimension of x, for all else."""
+    x = x.movedim(channels, -1)
+    return x.reshape(-1, x.shape[-1])
 
 
 def in_type_of(g: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dlrt
-from dlrt import curvature
+from dlrt.convert import LOW_RANK_TYPES
 from dlrt.curvature import kronecker_factors, terms
 from dlrt.models import LeNet5
 from dlrt.ranks import allocate_ranks, parameters
@@ -43,6 +43,10 @@ def test_the_terms_are_the_best_of_every_rank_in_the_norm_of_the_curvature():
         assert torch.allclose(Y.U.mT @ Y.U, torch.eye(rank), atol=1e-12)
 
 
+def kinds(*layers):
+    return {layer: LOW_RANK_TYPES[type(layer)] for layer in layers}
+
+
 def test_without_factors_the_terms_are_the_singular_value_decomposition():
     W = torch.randn(6, 4)
     assert torch.allclose(terms(W).matrix(2, W.dtype).dense(), dlrt.LowRank.from_dense(W, 2).dense())
@@ -54,7 +58,7 @@ def test_the_factors_of_a_linear_layer_are_the_fisher_information_where_they_sep
     """All inputs alike, so A is one outer product, and G that of logits: diag(p) - p pᵀ."""
     layer = nn.Linear(5, 3)
     x = torch.randn(5).expand(20_000, 5)
-    A, G = kronecker_factors(nn.Sequential(layer), [layer], x)[layer]
+    A, G = kronecker_factors(nn.Sequential(layer), kinds(layer), x)[layer]
     p = layer(x[0]).softmax(0).detach()
     assert torch.allclose(A, torch.outer(x[0], x[0]))
     assert torch.allclose(G, p.diag() - torch.outer(p, p), atol=0.02)
@@ -76,7 +80,7 @@ def test_A_is_of_what_the_kernel_is_multiplied_by(geometry):
     x = torch.randn(20, 2, 8, 8)
     y = conv(x).movedim(1, -1).flatten(end_dim=2)
     network = nn.Sequential(conv, nn.Flatten(), nn.Linear(len(y) * 3 // 20, 4))
-    A, _ = kronecker_factors(network, [conv], x)[conv]
+    A, _ = kronecker_factors(network, kinds(conv), x)[conv]
     W = conv.weight.flatten(1)
     assert torch.allclose(W @ A @ W.mT, y.mT @ y / len(y))
 
@@ -92,7 +96,7 @@ def test_G_is_of_the_gradients_for_all_outputs_whatever_follows_in_place():
     classes = torch.multinomial(logits.softmax(1), 1, generator=torch.Generator().manual_seed(0))[:, 0]
     gradients = torch.autograd.grad(F.cross_entropy(logits, classes, reduction="sum"), [first, second])
     rows = torch.cat([gradient.movedim(1, -1).flatten(end_dim=2) for gradient in gradients])
-    _, G = kronecker_factors(network, [conv], x)[conv]
+    _, G = kronecker_factors(network, kinds(conv), x)[conv]
     assert torch.allclose(G, rows.mT @ rows / 8)
 
 
@@ -106,11 +110,11 @@ def test_the_gradient_for_a_kernel_is_the_sum_of_the_products_whose_factors_are_
     g = torch.randn_like(y)
     y.backward(g)
     kind = dlrt.SpatialLowRankConv2d if spatial else dlrt.LowRankConv2d
-    patches, gradients = curvature._patches(conv, x, spatial), curvature._gradients(conv, g, spatial)
+    patches, gradients = kind.input_rows(conv, x), kind.output_rows(conv, g)
     assert len(patches) == len(gradients)
     assert torch.allclose(gradients.mT @ patches, kind.as_matrix(conv.weight.grad))
     if conv.kernel_size[0] == 1:  # the same matrix either way
-        assert torch.equal(patches, curvature._patches(conv, x, not spatial))
+        assert torch.equal(patches, dlrt.LowRankConv2d.input_rows(conv, x))
 
 
 def test_a_spatial_cut_by_the_loss_keeps_a_network_nearer_to_itself_than_one_by_the_weights():
@@ -144,14 +148,16 @@ def test_linear_layers_may_see_sequences_and_convolutions_single_pictures():
 
     network, x = Odd(), torch.randint(7, (30,))
     layers = [network.conv, network.sequence, network.vector]
-    shapes = [(tuple(A.shape), tuple(G.shape)) for A, G in kronecker_factors(network, layers, x).values()]
+    shapes = [
+        (tuple(A.shape), tuple(G.shape)) for A, G in kronecker_factors(network, kinds(*layers), x).values()
+    ]
     assert sorted(shapes) == [((5, 5), (3, 3)), ((9, 9), (2, 2)), ((36, 36), (5, 5))]
 
 
 def test_half_precision_does_not_overflow():
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).half()
     x = torch.full((16, 3, 64, 64), 3.0, dtype=torch.half)
-    factors = kronecker_factors(network, [network[0], network[3]], x)
+    factors = kronecker_factors(network, kinds(network[0], network[3]), x)
     assert all(matrix.isfinite().all() for pair in factors.values() for matrix in pair)
 
 
@@ -191,7 +197,7 @@ def test_at_full_rank_the_network_is_what_it_was_and_its_modes_gradients_and_nor
 @pytest.mark.parametrize("tau", [0.05, 0.3])
 def test_tau_bounds_the_change_in_the_norm_of_the_curvature(tau):
     layer, x = nn.Linear(12, 9), torch.randn(400, 12) @ covariance(12)
-    A, G = kronecker_factors(nn.Sequential(layer), [layer], x)[layer]
+    A, G = kronecker_factors(nn.Sequential(layer), kinds(layer), x)[layer]
     W = layer.weight.detach()
     low_rank = dlrt.to_low_rank(nn.Sequential(layer), tau=tau, inputs=x)[0]
     assert 1e-4 < change(low_rank.weight - W, A, G) / change(W, A, G) <= tau
@@ -202,7 +208,7 @@ def test_a_layer_without_influence_is_cut_by_its_weights():
     network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
     idle = network[0]
     network.forward = lambda x: network[1](x + 0 * idle(x).detach())
-    assert idle not in kronecker_factors(network, [idle, network[1]], torch.randn(9, 4))
+    assert idle not in kronecker_factors(network, kinds(idle, network[1]), torch.randn(9, 4))
     low_rank = dlrt.to_low_rank(network, rank=2, inputs=torch.randn(9, 4))[0]
     assert torch.allclose(low_rank.weight, dlrt.LowRank.from_dense(idle.weight.detach(), 2).dense())
 

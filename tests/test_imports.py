@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     ["checks", "cluttered_digits", "timing", "hooks", "errors"],
     ["lowrank", "plots"],
-    ["ranks", "integrators", "layers", "curvature"],
-    ["velocity", "fields", "attention", "convolutions", "streaming"],
+    ["ranks", "integrators", "layers"],
+    ["velocity", "curvature", "fields", "attention", "convolutions", "streaming"],
     ["adapters"],
     ["costs"],
     ["convert", "distributed", "settings", "pendulum"],
