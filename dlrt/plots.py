@@ -82,9 +82,7 @@ def learning_curves(metrics: dict[str, pd.DataFrame]) -> Figure:
             compression.plot(rows["epoch"], rows["evaluation_compression"], **line)
         accuracy.set(xlabel="epoch", ylabel="validation accuracy [%]")
         # the first epochs may start at chance; what is to be compared lies above
-        accuracy.set_ylim(
-            bottom=min(90, *(rows["validation_accuracy"].iloc[-1] - 5 for rows in metrics.values()))
-        )
+        accuracy.set_ylim(bottom=min(rows["validation_accuracy"].iloc[-1] - 5 for rows in metrics.values()))
         compression.set(xlabel="epoch", ylabel="evaluation compression [%]")
         for axes in (accuracy, compression):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -95,10 +93,10 @@ def learning_curves(metrics: dict[str, pd.DataFrame]) -> Figure:
 def accuracy_against_compression(
     curves: dict[str, pd.DataFrame], references: dict[str, pd.DataFrame], dense: dict[str, float]
 ) -> Figure:
-    """Test accuracy over evaluation compression, by label: curves of `runs.over_seeds`, with a bar of one
-    standard deviation where there are seeds; references with the columns compression and accuracy, in grey;
-    dense lines, dotted more widely from one to the next, in the colour of the curve that is labelled "DLRT"
-    in the place of "dense", or grey.
+    """Test accuracy over evaluation compression, by label: curves of `runs.over_seeds`, with bars of one
+    standard deviation both ways where there are seeds; references with the columns compression and accuracy,
+    in grey; dense lines, dotted more widely from one to the next, in the colour of the curve that is labelled
+    "DLRT" in the place of "dense", or grey.
     """
     colours = {name: style(number)["color"] for number, name in enumerate(curves)}
     labels = [label(name) for name in (*references, *curves, *dense)]
@@ -111,8 +109,9 @@ def accuracy_against_compression(
         for number, (name, rows) in enumerate(curves.items()):
             rows = rows.sort_values("compression")
             line = style(number)
-            errors = {"yerr": rows["accuracy_std"], "capsize": 3, "marker": "o", "ms": 4}
-            axes.errorbar(rows["compression"], rows["accuracy"], label=label(name), **errors, **line)
+            errors = {"xerr": rows["compression_std"], "yerr": rows["accuracy_std"], "capsize": 3}
+            points = {"label": label(name), "marker": "o", "ms": 4}
+            axes.errorbar(rows["compression"], rows["accuracy"], **errors, **points, **line)
         for number, (name, accuracy) in enumerate(dense.items()):
             colour = colours.get(name.replace("dense", "DLRT", 1), "0.55")
             axes.axhline(accuracy, color=colour, lw=1, ls=(0, (1, 1 + 2 * number)), label=label(name))
@@ -122,12 +121,12 @@ def accuracy_against_compression(
 
 
 def widen_near_100(axes: Axes) -> None:
-    """Spread an axis of accuracies in % where they are high, by log(100.5 - accuracy)."""
+    """Spread an axis of accuracies in % where they are high, by log(100.5 - accuracy), and say so."""
     bottom = axes.get_ylim()[0]
     scale = (lambda y: -np.log(np.maximum(100.5 - y, 0.1)), lambda t: 100.5 - np.exp(-t))
     axes.set_yscale("function", functions=scale)
     ticks = [tick for tick in (0, 10, 50, 80, 90, 95, 98, 99, 100) if tick >= bottom]
-    axes.set(yticks=ticks, ylim=(bottom, 100))
+    axes.set(yticks=ticks, ylim=(bottom, 100), ylabel=f"{axes.get_ylabel()}\n(wider towards 100)")
 
 
 def bands(axes: Axes, runs: list[pd.DataFrame], column: str, name: str, number: int) -> None:

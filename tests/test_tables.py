@@ -167,7 +167,14 @@ def test_fine_tuning_is_shown_by_the_best_epoch_before_it_and_in_it(tmp_path, mo
 
 
 def test_every_folder_gets_the_same_figure(tmp_path):
-    rows = pd.DataFrame({"compression": [50.0, 60.0], "accuracy": [20.0, 99.0], "accuracy_std": [0.1, 0.1]})
+    rows = pd.DataFrame(
+        {
+            "compression": [50.0, 60.0],
+            "accuracy": [20.0, 99.0],
+            "accuracy_std": [0.1, 0.1],
+            "compression_std": [0.1, 0.1],
+        }
+    )
     figure = plots.accuracy_against_compression({"DLRT": rows}, {}, {"dense": 99.5})
     plots.widen_near_100(figure.axes[0])
     assert figure.axes[0].get_ylim()[0] < 20
@@ -180,7 +187,9 @@ def test_every_folder_gets_the_same_figure(tmp_path):
 
 
 def test_a_dense_line_has_the_colour_of_its_curve():
-    rows = pd.DataFrame({"compression": [50.0], "accuracy": [98.0], "accuracy_std": [0.1]})
+    rows = pd.DataFrame(
+        {"compression": [50.0], "accuracy": [98.0], "accuracy_std": [0.1], "compression_std": [0.1]}
+    )
     dense = {"dense, b": 99.0, "dense, a": 98.5, "published dense": 97.0}
     figure = plots.accuracy_against_compression({"DLRT, a": rows, "DLRT, b": rows}, {}, dense)
     drawn = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
@@ -268,7 +277,9 @@ def test_a_figure_shows_every_name_literally_and_leaves_room_for_its_curves():
     rows = pd.DataFrame(
         {"epoch": [1, 2], "validation_accuracy": [90.0, 95.0], "evaluation_compression": 50.0}
     )
-    points = pd.DataFrame({"compression": [50.0], "accuracy": [98.0], "accuracy_std": [0.1]})
+    points = pd.DataFrame(
+        {"compression": [50.0], "accuracy": [98.0], "accuracy_std": [0.1], "compression_std": [0.1]}
+    )
     for number, figure in enumerate((
         plots.learning_curves(dict.fromkeys(NAMES, rows)),
         plots.accuracy_against_compression(dict.fromkeys(NAMES, points), {}, {}),
