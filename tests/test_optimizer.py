@@ -373,6 +373,21 @@ def test_freeze_bases_trains_s_and_the_rest_only():
         assert torch.equal(value, before[name]) == name.endswith((".U", ".V")), name
 
 
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("place", ["0.U", "0.S", "3.bias"])
+def test_one_entry_that_is_not_finite_is_found_and_a_sum_that_overflows_is_none(place, bad):
+    model = dlrt.to_low_rank(network(), rank=3)
+    optimizer = DLRT(model, torch.optim.SGD, lr=1e-320)
+    x, y = batch()
+    cross_entropy(model(x), y).backward()
+    gradient = dict(model.named_parameters())[place].grad
+    gradient.fill_(0.9 * torch.finfo(gradient.dtype).max)
+    optimizer._check_finite()
+    gradient.view(-1)[-1] = bad
+    with pytest.raises(FloatingPointError, match=r"is not finite"):
+        optimizer.step()
+
+
 def test_mistakes_are_named():
     model = dlrt.to_low_rank(network(), rank=3)
     x, y = batch()
