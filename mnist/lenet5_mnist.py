@@ -2,7 +2,7 @@
 
 python mnist/lenet5_mnist.py --tau 0.15 --epochs 20
 
-5 minutes on two CPU cores; prints a test accuracy of 99.4 % at a compression of 92.4 %.
+6 minutes on two CPU cores; prints a test accuracy of 99.5 % at a compression of 92 %.
 """
 
 from pathlib import Path

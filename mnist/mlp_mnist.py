@@ -2,7 +2,7 @@
 
 python mnist/mlp_mnist.py --width 500 --tau 0.09 --epochs 20
 
-4 minutes on two CPU cores; prints a test accuracy of 98.7 % at a compression of 87 %.
+8 minutes on two CPU cores; prints a test accuracy of 99.0 % at a compression of 87 %.
 """
 
 from dataclasses import dataclass
