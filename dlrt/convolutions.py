@@ -26,11 +26,15 @@ SAME_IN_DENSE = (
 )
 
 
+# what a convolution has along a direction in which it does nothing
 NEUTRAL = {"size": 1, "kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}
 
 
 def along(geometry: dict[str, Any], directions: tuple[bool, bool]) -> dict[str, Any]:
-    """What of sizes (vertical, horizontal) lies in these directions; a text, as of padding, is for both."""
+    """The geometry of a convolution along some of (vertical, horizontal), neutral along the others.
+
+    Padding that is a word stays.
+    """
     return {
         name: sizes
         if isinstance(sizes, str)
@@ -221,14 +225,12 @@ class LowRankConv2d(LowRankLayer):
 
     def thin_layers(self) -> tuple[nn.Conv2d, nn.Conv2d]:
         geometry = {name: getattr(self, name) for name in ("kernel_size", "stride", "padding", "dilation")}
-        channels = (self.in_channels, self.rank), (self.rank, self.out_channels)
-        biased = False, self.bias is not None
-        first, second = (
-            nn.Conv2d(*of, bias=bias, padding_mode=mode, device="meta", **along(geometry, directions))
-            for of, bias, directions in zip(channels, biased, self.directions, strict=True)
-            for mode in [self.padding_mode if any(directions) else "zeros"]
-        )
-        return first, second
+        here, there = (along(geometry, directions) for directions in self.directions)
+        here |= {"padding_mode": self.padding_mode, "bias": False, "device": "meta"}
+        mode = self.padding_mode if any(self.directions[1]) else "zeros"  # there may be nothing to pad
+        there |= {"padding_mode": mode, "bias": self.bias is not None, "device": "meta"}
+        first = nn.Conv2d(self.in_channels, self.rank, **here)
+        return first, nn.Conv2d(self.rank, self.out_channels, **there)
 
     @staticmethod
     def input_rows(dense: nn.Conv2d, x: Tensor) -> Tensor:
@@ -297,7 +299,7 @@ class SpatialLowRankConv2d(LowRankConv2d):
     def input_rows(cls, dense: nn.Conv2d, x: Tensor) -> Tensor:
         """Patches (products, in_channels * width) one row high, each of which adds to several outputs."""
         x = padded(dense, x)
-        x = x[:, :, cls._used_rows(dense, x.shape[2])]
+        x = x[..., cls._used_rows(dense, x.shape[-2]), :]
         geometry = {"stride": (1, dense.stride[1]), "dilation": dense.dilation}
         return rows_of(F.unfold(x, (1, dense.kernel_size[1]), **geometry), -2)
 

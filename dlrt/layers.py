@@ -105,8 +105,8 @@ class LowRankLayer(nn.Module):
     S (r, r) and bias (outputs,) are trained by any optimizer. U (m, r) and V (n, r) have no gradient until a
     `dlrt.DLRT` owns the layer and sets `trains_bases`. A copy, or a layer read from a file, is nobody's. The
     subclasses supply `dense_map`, `plain_map` and `map`; `thin_layers`, two of torch's layers without weights
-    for S Vᵀ and U; and for W of a dense layer `input_rows`, the rows of x that it is multiplied by, and
-    `output_rows`, the gradients for these products by that for what comes out, g.
+    for S Vᵀ and U; `input_rows`, a row of x for each product with W of a dense layer, and `output_rows`, the
+    gradient for each of these products, from the gradient g for the output.
     """
 
     outputs: int
@@ -287,7 +287,7 @@ class LowRankLinear(LowRankLayer):
 
 
 def rows_of(x: Tensor, channels: int) -> Tensor:
-    """A row of channels, which are that dimension of x, for all else."""
+    """x as a matrix with a column for each channel; `channels` is their dimension in x."""
     x = x.movedim(channels, -1)
     return x.reshape(-1, x.shape[-1])
 

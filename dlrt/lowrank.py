@@ -137,7 +137,9 @@ def complement(U: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     block Gram-Schmidt against U and a Cholesky QR, all of it matrix products; both twice where once is not
     accurate (Yamamoto et al. 2015). Where A adds fewer than p directions, or some hardly, its Gram matrix is
     not definite: then Householder's QR takes the first Cholesky's place, and adds arbitrary directions.
+    ValueError for half precision.
     """
+    check_precision("matrices", A)
     m, r = A.shape
     outside = m - U.shape[1]
     if 5 * r < 2 * m and m * r > 4096 and r <= outside:  # elsewhere LAPACK's QR is as fast
@@ -151,10 +153,10 @@ def complement(U: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _gram_schmidt(U: Tensor, A: Tensor, noisy: bool = False) -> tuple[Tensor, Tensor, Tensor] | None:
-    """U1, C, R of `complement`, or None where Cholesky fails; noisy: by Householder's QR first."""
-    size = A.abs()
-    scale = (size.amax(0) if noisy else size.max()).clamp(min=torch.finfo(A.dtype).tiny)
-    B = A / scale  # its squares neither overflow nor vanish
+    """U1, C, R of `complement`, or None where two passes are not accurate; noisy: the first by `noisy_qr`."""
+    entries = A.abs()
+    scale = (entries.amax(0) if noisy else entries.max()).clamp(min=torch.finfo(A.dtype).tiny)
+    B = A / scale  # its squares do not overflow
     C = U.mT @ B
     B.addmm_(U, C, alpha=-1)
     if noisy:
@@ -173,21 +175,23 @@ def _gram_schmidt(U: Tensor, A: Tensor, noisy: bool = False) -> tuple[Tensor, Te
 
 
 def _cholesky(B: Tensor) -> tuple[Tensor, Tensor]:
-    """R and R⁻¹ for B = Q R, of the Gram matrix: inexact where columns are nearly dependent."""
-    R, _ = torch.linalg.cholesky_ex(B.mT @ B, upper=True)
+    """R and R⁻¹ for B = Q R, of the Gram matrix: inexact where columns are nearly dependent, or NaN."""
+    R, failed = torch.linalg.cholesky_ex(B.mT @ B, upper=True)
+    R = R.where(failed == 0, torch.nan)  # else it holds what is left of the Gram matrix
     return R, torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
 
 
 def _accurate(C: Tensor, R: Tensor, inverse: Tensor) -> bool:
-    """Whether U1 = B R⁻¹ is orthonormal to 3000 rounding errors a column; not where Cholesky failed.
+    """Whether U1 = B R⁻¹ is orthonormal, and orthogonal to U, to about 3000 √r rounding errors; not if NaN.
 
-    For columns of B = U1 R of length 1, U1ᵀ U1 is off by ‖R⁻¹‖² rounding errors, and Uᵀ U1 by ‖R⁻¹‖ times as
-    many as A = U C + B is longer than B (Frobenius norms).
+    With columns of B scaled to length 1, U1ᵀ U1 - I is about ‖R⁻¹‖² rounding errors. Uᵀ U1 is about
+    ‖R⁻¹‖ max ‖c‖ / ‖b‖ of them, for columns c of C and b of B: what projection cancels (Frobenius norms).
     """
-    length = torch.linalg.vector_norm(R, dim=0)
+    finfo, length = torch.finfo(R.dtype), torch.linalg.vector_norm(R, dim=0)
+    exact = length.amin() > (finfo.tiny / finfo.eps) ** 0.5  # smaller squares have lost digits
     grown = torch.linalg.matrix_norm(length.unsqueeze(1) * inverse)
-    longer = (torch.linalg.vector_norm(C, dim=0) / length).amax()
-    return bool(grown * torch.maximum(grown, longer) < 3e3 * len(R) ** 0.5)
+    cancelled = (torch.linalg.vector_norm(C, dim=0) / length).amax()
+    return bool(exact & (grown * torch.maximum(grown, cancelled) < 3e3 * len(R) ** 0.5))
 
 
 def noisy_qr(A: Tensor) -> tuple[Tensor, Tensor]:

@@ -237,8 +237,13 @@ def latex(table: pd.DataFrame, caption: str = "") -> str:
 def write(
     table: pd.DataFrame, folder: Path, caption: str = "", name: str = "table", short: Sequence[str] = ()
 ) -> None:
-    """name.csv, name.md and name.tex in a folder; short names the columns that LaTeX has, six fit a page."""
+    """name.csv, name.md and name.tex in a folder.
+
+    `short` names the columns for LaTeX, by default all; a page holds six.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     table.to_csv(folder / f"{name}.csv", index=False, encoding="utf-8", errors="backslashreplace")
     (folder / f"{name}.md").write_text(markdown(table, caption), encoding="utf-8")
-    (folder / f"{name}.tex").write_text(latex(table[list(short or table.columns)], caption), encoding="utf-8")
+    note = f" {name}.md has more columns." if short else ""
+    tex = latex(table[list(short or table.columns)], (caption + note).strip())
+    (folder / f"{name}.tex").write_text(tex, encoding="utf-8")

@@ -11,14 +11,7 @@ import pandas as pd
 from dlrt import tables
 from dlrt.runs import over_seeds
 
-SHORT = (
-    "trained",
-    "rule",
-    "width",
-    "bits per byte",
-    "above the best dense [%]",
-    "compression [%]",
-)
+SHORT = ("trained", "rule", "width", "blocks", "bits per byte", "compression [%]")
 HERE = Path(__file__).parent
 CAPTION = (
     "{data}: bits per byte (the mean loss / ln 2), mean and standard deviation over the seeds, at the epoch "

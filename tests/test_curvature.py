@@ -105,7 +105,7 @@ def test_G_is_of_the_gradients_for_all_outputs_whatever_follows_in_place():
 def test_the_gradient_for_a_kernel_is_the_sum_of_the_products_whose_factors_are_taken(geometry, spatial):
     """G and A are second moments of the rows that ∇_W L = Σ gᵀ x has, for W the matrix of either layer."""
     conv = nn.Conv2d(2, 3, **geometry)
-    x = torch.randn(4, 2, 8, 8)
+    x = torch.randn(4, 2, 8, 11)
     y = conv(x)
     g = torch.randn_like(y)
     y.backward(g)
@@ -113,6 +113,8 @@ def test_the_gradient_for_a_kernel_is_the_sum_of_the_products_whose_factors_are_
     patches, gradients = kind.input_rows(conv, x), kind.output_rows(conv, g)
     assert len(patches) == len(gradients)
     assert torch.allclose(gradients.mT @ patches, kind.as_matrix(conv.weight.grad))
+    assert torch.equal(kind.input_rows(conv, x[0]), kind.input_rows(conv, x[:1]))  # pictures may come singly
+    assert torch.equal(kind.output_rows(conv, g[0]), kind.output_rows(conv, g[:1]))
     if conv.kernel_size[0] == 1:  # the same matrix either way
         assert torch.equal(patches, dlrt.LowRankConv2d.input_rows(conv, x))
 

@@ -109,6 +109,8 @@ DIRECTIONS = {
     "deficient": lambda m, U: torch.randn(m, 2) @ torch.randn(2, 6),
     "nearly deficient": lambda m, U: torch.randn(m, 2) @ torch.randn(2, 6) + 1e-6 * torch.randn(m, 6),
     "zero": lambda m, U: torch.zeros(m, 6),
+    "one column twice": lambda m, U: torch.randn(m, 5)[:, [0, 1, 2, 3, 4, 0]],
+    "one column tiny": lambda m, U: torch.randn(m, 6) * torch.tensor([1, 1, 1, 1, 1e-20, 1]),
     "tiny": lambda m, U: 1e-25 * torch.randn(m, 6),
     "huge": lambda m, U: 1e25 * torch.randn(m, 6),
 }

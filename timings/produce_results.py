@@ -18,6 +18,7 @@ from dlrt.timing import Timing
 SubFigure = mpl.figure.SubFigure
 # Schotthöfer et al. 2022, the same net
 PUBLISHED = pd.DataFrame({
+    "integrator": ["published"] * 2,
     "device": ["published, other hardware"] * 2,
     "phase": ["training", "inference"],
     "rank adaptation": ["no", ""],
@@ -32,14 +33,7 @@ PARTS = {
     "share_rest": "inner optimizer, rest",
 }
 LIMITS = [(0, (1, 1)), (0, (1, 4))]  # dotted, more widely with more S-steps
-SHORT = (
-    "integrator",
-    "S-steps",
-    "rank adaptation",
-    "break-even rank",
-    "largest speed-up",
-    "at rank",
-)
+SHORT = ("phase", "integrator", "S-steps", "rank adaptation", "break-even rank", "largest speed-up")
 SETTING = ["device", "phase", "integrator", "s_steps", "adaptive"]
 
 
