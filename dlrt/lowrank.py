@@ -182,10 +182,12 @@ def _cholesky(B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _accurate(C: Tensor, R: Tensor, inverse: Tensor) -> bool:
-    """Whether U1 = B R⁻¹ is orthonormal, and orthogonal to U, to about 3000 √r rounding errors; not if NaN.
+    """Whether U1 = B R⁻¹ is orthonormal, and orthogonal to U, to 3e-3 √r in float32; not where it is NaN.
 
-    With columns of B scaled to length 1, U1ᵀ U1 - I is about ‖R⁻¹‖² rounding errors. Uᵀ U1 is about
-    ‖R⁻¹‖ max ‖c‖ / ‖b‖ of them, for columns c of C and b of B: what projection cancels (Frobenius norms).
+    Mostly it is ten to a hundred times better, and `rotate` takes the error back. With columns of B scaled
+    to length 1, U1ᵀ U1 - I is at most about 8 ‖R⁻¹‖² rounding errors. Uᵀ U1 is at most about 12 ‖R⁻¹‖ max
+    ‖c‖ / ‖b‖ of them, for columns c of C and b of B: what projection cancels. (Frobenius norms; the factors
+    were measured over random matrices, r from 3 to 320.)
     """
     finfo, length = torch.finfo(R.dtype), torch.linalg.vector_norm(R, dim=0)
     exact = length.amin() > (finfo.tiny / finfo.eps) ** 0.5  # smaller squares have lost digits
