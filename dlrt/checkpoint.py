@@ -157,7 +157,7 @@ def load_network(run: Path | str, network: type[nn.Module] | None = None) -> tup
     if network is None and name not in models.__all__:
         raise RunError(
             f"{path} holds the network {name!r}, and dlrt.models has only {', '.join(models.__all__)}: "
-            f"give its class, load_network(run, {name})"
+            f"add it there, or give its class, dlrt.checkpoint.load_network(run, {name})"
         )
     network = network or getattr(models, name)
     try:

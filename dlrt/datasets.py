@@ -248,5 +248,5 @@ def _download(fetch: Callable, needed: str) -> None:
     except Exception as error:  # no network, no mirror, no space: whichever it was, it is told
         raise DataError(
             f"needed: {needed}; downloading them failed ({' '.join(str(error).split())}). Put them there "
-            "(--data-dir or DLRT_DATA name another data folder), or take --dataset digits or digits32"
+            "(--data-dir or DLRT_DATA name another data folder), or take --dataset digits, which needs none"
         ) from error

@@ -267,6 +267,10 @@ class LowRankLinear(LowRankLayer):
         return F.linear(x @ V @ S.mT, U, self.bias)
 
     def map(self, x: Tensor, U: Tensor, S: Tensor, V: Tensor) -> Tensor:
+        if x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"the input must have {self.in_features} features, got {tuple(x.shape)}: flatten it before?"
+            )
         y, _ = LinearMap.apply(x.reshape(-1, self.in_features), U, S, V, self.bias)
         return y.view(*x.shape[:-1], self.out_features) if x.dim() != 2 else y
 

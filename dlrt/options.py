@@ -16,7 +16,7 @@ import torch
 
 from dlrt.datasets import DATASETS
 from dlrt.errors import IMPOSSIBLE, OptionError
-from dlrt.settings import INTEGRATORS
+from dlrt.settings import INTEGRATORS, UPDATE_OF
 from dlrt.velocity import UPDATES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,7 +144,7 @@ class Options:
         Path,
         metavar="PATH",
     )
-    dataset: str = option("mnist", "digits and digits32 need no download", choices=DATASETS)
+    dataset: str = option("mnist", "only mnist and cifar10 are downloaded", choices=DATASETS)
     data_dir: Path = option(DATA_DIR, "or set DLRT_DATA", Path)
     device: str = option(DEFAULT_DEVICE, "where to train", device)
     workers: int | None = option(None, "CPU threads of torch; the data lie in memory", NATURAL)
@@ -293,8 +293,7 @@ class LowRankOptions(Options):
             raise OptionError(
                 f"--max-rank must be at least --min-rank, got {self.max_rank} < {self.min_rank}"
             )
-        if self.s_steps > 1 and self.integrator != "parallel":
-            raise OptionError(f"--s-steps must be 1 with --integrator {self.integrator}, got {self.s_steps}")
+        self._check_rule()
         if self.tau is None:
             self.tau, self.tau_warmup = (0.0, 0.0) if self.budget else (TAU, self.tau_warmup)
         if self.tau_warmup is None:
@@ -311,6 +310,20 @@ class LowRankOptions(Options):
         if self.integrator != "parallel" and self.amp == "float16":
             two = "takes two gradients a step, a loss scale one"
             raise OptionError(f"--integrator {self.integrator} {two}: --amp bfloat16")
+
+    def _check_rule(self) -> None:
+        if self.s_steps > 1 and self.integrator != "parallel":
+            raise OptionError(f"--s-steps must be 1 with --integrator {self.integrator}, got {self.s_steps}")
+        update = self.update or UPDATE_OF[OPTIMIZERS[self.optimizer]]
+        if self.integrator == "bug" and update != "sgd":
+            raise OptionError(f"--integrator bug must come with --update sgd, got {update}: leave one out")
+        if update == "adam" and self.optimizer == "sgd":
+            raise OptionError("--update adam must come with --optimizer adam or adamw, whose betas it takes")
+        if self.nesterov and (self.integrator == "augmented" or self.s_steps > 1):
+            raise OptionError(
+                "--nesterov needs more of the velocity than --integrator augmented and --s-steps above 1 "
+                "keep: leave one out"
+            )
 
     def _settle_budget(self) -> None:
         if self.compression is None:

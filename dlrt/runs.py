@@ -63,14 +63,15 @@ class Run:
         self._lock()
         was = self.options()
         begun = any(path != self.config and path.suffix != ".part" for path in self.folder.iterdir())
+        other = differences(was, config, "->", "name") if was else ""  # a folder may move
+        if begun and other:
+            raise RunError(
+                f"{self.folder} holds a run with other options ({other}): "
+                "repeat those and --resume it, or choose another --name"
+            )
         if begun and not resume:
             raise RunError(f"{self.folder} holds a run: continue it with --resume, or choose another --name")
         if was and begun:  # else nothing was completed, and nothing is lost
-            if other := differences(was, config, "->", "name"):  # a folder may move
-                raise RunError(
-                    f"{self.folder} was begun with other options ({other}): "
-                    "repeat those, or choose another --name"
-                )
             return
         text = json.dumps({"options": config, **environment()}, indent=2) + "\n"
         atomic_write(self.config, lambda file: file.write(text.encode()), RESUME)

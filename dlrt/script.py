@@ -39,7 +39,8 @@ def run(
 ) -> None:
     """Train a network as the options say, print the result and leave a run's folder.
 
-    network is called with the data's shape, its number of classes and `settings`.
+    network is a class or function; it is called with the data's shape, its number of classes and `settings`,
+    and where layers are skipped with `settings` alone, to see what it has.
     """
     settings = settings or {}
     _check_skip(options, network, settings)

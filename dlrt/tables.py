@@ -24,8 +24,11 @@ DATA = {"mnist": "MNIST", "cifar10": "CIFAR-10", "stdlib": "Python's standard li
 COUNTED = "Weights only, biases and norms left out; a layer of rank r counts r (m + n), a dense one m n."
 
 
-def parse(description: str, folder: Path) -> argparse.Namespace:
-    """The flags of a produce_results.py: where the runs are, and where tables and figures go."""
+def parse(description: str, folder: Path, of_runs: bool = True) -> argparse.Namespace:
+    """The flags of a produce_results.py: where the runs are, and where tables and figures go.
+
+    of_runs: they are those of training scripts, on one data set or another.
+    """
     parser = Parser(description=description, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--results", type=Path, default=folder / "results", help="where the run folders are")
@@ -34,6 +37,8 @@ def parse(description: str, folder: Path) -> argparse.Namespace:
         type=Path,
         help="of table and figures; by default this folder, and figures/ for the figures",
     )
+    if of_runs:
+        add("--dataset", help="whose runs to show; by default that of the committed ones, where it is there")
     args = parser.parse_args()
     args.figures = [args.output_dir] if args.output_dir else [folder, ROOT / "figures"]
     args.output_dir = args.output_dir or folder
@@ -83,10 +88,13 @@ def read(
         if len(without):
             folder = args.results / without.iloc[0]
             raise RunError(f"{folder} has no {option}: it must be a run of {command}; move it away")
-    wanted = dataset if (found["dataset"] == dataset).any() else found["dataset"].iloc[0]
+    if args.dataset and not (found["dataset"] == args.dataset).any():
+        there = ", ".join(sorted(found["dataset"].unique()))
+        raise RunError(f"--dataset must be one of the runs in {args.results}, {there}, got {args.dataset}")
+    wanted = args.dataset or (dataset if (found["dataset"] == dataset).any() else found["dataset"].iloc[0])
     others = found.loc[found["dataset"] != wanted, "run"]
     if len(others):
-        errors.report(f"left out, since not on {wanted}: {', '.join(others)}")
+        errors.report(f"left out, since not on {wanted} (--dataset): {', '.join(others)}")
     return found[found["dataset"] == wanted].reset_index(drop=True)
 
 

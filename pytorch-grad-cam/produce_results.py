@@ -20,7 +20,7 @@ SHORT = ("study", "method", "network", "compression [%]", "Pearson", "Pearson ow
 
 @errors.boundary()
 def main() -> None:
-    args = tables.parse(__doc__, Path(__file__).parent)
+    args = tables.parse(__doc__, Path(__file__).parent, of_runs=False)
     studied, figures = [], {}
     for folder in sorted(path.parent for path in args.results.glob("*/config.json")):
         try:

@@ -83,6 +83,14 @@ IMPOSSIBLE = [
     (["--rank", "1.5"], ["--rank", "(0, 1]", "got 1.5"]),
     (["--s-steps", "4", "--integrator", "bug"], ["--s-steps must be 1 with --integrator bug", "got 4"]),
     (["--s-steps", "2", "--integrator", "augmented"], ["--s-steps must be 1 with --integrator augmented"]),
+    (
+        ["--update", "muon", "--integrator", "bug"],
+        ["--integrator bug must come with --update sgd", "got muon"],
+    ),
+    (["--optimizer", "adam", "--integrator", "bug"], ["must come with --update sgd, got adam"]),
+    (["--update", "adam"], ["--update adam must come with --optimizer adam or adamw"]),
+    (["--nesterov", "--s-steps", "2"], ["--nesterov needs more of the velocity"]),
+    (["--nesterov", "--integrator", "augmented"], ["--nesterov needs more of the velocity"]),
     (["--amp", "float16", "--integrator", "augmented"], ["takes two gradients a step", "--amp bfloat16"]),
     (["--min-rank", "5", "--max-rank", "3"], ["--max-rank must be at least --min-rank", "3 < 5"]),
     (["--tau-warmup", "50", "--epochs", "3"], ["--tau-warmup must be at most --epochs", "50 > 3"]),
@@ -387,6 +395,6 @@ def test_a_run_knows_the_weights_it_began_with_and_goes_on_without_their_file(le
     (tmp_path / "another").rename(tmp_path / "start")
     refused = lenet5(*flags, "--resume")
     assert refused.returncode == 1
-    assert f"was begun with other options (from_checkpoint '{recorded}' -> 'start " in refused.stderr
+    assert f"holds a run with other options (from_checkpoint '{recorded}' -> 'start " in refused.stderr
     config.write_text(config.read_text().replace(recorded, "start"))  # as it was recorded without a checksum
     assert lenet5(*flags, "--resume").returncode == 0

@@ -209,7 +209,14 @@ def test_cifar10_has_a_table_of_its_own_pictures_and_of_dense_nets_with_the_same
     flags = ["--results", "r", "--output-dir", "out"]
     result = run_script("cifar10/produce_results.py", *flags)
     assert result.returncode == 0
-    assert result.stderr == "produce_results.py: left out, since not on cifar10: digits\n"
+    assert result.stderr == "produce_results.py: left out, since not on cifar10 (--dataset): digits\n"
+    other = run_script(
+        "cifar10/produce_results.py", *flags[:2], "--output-dir", "other", "--dataset", "digits32"
+    )
+    assert (other.returncode, "98.00" in other.stdout, "68.00" in other.stdout) == (0, True, False)
+    assert "left out, since not on digits32 (--dataset): low, one, two" in other.stderr
+    wrong = run_script("cifar10/produce_results.py", *flags, "--dataset", "mnist")
+    assert "--dataset must be one of the runs in r, cifar10, digits32, got mnist" in wrong.stderr
     table = pd.read_csv(tmp_path / "out" / "table.csv", keep_default_na=False).set_index(["trained", "rule"])
     assert list(table.index) == [("dense", "Muon"), ("dense", "SGD"), ("DLRT, budget, matrices", "Muon")]
     assert list(table["below dense"]) == ["", "", "10.00"]

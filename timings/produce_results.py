@@ -209,7 +209,7 @@ def caption(rows: pd.DataFrame) -> str:
 
 @tables.boundary()
 def main() -> None:
-    args = tables.parse(__doc__, Path(__file__).parent)
+    args = tables.parse(__doc__, Path(__file__).parent, of_runs=False)
     rows = tables.read(args, "python timings/run.py", read)
     figures = {"timings": times(rows)}
     if (rows["phase"] == "training").any():
