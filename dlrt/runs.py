@@ -65,9 +65,9 @@ class Run:
         begun = any(path != self.config and path.suffix != ".part" for path in self.folder.iterdir())
         other = differences(was, config, "->", "name") if was else ""  # a folder may move
         if begun and other:
+            again = "repeat those" if resume else "repeat those with --resume"
             raise RunError(
-                f"{self.folder} holds a run with other options ({other}): "
-                "repeat those and --resume it, or choose another --name"
+                f"{self.folder} was begun with other options ({other}): {again}, or choose another --name"
             )
         if begun and not resume:
             raise RunError(f"{self.folder} holds a run: continue it with --resume, or choose another --name")

@@ -395,6 +395,6 @@ def test_a_run_knows_the_weights_it_began_with_and_goes_on_without_their_file(le
     (tmp_path / "another").rename(tmp_path / "start")
     refused = lenet5(*flags, "--resume")
     assert refused.returncode == 1
-    assert f"holds a run with other options (from_checkpoint '{recorded}' -> 'start " in refused.stderr
+    assert f"was begun with other options (from_checkpoint '{recorded}' -> 'start " in refused.stderr
     config.write_text(config.read_text().replace(recorded, "start"))  # as it was recorded without a checksum
     assert lenet5(*flags, "--resume").returncode == 0

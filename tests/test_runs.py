@@ -150,8 +150,12 @@ def test_a_run_that_never_completed_an_epoch_can_be_begun_anew(tmp_path):
     started(tmp_path, lr=1e6)
     started(tmp_path, row(1, 80.0), lr=0.05)
     assert json.loads((tmp_path / "config.json").read_text())["options"]["lr"] == 0.05
-    with pytest.raises(RunError, match="holds a run"):
+    with pytest.raises(RunError, match="holds a run: continue it with --resume"):
         started(tmp_path, lr=0.05)
+    with pytest.raises(
+        RunError, match=r"begun with other options \(lr 0.05 -> 0.1\): repeat those with --resume"
+    ):
+        started(tmp_path, lr=0.1)
 
 
 def test_the_checkpoint_is_never_ahead_of_the_metrics(tmp_path):
