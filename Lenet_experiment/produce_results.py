@@ -20,14 +20,7 @@ PAPER = pd.DataFrame({
 OTHERS = pd.DataFrame({
     "sweep": ["published, LRNN", "published, GAL"], "accuracy": [98.67, 98.97], "compression": [95.8, 93.0]
 })  # fmt: skip
-SHORT = (
-    "sweep",
-    "τ",
-    "test accuracy [%]",
-    "ranks (first seed)",
-    "evaluation parameters",
-    "compression [%]",
-)
+SHORT = ("sweep", "τ", "test accuracy [%]", "ranks (first seed)", "evaluation parameters", "compression [%]")
 CAPTION = (
     "LeNet5 on {data}: test accuracy in %, mean and standard deviation over the seeds, at the epoch chosen "
     "on the validation digits and at the last one. best: the best recipe found, batches of 64, lr 0.03, "

@@ -24,14 +24,7 @@ PUBLISHED = pd.DataFrame({
         0, 51.4, 68.2, 78.7, 84.1, 88.6, 91.0, 93.0, 94.3,
     ],
 })  # fmt: skip
-SHORT = (
-    "width",
-    "method",
-    "τ",
-    "test accuracy [%]",
-    "ranks (first seed)",
-    "compression [%]",
-)
+SHORT = ("width", "method", "τ", "test accuracy [%]", "ranks (first seed)", "compression [%]")
 CAPTION = (
     "Five-layer nets on {data}, all trained on digits shifted at random: test accuracy in %, mean and "
     "standard deviation over the seeds, at the epoch chosen on the validation digits and at the last one. "

@@ -14,15 +14,8 @@ from study_figures import DENSE, WAYS
 from dlrt import tables
 from dlrt.runs import chosen_epoch, over_seeds, read_metrics
 
-SHORT = (
-    "network",
-    "trained",
-    "rule",
-    "test accuracy [%]",
-    "below dense",
-    "compression [%]",
-)
 HERE = Path(__file__).parent
+SHORT = ("network", "trained", "rule", "test accuracy [%]", "below dense", "compression [%]")
 # Schotthöfer et al. 2022: after 20 epochs at 93 to 98 % compression, and after 20 more of S alone
 PUBLISHED = pd.DataFrame({
     "network": ["LeNet5", "AlexNet", "VGG16", "ResNet20"],

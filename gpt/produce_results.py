@@ -11,8 +11,8 @@ import pandas as pd
 from dlrt import tables
 from dlrt.runs import over_seeds
 
-SHORT = ("trained", "rule", "width", "blocks", "bits per byte", "compression [%]")
 HERE = Path(__file__).parent
+SHORT = ("trained", "rule", "width", "blocks", "bits per byte", "compression [%]")
 CAPTION = (
     "{data}: bits per byte (the mean loss / ln 2), mean and standard deviation over the seeds, at the epoch "
     "chosen on the validation split. All see the same number of tokens. compression: against the dense net "

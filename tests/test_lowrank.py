@@ -128,7 +128,14 @@ def test_complement_is_orthonormal_and_spans_what_the_basis_lacked(m, dtype, nam
     U_hat = torch.cat([U, U1], dim=1)
     eps = torch.finfo(dtype).eps
     assert U1.shape == (m, 6)
-    assert orthogonality_error(U_hat) < 25_000 * 6**0.5 * eps
+    error = orthogonality_error(U_hat)
+    one_pass = m > 30 and name in (
+        "alike",
+        "hardly outside U",
+    )  # accepted although columns are nearly dependent
+    assert error < (60_000 if one_pass else 200) * eps
+    polished = rotate(U_hat, torch.eye(10, dtype=dtype))
+    assert orthogonality_error(polished) < 50 * eps + error**2  # which takes the error back
     largest = A.abs().max().clamp(min=1e-30)  # float32's norm of huge entries overflows
     assert (A / largest - U @ (C / largest) - U1 @ (R / largest)).norm() <= 50 * eps * m**0.5
 
