@@ -6,6 +6,7 @@ from dlrt import fields, integrators
 from dlrt.adapters import adapter_state, add_adapters, load_adapters, merge_adapters, save_lora
 from dlrt.attention import Attention
 from dlrt.averaging import average
+from dlrt.blocks import Blocks
 from dlrt.convert import load_factors, to_dense, to_low_rank
 from dlrt.convolutions import LowRankConv2d, SpatialLowRankConv2d
 from dlrt.costs import Compression, compression, singular_values
@@ -18,6 +19,7 @@ from dlrt.pretrained import from_pretrained, save_pretrained
 __all__ = [
     "DLRT",
     "Attention",
+    "Blocks",
     "Compression",
     "LowRank",
     "LowRankConv2d",

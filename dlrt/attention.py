@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from dlrt.blocks import Blocks
 from dlrt.layers import become
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -131,12 +132,13 @@ def unpacked(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def pack(model: nn.Module) -> nn.Module:
-    """Make attention whose four layers are dense nn.MultiheadAttention again, in place; give the model back.
+    """Pack attention and blocks whose layers are all dense again, in place; give the model back.
 
     An nn.TransformerEncoder around any other makes no nested tensors, which only packed weights can take.
     """
     for module in list(model.modules()):
-        if isinstance(module, Attention) and all(type(layer) is nn.Linear for layer in module.children()):
+        apart = isinstance(module, Attention | Blocks)
+        if apart and all(type(layer) is nn.Linear for layer in module.children()):
             become(module, module.packed())
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder) and any(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
 
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from dlrt.attention import Attention, can_unpack, pack
+from dlrt.blocks import Blocks, block_rows, is_conv1d, is_linear, rows_in
 from dlrt.checks import check_compression, check_real, check_tolerance
 from dlrt.convolutions import LowRankConv2d, SpatialLowRankConv2d
 from dlrt.costs import compression as cost_of
@@ -38,13 +39,15 @@ def to_low_rank(
     inputs: Tensor | None = None,
     compression: float | None = None,
     spatial: bool = False,
+    split: Mapping[str, int | Sequence[int]] | None = None,
 ) -> nn.Module:
     """Make every nn.Linear and nn.Conv2d of a model, in place, its truncated SVD; give the model back.
 
     Layers stay the same objects, so whatever else holds one trains it, too; a module that uses `layer.weight`
     without calling the layer trains it as well. nn.MultiheadAttention becomes a `dlrt.Attention`, with such
-    layers for query, key, value and output. Make the optimizer afterwards: S is a new parameter. ValueError
-    for an option that is impossible, alone or beside others.
+    layers for query, key, value and output, and the Conv1D of transformers `dlrt.Blocks` of one. Make the
+    optimizer afterwards: S is a new parameter. ValueError for an option that is impossible, alone or beside
+    others.
 
     - rank: a whole number (a layer too small for it gets its full rank), a share in (0, 1] of each layer's
       full rank, or None for the full rank.
@@ -59,6 +62,8 @@ def to_low_rank(
       in_channels * height * width), see `dlrt.SpatialLowRankConv2d`. Full rank then has more parameters
       than the kernel: with as many channels in as out half of it has as many, a fifth 60 % fewer.
     - skip: names of the modules that stay dense, with all that they contain.
+    - split: packed linear layers that become low-rank in parts, `dlrt.Blocks`: by name, or the last parts of
+      it, how many equal blocks the rows of the weight are, or how many rows each has. {"qkv": 3}
 
     A warning names each layer that stays dense although it has a weight matrix: grouped convolutions, weights
     that two modules share (the head of a language model that is tied to its embedding), recurrent layers,
@@ -69,7 +74,8 @@ def to_low_rank(
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     _check(model, rank, tau, skip, compression)
     _check_inputs(inputs)
-    layers = _layers(model, skip)
+    rows = block_rows(model, split or {})
+    layers = _layers(model, skip, rows)
     try:
         cut = _cut(model, layers, rank, tau, inputs, compression, spatial)
         for layer, made in zip(layers, cut, strict=True):
@@ -79,7 +85,9 @@ def to_low_rank(
     return model
 
 
-def _layers(model: nn.Module, skip: tuple[str, ...]) -> list[nn.Linear | nn.Conv2d]:
+def _layers(
+    model: nn.Module, skip: tuple[str, ...], rows: dict[str, list[int]]
+) -> list[nn.Linear | nn.Conv2d]:
     """What becomes low-rank. Warns of what unexpectedly does not."""
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     skipped = {module for stem in skip for module in model.get_submodule(stem).modules()}
@@ -91,6 +99,8 @@ def _layers(model: nn.Module, skip: tuple[str, ...]) -> list[nn.Linear | nn.Conv
             warnings.warn(f"{name or type(module).__name__} stays {reason}", stacklevel=3)
         elif type(module) is nn.MultiheadAttention:
             become(module, Attention(module))  # the walk goes on in its four layers
+        elif name in rows or is_conv1d(module):
+            become(module, Blocks(module, rows.get(name) or [module.nf]))  # and in its blocks
         elif type(module) in LOW_RANK_TYPES:
             layers.append(module)
     return layers
@@ -105,7 +115,8 @@ def _stays(module: nn.Module, owners: Counter[int]) -> str | None:
             return f"dense: {reason}"
     if type(module) is NonDynamicallyQuantizableLinear:
         return None  # a part of nn.MultiheadAttention that stays dense, which is named
-    for kind in (*LOW_RANK_TYPES, nn.MultiheadAttention):
+    kinds = (type(module),) if is_conv1d(module) else (*LOW_RANK_TYPES, nn.MultiheadAttention)
+    for kind in kinds:
         if isinstance(module, kind):
             reason = _no_plain_layer(module, kind, owners)
             return reason and f"dense: {reason}"
@@ -260,6 +271,8 @@ def load_factors(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
         prefix = f"{name}." if name else ""
         if type(dense) is nn.MultiheadAttention and any(key.startswith(f"{prefix}q_proj.") for key in state):
             become(dense, Attention(dense))  # the walk goes on in its four layers
+        if is_linear(dense) and (rows := rows_in(state, prefix)):
+            become(dense, Blocks(dense, rows))
         U = state.get(f"{prefix}U")
         if type(dense) in LOW_RANK_TYPES and U is not None:
             become(dense, _kind(dense, _is_spatial(dense, U)).in_place_of(dense))

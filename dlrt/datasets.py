@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ def mnist(folder: Path, seed: int) -> Dataset:
         return _split("mnist", _read_npz(npz), seed, validation=10_000)
     if not idx_files_are_there:
         files = ", ".join(name for names in MNIST_FILES.values() for name in names)
-        _download(lambda: tv.MNIST(folder, download=True), f"{files} in {raw}, or {npz}")
+        _download(lambda: tv.MNIST(folder, download=True), raw, f"{files} in {raw}, or {npz}")
     arrays = []
     for images, labels in MNIST_FILES.values():
         arrays.append(_read(read_image_file, raw / images)[:, None])
@@ -71,7 +72,7 @@ def cifar10(folder: Path, seed: int) -> Dataset:
         return _split("cifar10", _read_npz(npz), seed, validation=5_000)
     if not batches.is_dir():
         files = f"{', '.join((*CIFAR10_FILES, 'test_batch'))} in {batches}, or {npz}"
-        _download(lambda: tv.CIFAR10(folder, download=True), files)
+        _download(lambda: tv.CIFAR10(folder, download=True), folder, files)
     for name, md5 in (*tv.CIFAR10.train_list, *tv.CIFAR10.test_list):
         if not check_integrity(batches / name, md5):
             raise DataError(f"{batches / name} is missing or damaged: delete {batches} and fetch it again")
@@ -242,10 +243,14 @@ def _read_npz(path: Path) -> Arrays:
     return tuple(arrays)
 
 
-def _download(fetch: Callable, needed: str) -> None:
+def _download(fetch: Callable, into: Path, needed: str) -> None:
+    missing = [folder for folder in (into, *into.parents) if not folder.exists()]
     try:
         fetch()
     except Exception as error:  # no network, no mirror, no space: whichever it was, it is told
+        for folder in missing:  # it may be a name with a slip
+            with suppress(OSError):
+                folder.rmdir()
         raise DataError(
             f"needed: {needed}; downloading them failed ({' '.join(str(error).split())}). Put them there "
             "(--data-dir or DLRT_DATA name another data folder), or take --dataset digits, which needs none"

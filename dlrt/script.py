@@ -151,7 +151,7 @@ def _name(options: RunOptions, settings: Settings) -> str:
         kind = f"factors{options.factors:g}" if options.factors else "dense"
     else:
         kind = f"compression{options.compression:g}" if options.budget else f"tau{options.tau}"
-    rule = "_muon" if options.update == "muon" else ""
+    rule = "" if options.update in (None, "sgd") else f"_{options.update}"
     return f"{prefix}{kind}{rule}_seed{options.seed}"
 
 

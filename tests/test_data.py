@@ -282,10 +282,13 @@ def test_a_data_set_made_by_hand_is_checked(part, of, told):
 )
 def test_missing_files_that_cannot_be_downloaded_are_named(tmp_path, monkeypatch, read, module, files):
     monkeypatch.setattr(module, "download_and_extract_archive", offline)
+    folder = tmp_path / "with" / "a slip"
     with pytest.raises(DataError) as error:
-        read(tmp_path, 0)
-    for part in (*files, str(tmp_path), "--dataset digits", "--data-dir", "no network"):
+        read(folder, 0)
+    for part in (*files, str(folder), "--dataset digits", "--data-dir", "no network"):
         assert part in str(error.value)
+    assert tmp_path.exists()
+    assert not folder.parent.exists()
 
 
 def test_failed_mirrors_are_told_in_one_line(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     ["checks", "cluttered_digits", "timing", "hooks", "errors"],
     ["lowrank", "plots"],
-    ["ranks", "integrators", "layers"],
+    ["ranks", "integrators", "layers", "blocks"],
     ["velocity", "curvature", "fields", "attention", "convolutions", "streaming"],
     ["adapters"],
     ["costs"],

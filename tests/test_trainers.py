@@ -124,7 +124,7 @@ def bert():
 def gpt2():
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2)
-    return transformers.GPT2LMHeadModel(config), tokens(), None
+    return transformers.GPT2LMHeadModel(config), tokens(), 8
 
 
 def llama():
@@ -137,6 +137,23 @@ def timm_vit():
     timm = pytest.importorskip("timm")
     sizes = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
     return timm.models.VisionTransformer(**sizes), {"x": torch.randn(2, 3, 32, 32)}, 10
+
+
+@pytest.mark.filterwarnings("ignore:.*head stays dense")
+@pytest.mark.parametrize(("make", "name"), [(gpt2, "c_attn"), (timm_vit, "qkv")])
+def test_packed_projections_of_other_libraries_are_three_blocks(make, name):
+    torch.manual_seed(0)
+    model, inputs, layers = make()
+    state = model.eval().state_dict()
+    before = model(**inputs)
+    expected = before if isinstance(before, torch.Tensor) else before[0]
+    dlrt.to_low_rank(model, split={name: 3})
+    assert len(dlrt.compression(model).ranks) == layers + 2 * 2  # in both blocks
+    for _ in range(2):
+        after = model(**inputs)
+        assert torch.allclose(after if isinstance(after, torch.Tensor) else after[0], expected, atol=1e-4)
+        model.load_state_dict(state)
+    assert dlrt.to_dense(model).state_dict().keys() == state.keys()
 
 
 @pytest.mark.filterwarnings("ignore:.*stays dense")
@@ -152,9 +169,8 @@ def test_models_of_other_libraries_compute_the_same_at_full_rank_and_take_adapte
 
     expected = outputs()
     dlrt.to_low_rank(model)
-    if layers:
-        assert len(dlrt.compression(model).ranks) == layers
-        assert torch.allclose(outputs(), expected, atol=1e-4)
+    assert len(dlrt.compression(model).ranks) == layers
+    assert torch.allclose(outputs(), expected, atol=1e-4)
     dlrt.to_dense(model)
     dlrt.add_adapters(model, rank=2)
     assert torch.allclose(outputs(), expected, atol=1e-4)

@@ -1,0 +1,82 @@
+"""A packed linear layer in blocks of ranks of their own: one map, and the state dicts of both forms load."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import dlrt
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+class Packed(nn.Module):
+    def __init__(self, bias=True):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(6, 15, bias), nn.Linear(15, 4)
+
+    def forward(self, x):
+        return self.proj(self.qkv(x).tanh())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("split", [{"qkv": 3}, {"qkv": (9, 3, 3)}, {"qkv": [5, 10], "proj": 2}])
+def test_a_split_layer_has_the_same_map_and_becomes_the_packed_one_again(split, bias):
+    model, x = Packed(bias), torch.randn(2, 7, 6)
+    state, expected = copy.deepcopy(model.state_dict()), model(x)
+    dlrt.to_low_rank(model, split=split)
+    rows = split["qkv"]
+    assert [block.shape[0] for block in model.qkv] == ([5, 5, 5] if rows == 3 else list(rows))
+    assert all(isinstance(block, dlrt.LowRankLinear) for block in model.qkv)
+    assert torch.allclose(model(x), expected, atol=1e-12)
+    assert torch.allclose(torch.nn.functional.linear(x, model.qkv.weight, model.qkv.bias), model.qkv(x))
+    assert torch.allclose(dlrt.export(model)(x), expected, atol=1e-12)
+    dlrt.to_dense(model)
+    assert type(model.qkv) is nn.Linear
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.allclose(value, state[name], atol=1e-12) for name, value in model.state_dict().items())
+
+
+def test_blocks_take_ranks_of_their_own_and_both_forms_of_state_load():
+    model, x = Packed(), torch.randn(7, 6)
+    with torch.no_grad():
+        model.qkv.weight[:5] = torch.outer(torch.randn(5), torch.randn(6))
+    state, expected = copy.deepcopy(model.state_dict()), model(x)
+    low_rank = dlrt.to_low_rank(copy.deepcopy(model), tau=1e-6, split={"qkv": 3})
+    assert [block.rank for block in low_rank.qkv] == [1, 5, 5]
+    assert torch.allclose(low_rank(x), expected, atol=1e-5)
+    again = dlrt.load_factors(Packed(), low_rank.state_dict())
+    assert [block.rank for block in again.qkv] == [1, 5, 5]
+    assert torch.equal(again(x), low_rank(x))
+    other = dlrt.to_low_rank(Packed(), split={"qkv": 3})
+    other.load_state_dict(state)
+    assert torch.allclose(other(x), expected, atol=1e-12)
+    with pytest.raises(RuntimeError, match=r"qkv\.weight"):
+        other.load_state_dict({**state, "qkv.weight": torch.randn(12, 6)})
+
+
+def test_blocks_train_and_skipped_or_frozen_layers_do_not():
+    model = nn.ModuleDict({"a": Packed(), "b": Packed()})
+    model.b.qkv.requires_grad_(False)
+    dlrt.to_low_rank(model, rank=2, skip=["b.proj"], split={"a.qkv": 3, "b.qkv": 3})
+    optimizer = dlrt.DLRT(model, torch.optim.SGD, lr=0.1, tau=0.0, max_rank=2)
+    before = copy.deepcopy(model.state_dict())
+    sum(model[name](torch.randn(9, 6)).square().sum() for name in "ab").backward()
+    optimizer.step()
+    now = model.state_dict()
+    moved = {name.rpartition(".")[0] for name in now if not torch.equal(now[name], before[name])}
+    assert moved == {"a.qkv.0", "a.qkv.1", "a.qkv.2", "a.proj", "b.proj"}
+    assert type(model.b.proj) is nn.Linear
+
+
+@pytest.mark.parametrize("rows", [0, 2, -3, 2.5, "three", (5, 5), (15, 0), None])
+def test_a_wrong_split_is_told_and_changes_nothing(rows):
+    model = Packed()
+    with pytest.raises(ValueError, match=r"make up the 15 outputs of qkv, got"):
+        dlrt.to_low_rank(model, split={"qkv": rows})
+    with pytest.raises(ValueError, match=r"no linear layer of the model: kqv; it has qkv, proj"):
+        dlrt.to_low_rank(model, split={"kqv": 3})
+    with pytest.raises(TypeError, match=r"must be a dict"):
+        dlrt.to_low_rank(model, split=("qkv",))
+    assert type(model.qkv) is nn.Linear
