@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from probe import best_settings, recorded
+from tuned_runs import best_settings, recorded
 
 from dlrt import errors, grid
 from dlrt.errors import RunError
@@ -143,11 +143,12 @@ def make(network: str, epochs: int, jobs: int, args: argparse.Namespace) -> None
                 for way in WAYS
                 if way in args.ways
             }
-            first = [made.pop(choice) for choice in list(made) if choice[0] == "dense"]
             then = cuts(network, compression, common, args.output_dir) if "cut" in args.ways else []
             if "published" in args.ways and compression == args.compressions[0]:
                 then.append(published(network, common))
-            grid.make(first, args.output_dir, jobs, may_diverge=True, then=then)
+            if then:  # some of them begin with dense weights
+                first = [made.pop(choice) for choice in list(made) if choice[0] == "dense"]
+                grid.make(first, args.output_dir, jobs, may_diverge=True, then=then)
             grid.make([*made.values(), *then], args.output_dir, jobs, may_diverge=True)
 
 

@@ -21,6 +21,7 @@ from dlrt.convert import to_low_rank
 from dlrt.data import Dataset
 from dlrt.datasets import TEXTS, load
 from dlrt.errors import OptionError, RunError
+from dlrt.layers import LowRankLayer
 from dlrt.optimizer import DLRT
 from dlrt.options import OPTIMIZERS, DenseOptions, RunOptions
 from dlrt.runs import Run, chosen_epoch
@@ -141,7 +142,8 @@ def _with_factors(model: nn.Module, options: RunOptions, dataset: Dataset, run: 
     inputs = dataset.train.images[:CALIBRATION_IMAGES].cpu() if by_loss else None
     compression = options.compression / 100 if options.ramp == 0 else None
     ranks = {"rank": options.rank, "compression": compression, "spatial": options.spatial}
-    return to_low_rank(model, skip=options.skip, inputs=inputs, **ranks)
+    there = [name for name, module in model.named_modules() if isinstance(module, LowRankLayer)]
+    return to_low_rank(model, skip=[*options.skip, *there], inputs=inputs, **ranks)
 
 
 def _name(options: RunOptions, settings: Settings) -> str:

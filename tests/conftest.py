@@ -1,13 +1,19 @@
 """What several test files share."""
 
+import os
 import runpy
+import signal
 import subprocess
 import sys
+import traceback
 import warnings
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import pytest
+import sklearn.datasets  # noqa: F401  (this and the next for whatever is forked)
 import torch
+import torch._dynamo
 
 from dlrt.options import LowRankOptions
 
@@ -57,3 +63,73 @@ def run_script(monkeypatch, tmp_path, capsys):
         return subprocess.CompletedProcess(sys.argv, code, out, err)
 
     return run
+
+
+class Forked:
+    """A script in a process of its own, as subprocess.Popen([python, script, *flags], ...) would start it.
+
+    It is forked from this one, which has imported torch already: that takes seconds.
+    """
+
+    def __init__(self, command, cwd=".", env=(), stdout=None, stderr=None):
+        self.returncode = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            os._exit(self._run([str(part) for part in command[1:]], cwd, env, stdout, stderr))
+
+    @staticmethod
+    def _run(arguments, cwd, env, *outputs):
+        code = 0
+        for number, file in enumerate(outputs, start=1):
+            to = os.open(os.devnull, os.O_WRONLY) if file in (None, subprocess.DEVNULL) else file.fileno()
+            os.dup2(to, number)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        try:
+            os.chdir(cwd)
+            os.environ.update(env)
+            sys.argv = arguments
+            sys.path.insert(0, str(Path(arguments[0]).parent))
+            runpy.run_path(arguments[0], run_name="__main__")
+        except SystemExit as ended:
+            code = ended.code or 0
+            if isinstance(code, str):
+                print(code, file=sys.stderr)
+                code = 1
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        return code
+
+    def poll(self, options=os.WNOHANG):
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, options)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self):
+        return self.poll(0)
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+
+def fork(command, **options):
+    """Run a script to its end in a `Forked` process; what comes back is that of `subprocess.run`."""
+    with TemporaryFile("w+") as out, TemporaryFile("w+") as err:
+        code = Forked(command, stdout=out, stderr=err, **options).wait()
+        texts = [(file.seek(0), file.read())[1] for file in (out, err)]
+    return subprocess.CompletedProcess(command, code, *texts)
+
+
+@pytest.fixture
+def forked_grid(monkeypatch):
+    """The runs of a grid are `Forked`."""
+    monkeypatch.setattr("dlrt.grid.Popen", Forked)

@@ -61,7 +61,7 @@ def weights(tmp_path_factory):
     return path
 
 
-def test_the_study_goes_to_tables_figures_and_an_archive(run_script, tmp_path):
+def test_the_study_goes_to_tables_figures_and_an_archive(run_script, forked_grid, tmp_path):
     grid = [*SMALL, "--jobs", 2, "--output-dir", tmp_path / "results"]
     few = ["--preset", "gpu", "--networks", "resnet20", "--seeds", 1, "--compressions", 60, "--rules", "muon"]
     few += ["--ways", "dense", "matrices", "factors", "narrow", "cut", "--archive", tmp_path / "all.tar.gz"]

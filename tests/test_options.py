@@ -12,6 +12,7 @@ from itertools import product
 
 import pytest
 import torch
+from conftest import fork
 
 from dlrt import SpatialLowRankConv2d
 from dlrt.checkpoint import load_checkpoint, load_network
@@ -33,9 +34,7 @@ def command(*arguments):
 
 def call(folder, *arguments):
     """Run the script to its end, from a folder that is not the repository's."""
-    return subprocess.run(
-        command(*arguments), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
-    )
+    return fork(command(*arguments), cwd=folder, env=OFFLINE)
 
 
 def call_and_signal(folder, signal_number, awaited, *arguments):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from conftest import fork
 
 import dlrt
 
@@ -26,13 +27,17 @@ COMMANDS = [
 ]
 PYTHON = sorted({command for command in COMMANDS if command.startswith("python ")})
 # of these only the flags are tried: test_scripts.py, test_cifar10.py and others run them, on less
-LONG = re.compile("/run.py|/compare_cams.py|/convnet_clutter_baseline.py|^python (cifar10|gpt)/(?!produce)")
+LONG = re.compile(
+    "/run.py|/produce_results.py|/compare_cams.py|/convnet_clutter_baseline.py|^python (cifar10|gpt)/"
+)
 GRIDS = [command for command in PYTHON if LONG.search(command)]
 SCRIPTS = [command for command in PYTHON if command not in GRIDS]
 QUICK = ["--dataset", "digits", "--epochs", "1"]
 
 
 def run(arguments, folder):
+    if not arguments[0].startswith("-"):
+        return fork([sys.executable, *arguments], cwd=folder)
     return subprocess.run(
         [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=False
     )
@@ -52,7 +57,7 @@ def test_a_command_of_the_readme_runs(command, tmp_path, request):
     script, *flags = shlex.split(command)[1:]
     if script == "-m":  # python -m dlrt COMMAND RUN
         flags[2] = str(request.getfixturevalue("trained"))
-    elif script.startswith("mnist/") and not script.endswith("produce_results.py"):
+    elif script.startswith("mnist/"):
         warmup = [] if "baseline" in script else ["--tau-warmup", "0"]
         flags += [*QUICK, *warmup, "--output-dir", str(tmp_path)]
     elif script == "timings/step.py":
@@ -62,8 +67,6 @@ def test_a_command_of_the_readme_runs(command, tmp_path, request):
         flags += ["--sizes", "64", "--repeats", "2", "--output-dir", str(tmp_path)]
     elif script == "timings/memory.py":
         flags += ["--width", "64", "--ranks", "2", "--output-dir", str(tmp_path)]
-    elif script.endswith("produce_results.py"):  # of the runs that are committed
-        flags += ["--output-dir", str(tmp_path)]
     elif script == "pytorch-grad-cam/cam.py":
         flags = [str(ROOT / flag) if flag == "test_images" else flag for flag in flags]
     elif script == "pytorch-grad-cam/map_times.py":
@@ -73,7 +76,7 @@ def test_a_command_of_the_readme_runs(command, tmp_path, request):
     result = run([script if script == "-m" else str(ROOT / script), *flags], tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout
-    if script.startswith("mnist/") and "produce" not in script:
+    if script.startswith("mnist/"):
         assert "test accuracy" in result.stdout
         assert result.stdout.count("epoch   1/1") == 1
         assert_is_a_run(next(tmp_path.iterdir()), low_rank="baseline" not in script)

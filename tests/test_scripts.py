@@ -64,7 +64,7 @@ EXPERIMENTS = {
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_an_experiment_goes_from_runs_to_table_and_figures(experiment, tmp_path, run_script):
+def test_an_experiment_goes_from_runs_to_table_and_figures(experiment, tmp_path, run_script, forked_grid):
     flags = [*SMALL, *EXPERIMENTS[experiment], "--output-dir", tmp_path / "results"]
     result = run_script(f"{experiment}/run.py", *flags)
     assert result.returncode == 0, result.stderr

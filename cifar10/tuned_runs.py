@@ -1,0 +1,135 @@
+"""Quick comparisons, tuned alike: all settings of every row with seed 0, more seeds with the best.
+
+Validation chooses. All runs go to NAME.csv as they finish, and their table to NAME.md.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TypedDict
+
+import pandas as pd
+import torch
+from torch import nn
+
+from dlrt.data import Split
+from dlrt.options import DATA_DIR, NATURAL, HelpFormatter, Parser
+from dlrt.runs import damaged, read_table
+
+AGAIN = "delete it and make the runs again, with --tune"
+
+
+class Made(TypedDict):
+    """A run, as its row in the CSV file has it; a comparison may add columns. Accuracies are in %."""
+
+    row: str
+    seed: int
+    setting: str
+    validation_accuracy: float
+    test_accuracy: float
+    ranks: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`settings` are those of each row, `column` is a number of each run that the table shows, and its head.
+
+    `train` makes a run, of a row, a seed, a setting, the data folder and a number of threads.
+    """
+
+    name: str
+    train: Callable[[str, int, dict, Path, int], Made]
+    settings: Mapping[str, Sequence[dict]]
+    column: tuple[str, str]
+
+    def main(self, description: str, folder: Path) -> None:
+        """The program: make the runs that are asked for and not recorded, and write the table."""
+        parser = Parser(description=description, formatter_class=HelpFormatter)
+        add = parser.add_argument
+        add("--data-dir", type=Path, default=DATA_DIR, help="or set DLRT_DATA")
+        add("--jobs", type=NATURAL, default=1, help="runs at a time, which share the CPU's cores")
+        add("--seeds", type=NATURAL, default=3, help="runs of every row at its best setting")
+        rows = list(self.settings)
+        add("--rows", nargs="+", choices=rows, default=rows, metavar="ROW", help="to make")
+        add("--tune", action="store_true", help="first try every setting of every row with seed 0")
+        add("--output-dir", type=Path, default=folder, help=f"of {self.name}.csv and {self.name}.md")
+        args = parser.parse_args()
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        record = args.output_dir / f"{self.name}.csv"
+
+        def make(wanted: list[tuple[str, int, dict]]) -> None:
+            self._make(wanted, record, args.data_dir, args.jobs)
+
+        if args.tune:
+            make([(row, 0, setting) for row in args.rows for setting in self.settings[row]])
+        best = best_settings(recorded(record))
+        if untuned := [row for row in args.rows if row not in best]:
+            parser.error(f"no settings have been tried for {', '.join(untuned)}: add --tune")
+        make([(row, seed, best[row]) for seed in range(args.seeds) for row in args.rows])
+        text = self.table(recorded(record))
+        record.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+        print(text)
+
+    def _make(self, wanted: list[tuple[str, int, dict]], record: Path, data_dir: Path, jobs: int) -> None:
+        """Make and record what is not recorded yet."""
+        runs, threads = recorded(record), max(1, torch.get_num_threads() // jobs)
+        done = set(zip(runs["row"], runs["seed"], runs["setting"], strict=True))
+        missing = [run for run in wanted if (run[0], run[1], json.dumps(run[2])) not in done]
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            for future in as_completed(pool.submit(self.train, *run, data_dir, threads) for run in missing):
+                made = pd.DataFrame([future.result()])
+                made.to_csv(record, mode="a", header=not record.exists(), index=False, float_format="%.6g")
+                print(made.drop(columns="ranks").to_string(index=False, header=False), flush=True)
+
+    def table(self, runs: pd.DataFrame) -> str:
+        """Means over the seeds at the best settings, as Markdown."""
+        best = {row: json.dumps(setting) for row, setting in best_settings(runs).items()}
+        chosen = runs[runs["setting"] == runs["row"].map(best)]
+        column, head = self.column
+        lines = [f"| trained | seeds | {head} | validation [%] | test [%] | setting |", "| --- " * 6 + "|"]
+        for row in (row for row in self.settings if row in best):
+            of = chosen[chosen["row"] == row]
+            spread = [mean_and_spread(of[c]) for c in ("validation_accuracy", "test_accuracy")]
+            setting = ", ".join(f"{key} {value}" for key, value in json.loads(best[row]).items())
+            mean = of[column].mean()
+            shown = f"{mean:.1f}" if mean < 1000 else f"{mean:,.0f}"
+            cells = [row, str(len(of)), shown, *spread, setting]
+            lines.append(f"| {' | '.join(cells)} |")
+        return "\n".join(lines)
+
+
+def recorded(path: Path) -> pd.DataFrame:
+    """The runs in a file, none where it is not there; RunError where it is damaged."""
+    if not path.exists():
+        return pd.DataFrame(columns=list(Made.__annotations__))
+    runs = read_table(path, Made, AGAIN)
+    try:
+        settings = [json.loads(setting) for setting in runs["setting"]]
+    except (TypeError, ValueError) as error:
+        raise damaged(path, AGAIN) from error
+    accurate = runs["validation_accuracy"].notna().all()
+    if not accurate or not all(isinstance(setting, dict) for setting in settings):
+        raise damaged(path, AGAIN)
+    return runs
+
+
+def best_settings(runs: pd.DataFrame) -> dict[str, dict]:
+    """For each row the setting that is best on the validation pictures with seed 0, of equals the first."""
+    tuned = runs[runs["seed"] == 0]
+    best = tuned.loc[tuned.groupby("row")["validation_accuracy"].idxmax()]
+    return {row: json.loads(setting) for row, setting in zip(best["row"], best["setting"], strict=True)}
+
+
+def mean_and_spread(values: pd.Series) -> str:
+    return f"{values.mean():.2f}" + (f" ± {values.std():.2f}" if len(values) > 1 else "")
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, split: Split) -> float:
+    model.eval()
+    hits = [(model(x).argmax(1) == y).sum() for x, y in split.batches(500)]
+    return 100 * sum(hits).item() / len(split)
