@@ -40,7 +40,7 @@ ORDER = [
     ["cams.compare", "cams.group_tests", "cams.guided", "cams.explain", "cams.figure", "cams.networks"],
     ["cams.known"],
     ["cams"],
-    ["cams.batch_maps", "cams.build_networks", "cams.load_pictures", "cams.network_flags"],
+    ["cams.batch_maps", "cams.randomised", "cams.build_networks", "cams.load_pictures", "cams.network_flags"],
     ["cams.drawings", "cams.map_records", "cams.map_times", "cams.measure", "cams.summary"],
     ["cams.comparison", "cams.page", "cams.study", "cams.study_results"],
     ["script"],

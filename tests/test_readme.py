@@ -71,6 +71,9 @@ def test_a_command_of_the_readme_runs(command, tmp_path, request):
         flags = [str(ROOT / flag) if flag == "test_images" else flag for flag in flags]
     elif script == "pytorch-grad-cam/map_times.py":
         flags += ["--repeats", "1", "--sizes", "32", "--shares", "0.5"]
+    elif script == "pytorch-grad-cam/randomise.py":
+        flags = [str(ROOT / flag) if flag == "test_images" else flag for flag in flags]
+        flags += ["--steps", "1", "--draws", "1", "--arch", "ResNet20", "--weights", "random"]
     elif script.startswith("pytorch-grad-cam/convnet"):
         flags += ["--epochs", "1", "--output-dir", str(tmp_path)]
     result = run([script if script == "-m" else str(ROOT / script), *flags], tmp_path)

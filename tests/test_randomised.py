@@ -1,0 +1,80 @@
+"""Cascading randomisation: from the last layer to the first, the norms stay, and maps lose what they were."""
+
+import copy
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import dlrt
+from dlrt.cams.randomised import cascade, randomise, weighted_layers
+from dlrt.cams.targets import of_classes
+
+
+class Reversed(nn.Module):
+    """Layers that are called in another order than they are made in."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.norm = nn.Linear(8, 4), nn.BatchNorm2d(8)
+        self.second, self.first = nn.Conv2d(6, 8, 3, padding=1), nn.Conv2d(1, 6, 3, padding=1)
+
+    def forward(self, x):
+        x = self.norm(self.second(self.first(x).relu())).relu()
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Reversed().eval()
+
+
+def test_layers_come_in_the_order_of_their_calls_without_norms(model):
+    layers = weighted_layers(model, torch.zeros(1, 1, 9, 9))
+    assert layers == [model.first, model.second, model.head]
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_random_weights_have_the_norm_of_those_before(model, rank):
+    layer = dlrt.to_low_rank(model, rank=rank).second if rank else model.second
+    before = layer.weight.detach().clone()
+    randomise(layer)
+    assert torch.isclose(layer.weight.norm(), before.norm(), rtol=1e-5)
+    assert torch.corrcoef(torch.stack([layer.weight.detach().flatten(), before.flatten()]))[0, 1].abs() < 0.3
+
+
+def test_a_cascade_begins_with_the_own_maps_and_leaves_the_model_as_it_was(model):
+    before, images = copy.deepcopy(model.state_dict()), torch.randn(5, 1, 9, 9)
+    state = torch.random.get_rng_state()
+    found = list(cascade(model, images, of_classes([0, 1, 2, 3, 0]), "gradcam", "second", steps=9, seed=0))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    names, correlations = zip(*found, strict=True)
+    assert names == ("", "head", "second", "first")  # no more steps than layers
+    assert np.allclose(correlations[0], 1)
+    assert np.mean(np.abs(correlations[-1])) < 0.7
+    again = list(cascade(model, images, of_classes([0, 1, 2, 3, 0]), "gradcam", "second", steps=1, seed=0))
+    assert [name for name, _ in again] == ["", "first"]
+    other = list(cascade(model, images, of_classes([0, 1, 2, 3, 0]), "gradcam", "second", steps=1, seed=1))
+    assert not np.allclose(again[1][1], other[1][1])
+
+
+def test_the_script_leaves_a_row_for_each_map_and_a_figure(run_script, tmp_path):
+    from test_cam_scripts import ROOT, save_run
+
+    save_run(tmp_path / "runs" / "dense")
+    flags = ["--checkpoint", tmp_path / "runs" / "dense", "--image-path", ROOT / "test_images", "--rank", 2]
+    flags += ["--steps", 2, "--draws", 2, "--output-dir", "out"]
+    result = run_script("pytorch-grad-cam/randomise.py", *flags)
+    assert result.returncode == 0, result.stderr
+    table = pd.read_csv(tmp_path / "out" / "randomised.csv")
+    pictures = table["file"].nunique()
+    assert len(table) == 2 * 2 * 3 * pictures
+    assert np.allclose(table.loc[table["random_layers"] == 0, "correlation"], 1, atol=1e-5)
+    assert "figure: out/randomised.png" in result.stdout
+    assert (tmp_path / "out" / "randomised.png").stat().st_size > 10_000
+    result = run_script("pytorch-grad-cam/randomise.py", "--image-path", tmp_path / "nothing")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
