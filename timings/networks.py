@@ -12,6 +12,7 @@ from torch import nn
 from dlrt import DLRT, LowRank, LowRankConv2d, LowRankLinear
 from dlrt.options import NATURAL, HelpFormatter, Parser
 
+FACTORS = "factors"  # in the place of an integrator: plain factors U Vᵀ, with SGD
 LENET5_RANKS = {"conv1": 10, "conv2": 23, "fc1": 62}
 RESTING = {"lr": 1e-4, "momentum": 0.9}  # of SGD: a step takes its time and changes next to nothing
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from networks import FACTORS
 
 from dlrt import plots, tables
 from dlrt.plots import Axes, Figure, mpl, plt
@@ -25,6 +26,7 @@ PUBLISHED = pd.DataFrame({
     "break-even rank": ["about 125", "near 2100"],
     "largest speed-up": ["4.5 x", ""],
 })  # fmt: skip
+NAMES = {FACTORS: "plain factors"}
 PARTS = {
     "share_forward_backward": "forward and backward",
     "share_s_gradient": "products, gradient of S",
@@ -87,7 +89,7 @@ def told(rank: float, ranks: np.ndarray) -> str:
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
     """A row for each setting: where time, FLOPs and memory break even, and how much faster it gets."""
-    lines = []
+    lines, plain = [], rows[rows["integrator"] == FACTORS].set_index(["device", "rank"])["median_ms"]
     for (device, phase, integrator, s_steps, adaptive), of in rows.groupby(SETTING, sort=False):
         ranks = of["rank"].to_numpy()
         speed_up = (of["dense_median_ms"] / of["median_ms"]).to_numpy()
@@ -101,24 +103,33 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
         }
         how = {"integrator": integrator, "rank adaptation": "", "S-steps": ""}
         if integrator:
+            how["integrator"] = NAMES.get(integrator, integrator)
             how.update({"rank adaptation": "yes" if adaptive else "no", "S-steps": str(s_steps)})
+        if integrator in INTEGRATORS:
+            how["slower than factors"] = slower(of.set_index(["device", "rank"])["median_ms"] / plain)
         best = {"largest speed-up": f"{speed_up.max():.1f} x", "at rank": str(ranks[speed_up.argmax()])}
         lines.append({"device": device, "phase": phase, **how, **at, **best})
     return pd.concat([pd.DataFrame(lines), PUBLISHED]).fillna("")
+
+
+def slower(ratios: pd.Series) -> str:
+    """How much longer a step takes than one of plain factors, over the ranks that both have."""
+    ratios = ratios.dropna()
+    return f"{ratios.min():.1f} to {ratios.max():.1f} x" if len(ratios) else ""
 
 
 def label(integrator: str, s_steps: int, adaptive: bool) -> str:
     """A setting's name in a legend; inference has no integrator."""
     if not integrator:
         return "low-rank"
-    return f"{integrator}, S-steps {s_steps}" if adaptive else integrator
+    return f"{integrator}, S-steps {s_steps}" if adaptive else NAMES.get(integrator, integrator)
 
 
 def draw_times(axes: Axes, rows: pd.DataFrame) -> None:
     """The times of some settings and of dense over the rank, in bands from quartile to quartile."""
     for (integrator, s_steps, adaptive), of in rows.groupby(SETTING[2:], sort=False):
         style = plots.STYLES[s_steps > 1]
-        line = {"color": plots.COLOURS[[*INTEGRATORS, ""].index(integrator)], "linestyle": style}
+        line = {"color": plots.COLOURS[[*INTEGRATORS, "", FACTORS].index(integrator)], "linestyle": style}
         axes.plot(of["rank"], of["median_ms"], ".", label=label(integrator, s_steps, adaptive), **line)
         axes.fill_between(of["rank"], of["lower_ms"], of["upper_ms"], color=line["color"], alpha=0.25, lw=0)
         limit = of["dense_median_ms"] * of["gflops"] / of["dense_gflops"]
@@ -146,7 +157,9 @@ def times(rows: pd.DataFrame) -> Figure:
         figure, devices = by_device(rows, height=4.6)
         for part, of in devices:
             panels = {
-                title: of[(of["phase"] == phase) & (of["adaptive"] == adaptive)]
+                title: of[
+                    (of["phase"] == phase) & (of["adaptive"].eq(adaptive) | of["integrator"].eq(FACTORS))
+                ]
                 for title, phase, adaptive in (
                     ("training step, adaptive rank", "training", True),
                     ("training step, fixed rank", "training", False),
@@ -167,7 +180,7 @@ def times(rows: pd.DataFrame) -> Figure:
 
 def shares(rows: pd.DataFrame) -> Figure:
     """Where the time of a training step goes, stacked over the rank, for each setting."""
-    rows = rows[rows["phase"] == "training"]
+    rows = rows[rows["integrator"].isin(INTEGRATORS)]
     groups = max(of.groupby(SETTING).ngroups for _, of in rows.groupby("device"))
     columns, lines = min(4, groups), math.ceil(groups / 4)
     with plt.rc_context({**plots.LOOK, "axes.grid": False}):
@@ -198,12 +211,13 @@ def caption(rows: pd.DataFrame) -> str:
         "Training step and inference of the net 784-w-w-w-w-10 with the last layer dense, float32, SGD with "
         f"momentum, in one process with the dense net: {where}.{gpu} Medians of {rows['repeats'].min()} to "
         f"{rows['repeats'].max()} calls; with more S-steps than one a step is the mean of those from a move "
-        "of the bases to the next. Break-even: the rank from which dense needs less time (operations in "
-        "products; peak memory), interpolated between the measured ranks on logarithmic axes; the dense net "
-        "is timed anew beside every rank; no rank of a layer exceeds its full one. Bands in the figure: from "
-        "quartile to quartile; dotted: what the operations in products alone would take at the speed of the "
-        "dense net. Settings that are slow are not measured much beyond the rank where they are slower than "
-        "dense. published: Schotthöfer et al. 2022."
+        "of the bases to the next. Plain factors are U Vᵀ of the same ranks with SGD; how much slower a step "
+        "of DLRT is stands there over all ranks that both have. Break-even: the rank from which dense needs "
+        "less time (operations in products; peak memory), interpolated between the measured ranks on "
+        "logarithmic axes; the dense net is timed anew beside every rank; no layer exceeds its full rank."
+        " Bands in the figure: from quartile to quartile; dotted: what the operations in products alone "
+        "would take at the speed of the dense net. Settings that are slow are not measured much beyond the "
+        "rank where they are slower than dense. published: Schotthöfer et al. 2022."
     )
 
 

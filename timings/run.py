@@ -3,7 +3,8 @@
     python timings/run.py        about 20 minutes on two CPU cores that have nothing else to do
 
 Timed are all integrators: adaptive, with bases that move at every step and at every tenth, and at fixed rank;
-a low-rank step is the mean of those from one decision of ranks to the next.
+a low-rank step is the mean of those from one decision of ranks to the next. Beside them stand plain factors
+U Vᵀ of the same ranks with SGD.
 Every device has its folder in results/ with a row for each setting and rank. What is there is not measured
 again, so the same command continues a grid that broke off, and a GPU is recorded beside the CPU. A setting
 that was slower than dense by the factor `--slowest`, and used up its `--seconds`, is not measured at larger
@@ -24,11 +25,13 @@ import numpy as np
 import torch
 from measure import BATCHES, ROUND, device_name, evaluation, flops, inference, shares, training_steps
 from memory import peak
-from networks import RESTING, low_rank, make_parser, mlp_ranks, parse, resting_dlrt
+from networks import FACTORS, RESTING, low_rank, make_parser, mlp_ranks, parse, resting_dlrt
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dlrt import compression, errors
+from dlrt import DLRT, compression, errors
+from dlrt.baselines import as_factors
+from dlrt.convert import replace_layers
 from dlrt.models import MLP
 from dlrt.options import DEFAULT_DEVICE, NATURAL, POSITIVE, device
 from dlrt.runs import Run, read_metrics
@@ -55,7 +58,7 @@ def settings(integrators: Iterable[str], s_steps: Iterable[int]) -> list[Setting
         for name, steps in product(integrators, s_steps)
         if name == "parallel" or (name != "bug" and steps == 1)
     ]
-    return [Setting("inference"), *training, *(Setting("training", name) for name in integrators)]
+    return [Setting("inference"), *training, *(Setting("training", name) for name in (*integrators, FACTORS))]
 
 
 @dataclass
@@ -79,14 +82,14 @@ def contender(model: nn.Module, data: tuple[Tensor, Tensor], setting: Setting, r
     optimizer = optimizer_of(model, setting, rank)
     closure = evaluation(model, optimizer, *data)
     optimizer.step(closure)  # now momentum exists
-    if rank is not None:
+    if isinstance(optimizer, DLRT):
         optimizer.truncate()
-    steps = 1 if rank is None else math.lcm(ROUND, setting.s_steps)
+    steps = math.lcm(ROUND, setting.s_steps) if isinstance(optimizer, DLRT) else 1
     return Contender(model, training_steps(optimizer, closure, steps), steps, optimizer, closure)
 
 
 def optimizer_of(model: nn.Module, setting: Setting, rank: int | None) -> torch.optim.Optimizer:
-    if rank is None:
+    if rank is None or setting.integrator == FACTORS:
         return torch.optim.SGD(model.parameters(), **RESTING)
     fixed = {} if setting.adaptive else {"tau": 0.0, "min_rank": rank, "max_rank": rank}
     return resting_dlrt(model, setting.integrator, setting.s_steps, **fixed)
@@ -117,16 +120,22 @@ def measure(
 ) -> list[Row]:
     """A row for each setting of one phase at one rank, all of them and dense timed in turn."""
     network = low_rank(MLP(width=args.width), mlp_ranks(rank)).to(args.device)
-    others = [counted(network, data, setting, rank) for setting in chosen]
+    factors = replace_layers(copy.deepcopy(network), as_factors)
+    others = [
+        counted(factors if setting.integrator == FACTORS else network, data, setting, rank)
+        for setting in chosen
+    ]
     calls = [other.call for other, _ in (dense, *others)]
     of_dense, *times = in_turn(calls, args.repeats, args.seconds, args.device)
     beside = {f"dense_{name}": value for name, value in {**quartiles(of_dense), **dense[1]}.items()}
     rows = []
     for setting, (other, counts), its in zip(chosen, others, times, strict=True):
         row = {**setting._asdict(), "rank": rank, "repeats": len(its)}
-        row["ranks"] = "/".join(map(str, compression(other.model).ranks.values()))
+        row["ranks"] = "/".join(
+            map(str, (compression(other.model).ranks or compression(network).ranks).values())
+        )
         row.update({**quartiles(its, other.steps), **counts, **beside})
-        if other.optimizer is not None:
+        if isinstance(other.optimizer, DLRT):
             watched = int(np.clip(1e3 / np.median(its), 1, args.repeats)) * other.steps  # about a second
             parts = shares(other.optimizer, other.closure, watched, args.device)
             row.update({f"share_{part}": share for part, share in parts.items()})
