@@ -91,6 +91,24 @@ def test_the_study_goes_to_tables_figures_and_an_archive(run_script, forked_grid
     assert len(list((tmp_path / "out").glob("*.pdf"))) == 3
 
 
+def test_cuts_that_are_not_trained_on_go_to_a_table_and_a_figure(run_script, tmp_path):
+    output(
+        run_script("cifar10/resnet20_cifar10_baseline.py", *SMALL, "--name", "a", "--output-dir", tmp_path)
+    )
+    flags = ["--compressions", 70, "--output-dir", "out"]
+    for runs in (["--runs", tmp_path / "a"], ["--runs", tmp_path / "a"], []):  # measured once
+        output(run_script("cifar10/cut_without_training.py", *flags, *runs))
+    rows = pd.read_csv(tmp_path / "out" / "cut_without_training.csv")
+    assert list(rows["way"]) == ["curvature", "singular values", "all layers alike"]
+    assert rows["compression"].between(70, 74).all()
+    assert rows["accuracy"].between(0, 100).all()
+    metrics = pd.read_csv(tmp_path / "a" / "metrics.csv")
+    assert list(rows["dense"]) == pytest.approx([metrics["test_accuracy"].iloc[-1]] * 3)
+    assert (tmp_path / "out" / "cut_without_training.png").stat().st_size > 10_000
+    result = run_script("cifar10/cut_without_training.py", "--output-dir", "nothing")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+
+
 def test_low_rank_training_begins_with_all_of_the_trained_weights(run_script, weights, tmp_path):
     """At full rank epoch 0 of the low-rank run is that of the dense one."""
     start = [*SMALL, "--from-checkpoint", weights, "--output-dir", tmp_path]

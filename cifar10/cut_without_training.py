@@ -1,0 +1,147 @@
+"""Dense networks cut and not trained on: by what the loss needs, by singular values, all layers alike.
+
+    python cifar10/cut_without_training.py --runs cifar10/results/resnet20/dense_muon_seed*
+
+Five minutes a run and core. For each compression the singular values of all layers compete, in the norm of
+the loss ("curvature", by a thousand training pictures without their labels) or as they are; or every layer
+keeps one share of its full rank. The first and the last layer stay dense. Measured is the accuracy on the
+test pictures; nothing is chosen. What is in cut_without_training.csv is not measured again; the table goes
+beside it, the figure to figures/ as well.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import TypedDict
+
+import pandas as pd
+from torch import nn
+
+from dlrt import compression, errors, plots, tables, to_low_rank
+from dlrt.checkpoint import atomic_write, load_network
+from dlrt.data import Dataset
+from dlrt.datasets import load
+from dlrt.errors import RunError
+from dlrt.options import DATA_DIR, PERCENT, ROOT, HelpFormatter, Parser
+from dlrt.plots import LOOK, Figure, mpl, plt
+from dlrt.runs import read_table
+from dlrt.training import evaluate
+
+NAME = "cut_without_training"
+SAMPLES = 1000  # training pictures that say what the loss needs
+SHARES = [share / 200 for share in range(200, 0, -1)]  # of the full rank
+
+
+class Cut(TypedDict):
+    """A row of the CSV file. Accuracy, the dense network's, and compression are in %."""
+
+    network: str
+    dataset: str
+    run: str
+    way: str
+    asked: float
+    compression: float
+    accuracy: float
+    dense: float
+
+
+def all_alike(model: nn.Module, share: float, skip: list[str]) -> nn.Module:
+    """Every layer cut to the largest share of its full rank at which the network has that compression."""
+    for of_rank in SHARES:
+        cut = to_low_rank(deepcopy(model), rank=of_rank, skip=skip)
+        if compression(cut).evaluation_compression >= 100 * share:
+            return cut
+    raise RunError(f"ranks of 1 are more than a compression of {100 * share:g} % leaves: ask for less")
+
+
+def ways(model: nn.Module, share: float, dataset: Dataset) -> dict[str, nn.Module]:
+    """The network cut in each way."""
+    weighted = [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    skip = [weighted[0], weighted[-1]]
+    inputs = dataset.train.images[:SAMPLES]
+    return {
+        "curvature": to_low_rank(deepcopy(model), compression=share, inputs=inputs, skip=skip),
+        "singular values": to_low_rank(deepcopy(model), compression=share, skip=skip),
+        "all layers alike": all_alike(model, share, skip),
+    }
+
+
+def measure(run: Path, asked: list[float], data_dir: Path) -> list[Cut]:
+    """A row for each way and compression."""
+    model, about = load_network(run)
+    if compression(model).ranks:
+        raise RunError(f"{run} is of a low-rank network: give runs of dense ones")
+    dataset = load(about["dataset"], data_dir, seed=0)
+    dense, rows = evaluate(model, dataset.test)[1], []
+    for percent in asked:
+        for way, cut in ways(model, percent / 100, dataset).items():
+            at = {"network": about["network"], "dataset": about["dataset"], "run": run.name, "way": way}
+            cost = compression(cut).evaluation_compression
+            accuracy = evaluate(cut, dataset.test)[1]
+            rows.append({**at, "asked": percent, "compression": cost, "accuracy": accuracy, "dense": dense})
+    return rows
+
+
+def table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Points lost, a row for each compression and a column for each way: mean ± deviation over the runs."""
+    rows = rows.assign(lost=rows["dense"] - rows["accuracy"])
+    lost = rows.groupby(["asked", "way"], sort=False)["lost"].agg(["mean", "std"])
+    shown = pd.Series(tables.spread(lost["mean"], lost["std"]), lost.index).unstack()
+    head = {f"{way}: points lost": shown[way] for way in rows["way"].unique()}
+    at = rows.groupby("asked")["compression"].mean().map("{:.1f}".format)
+    return pd.DataFrame({"compression [%]": at, **head}).reset_index(drop=True)
+
+
+def figure(rows: pd.DataFrame) -> Figure:
+    with mpl.rc_context(LOOK):
+        made, axes = plt.subplots(figsize=(6.4, 3.8))
+        for number, (way, of) in enumerate(rows.groupby("way", sort=False)):
+            groups = of.groupby("asked")
+            mean, std = groups["accuracy"].mean(), groups["accuracy"].std()
+            bars = {"yerr": std.where(std.notna()), "capsize": 3, "marker": "o", "ms": 4}
+            axes.errorbar(groups["compression"].mean(), mean, label=way, **bars, **plots.style(number))
+        axes.axhline(rows["dense"].mean(), color="black", lw=1, ls=":", label="dense")
+        axes.set(xlabel="compression [%]", ylabel="test accuracy, not trained on [%]", ylim=(0, None))
+        made.legend(loc="outside upper center", ncols=4, fontsize="small")
+    return made
+
+
+@errors.boundary()
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--runs", type=Path, nargs="+", default=[], metavar="RUN", help="folders of trained dense networks")
+    percent = {"type": PERCENT, "metavar": "PERCENT", "nargs": "+"}
+    add("--compressions", **percent, default=[20.0, 30.0, 40.0, 50.0, 60.0, 70.0, 80.0], help="to cut to")
+    add("--data-dir", type=Path, default=DATA_DIR, help="or set DLRT_DATA")
+    add("--output-dir", type=Path, help="of records, table and figure; by default here, and figures/")
+    args = parser.parse_args()
+    folder = args.output_dir or Path(__file__).parent
+    record = folder / f"{NAME}.csv"
+    rows = read_table(record, Cut) if record.exists() else pd.DataFrame(columns=list(Cut.__annotations__))
+    for run in args.runs:
+        done = set(rows.loc[rows["run"] == run.resolve().name, "asked"])
+        made = measure(
+            run.resolve(), [asked for asked in args.compressions if asked not in done], args.data_dir
+        )
+        rows = pd.concat([rows, pd.DataFrame(made)]) if len(rows) else pd.DataFrame(made)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = rows.to_csv(index=False, float_format="%.6g")
+        atomic_write(record, lambda file, text=text: file.write(text.encode()), errors.KEPT)
+    if rows.empty:
+        parser.error("--runs must name trained dense networks, as nothing is measured yet, got none")
+    count = rows["run"].nunique()
+    caption = (
+        f"{rows['network'].iloc[0]} on the test pictures of {tables.data(rows)}, {count} network"
+        f"{'s' * (count > 1)}, {rows['dense'].mean():.2f} % dense. {tables.COUNTED}"
+    )
+    shown = table(rows)
+    (folder / f"{NAME}.md").write_text(tables.markdown(shown, caption), encoding="utf-8")
+    print(tables.markdown(shown, caption))
+    places = [folder] if args.output_dir else [folder, ROOT / "figures"]
+    print(f"figure: {plots.save(figure(rows), places, NAME)}")
+
+
+if __name__ == "__main__":
+    main()
