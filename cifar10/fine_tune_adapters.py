@@ -30,14 +30,16 @@ from dlrt.ranks import parameters
 SAMPLES, TEST_SAMPLES, EPOCHS, BATCH, PIXELS = 1000, 3000, 5, 50, 64
 RANK, FIRST_RANK, HEAD_LR = 4, 6, 3e-3
 SMALL, USUAL, LARGE = (
-    [{"lr": factor * lr} for lr in (1e-3, 3e-3, 1e-2, 3e-2)] for factor in (0.1, 1.0, 10.0)
+    [{"lr": lr} for lr in lrs]
+    for lrs in ((1e-4, 3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 0.01, 0.03), (0.01, 0.03, 0.1, 0.3))
 )
 SETTINGS = {
     "DLRT, Muon": USUAL,
     "DLRT, Adam": USUAL,
     "LoRA, AdamW": USUAL,
-    "AdaLoRA, AdamW": USUAL,
-    "the head alone, AdamW": LARGE,
+    "AdaLoRA, AdamW": LARGE,
+    "AdaLoRA, AdamW, lr 0.01": [{"lr": 0.01}],  # of what is tried the largest that no seed diverges with
+    "the head alone, AdamW": USUAL,
     "all weights, AdamW": SMALL,
 }
 

@@ -4,10 +4,12 @@ Validation chooses. All runs go to NAME.csv as they finish, and their table to N
 """
 
 import json
+import signal
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import TypedDict
 
@@ -79,11 +81,20 @@ class Comparison:
         runs, threads = recorded(record), max(1, torch.get_num_threads() // jobs)
         done = set(zip(runs["row"], runs["seed"], runs["setting"], strict=True))
         missing = [run for run in wanted if (run[0], run[1], json.dumps(run[2])) not in done]
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-            for future in as_completed(pool.submit(self.train, *run, data_dir, threads) for run in missing):
-                made = pd.DataFrame([future.result()])
-                made.to_csv(record, mode="a", header=not record.exists(), index=False, float_format="%.6g")
-                print(made.drop(columns="ranks").to_string(index=False, header=False), flush=True)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        ignored = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), **ignored) as pool:
+            try:
+                futures = [pool.submit(self.train, *run, data_dir, threads) for run in missing]
+                for future in as_completed(futures):
+                    made = pd.DataFrame([future.result()])
+                    form = {"header": not record.exists(), "index": False, "float_format": "%.6g"}
+                    made.to_csv(record, mode="a", **form)
+                    print(made.drop(columns="ranks").to_string(index=False, header=False), flush=True)
+            except BaseException:  # whatever ends this program ends its runs
+                for process in active_children():
+                    process.terminate()
+                raise
 
     def table(self, runs: pd.DataFrame) -> str:
         """Means over the seeds at the best settings, as Markdown."""
