@@ -4,7 +4,8 @@
 
 The weights rest; a new head, and adapters of the 1 x 1 convolutions, are trained for five epochs, by pictures
 of 64 pixels. All adapters have as many parameters as LoRA of rank 4; those whose ranks move begin with 6. For
-comparison, the head alone and all weights. Step sizes are chosen as in probe.py; the head has one for all.
+comparison, the head alone and all weights. Step sizes are chosen as in probe.py; a head beside others has
+one for all.
 """
 
 import json

@@ -68,17 +68,17 @@ class Comparison:
 
         if args.tune:
             make([(row, 0, setting) for row in args.rows for setting in self.settings[row]])
-        best = best_settings(recorded(record))
+        best = best_settings(recorded(record, self.column[0]))
         if untuned := [row for row in args.rows if row not in best]:
-            parser.error(f"no settings have been tried for {', '.join(untuned)}: add --tune")
+            parser.error(f"no settings have been tried for {'; '.join(untuned)}: add --tune")
         make([(row, seed, best[row]) for seed in range(args.seeds) for row in args.rows])
-        text = self.table(recorded(record))
+        text = self.table(recorded(record, self.column[0]))
         record.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
         print(text)
 
     def _make(self, wanted: list[tuple[str, int, dict]], record: Path, data_dir: Path, jobs: int) -> None:
         """Make and record what is not recorded yet."""
-        runs, threads = recorded(record), max(1, torch.get_num_threads() // jobs)
+        runs, threads = recorded(record, self.column[0]), max(1, torch.get_num_threads() // jobs)
         done = set(zip(runs["row"], runs["seed"], runs["setting"], strict=True))
         missing = [run for run in wanted if (run[0], run[1], json.dumps(run[2])) not in done]
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -113,8 +113,8 @@ class Comparison:
         return "\n".join(lines)
 
 
-def recorded(path: Path) -> pd.DataFrame:
-    """The runs in a file, none where it is not there; RunError where it is damaged."""
+def recorded(path: Path, column: str = "seed") -> pd.DataFrame:
+    """The runs in a file, none where it is not there; RunError where it is damaged, or has no such column."""
     if not path.exists():
         return pd.DataFrame(columns=list(Made.__annotations__))
     runs = read_table(path, Made, AGAIN)
@@ -122,8 +122,8 @@ def recorded(path: Path) -> pd.DataFrame:
         settings = [json.loads(setting) for setting in runs["setting"]]
     except (TypeError, ValueError) as error:
         raise damaged(path, AGAIN) from error
-    accurate = runs["validation_accuracy"].notna().all()
-    if not accurate or not all(isinstance(setting, dict) for setting in settings):
+    whole = runs["validation_accuracy"].notna().all() and column in runs and runs[column].notna().all()
+    if not whole or not all(isinstance(setting, dict) for setting in settings):
         raise damaged(path, AGAIN)
     return runs
 

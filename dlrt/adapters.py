@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlrt.attention import PROJECTIONS, Attention, can_unpack, pack
+from dlrt.blocks import Blocks, features, is_conv1d
 from dlrt.convolutions import SAME_IN_DENSE, LowRankConv2d
 from dlrt.layers import FACTORS, LowRankLayer, LowRankLinear, become
 from dlrt.lowrank import at_least_single, svd
@@ -37,7 +38,7 @@ class Adapted(nn.Module):
             rank = min(rank, *base.weight.flatten(1).shape)
             self.adapter: LowRankLayer = LowRankConv2d(rank=rank, **options)
         else:
-            shape = base.in_features, base.out_features
+            shape = features(base)
             self.adapter = LowRankLinear(*shape, rank=min(rank, *shape), **options)
         nn.init.zeros_(self.adapter.S)
         self.base = base.requires_grad_(False)
@@ -46,7 +47,7 @@ class Adapted(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense sum of both weights, for whoever does not call the layer; a new tensor at every call."""
-        return self.base.weight + self.adapter.weight.to(self.base.weight.dtype)
+        return self.base.weight + self._beside().to(self.base.weight.dtype)
 
     @property
     def bias(self) -> Tensor | None:
@@ -59,12 +60,17 @@ class Adapted(nn.Module):
     def merged_weight(self) -> Tensor:
         """The sum of both weights; ValueError where that of the base is quantised or low-rank."""
         weight = getattr(self.base, "weight", None)
-        if not isinstance(self.base, nn.Linear | nn.Conv2d) or not weight.is_floating_point():
+        known = isinstance(self.base, nn.Linear | nn.Conv2d) or is_conv1d(self.base)
+        if not known or not weight.is_floating_point():
             raise ValueError(
                 "adapters are merged into floating-point weights of nn.Linear and nn.Conv2d, got "
                 f"{type(self.base).__name__}: keep them beside it"
             )
-        return (at_least_single(weight) + self.adapter.weight).to(weight.dtype).detach()
+        return (at_least_single(weight) + self._beside()).to(weight.dtype).detach()
+
+    def _beside(self) -> Tensor:
+        """The adapter's weight in the form of the base's: transformers' Conv1D has it transposed."""
+        return self.adapter.weight.mT if is_conv1d(self.base) else self.adapter.weight
 
 
 def add_adapters(model: nn.Module, rank: int = 8, target: str | Iterable[str] | None = None) -> nn.Module:
@@ -72,8 +78,9 @@ def add_adapters(model: nn.Module, rank: int = 8, target: str | Iterable[str] | 
 
     rank is that of each to begin with, or its full one where that is less. target names modules, all of whose
     layers get adapters, by a whole name or the last parts of it ("q_proj"); without it all layers do. A layer
-    is whatever has in_features and out_features, quantised ones too, or is an nn.Conv2d without groups. Of
-    nn.MultiheadAttention they are q_proj, k_proj, v_proj and out_proj, see `dlrt.Attention`.
+    is whatever has in_features and out_features, quantised ones too, the Conv1D of transformers, or an
+    nn.Conv2d without groups. Of nn.MultiheadAttention they are q_proj, k_proj, v_proj and out_proj, see
+    `dlrt.Attention`, and of `dlrt.Blocks` the blocks.
 
     Make a `dlrt.DLRT` of the model then. Unfreeze what else is to be trained, such as a new head. With
     adapters `dlrt.compression` and the budget of a DLRT count trained weights only: an adapter of rank r
@@ -102,8 +109,8 @@ def _layers(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         if can_unpack(module):
             names += [f"{name}.{projection}".lstrip(".") for projection in PROJECTIONS]
-        linear = hasattr(module, "in_features") and hasattr(module, "out_features")
-        if linear or (isinstance(module, nn.Conv2d) and module.groups == 1):
+        linear = hasattr(module, "in_features") and not isinstance(module, Blocks)
+        if linear or is_conv1d(module) or (isinstance(module, nn.Conv2d) and module.groups == 1):
             names.append(name)
     return names
 
@@ -165,14 +172,15 @@ def save_lora(model: nn.Module, folder: Path | str, padded: bool = False) -> Non
     U S Vᵀ = B A with B = U P √Σ, A = √Σ Qᵀ Vᵀ for S = P Σ Qᵀ. Every adapter has its rank, and that as alpha:
     peft then multiplies by 1. padded fills all up to the largest rank with zeros, for programs that take one
     rank only. Without safetensors installed it is adapter_model.bin. ValueError without adapters, and for
-    those of nn.MultiheadAttention, whose layers peft has no names for.
+    those within `dlrt.Attention` or `dlrt.Blocks`, whose layers peft has no names for.
     """
     layers, tensors = adapters(model), {}
     if not layers:
         raise ValueError("the model must have adapters, got none: call dlrt.add_adapters(model) first")
-    if of := [n for n in layers if isinstance(model.get_submodule(n.rpartition(".")[0]), Attention)]:
+    around = {name: model.get_submodule(name.rpartition(".")[0]) for name in layers}
+    if of := [name for name, module in around.items() if isinstance(module, Attention | Blocks)]:
         raise ValueError(
-            f"peft has no layers {', '.join(of)}: merge adapters of nn.MultiheadAttention, or give it none"
+            f"peft has no layers {', '.join(of)}: merge adapters of what was packed, or give it none"
         )
     ranks = {name: layer.rank for name, layer in layers.items()}
     largest = max(ranks.values())

@@ -16,8 +16,13 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is what can be taken apart."""
+    """Whether a module is nn.Linear or such a Conv1D, which `Blocks` can be made of."""
     return type(module) is nn.Linear or is_conv1d(module)
+
+
+def features(linear: nn.Module) -> tuple[int, int]:
+    """How many go in, and how many come out."""
+    return (linear.nx, linear.nf) if is_conv1d(linear) else (linear.in_features, linear.out_features)
 
 
 class Blocks(nn.ModuleList):
@@ -30,18 +35,24 @@ class Blocks(nn.ModuleList):
     def __init__(self, packed: nn.Module, rows: Sequence[int]) -> None:
         super().__init__()
         self.kind, self.rows = type(packed), list(rows)
-        parts = [self._apart(name, p.detach()) for name, p in packed.named_parameters()]
-        for i, outputs in enumerate(self.rows):
-            block = nn.Linear(parts[0][i].shape[1], outputs, bias=len(parts) > 1, device="meta")
-            for (name, p), of in zip(packed.named_parameters(), parts, strict=True):
-                setattr(block, name, nn.Parameter(of[i].clone(), p.requires_grad))
+        self.in_features, self.out_features = features(packed)
+        weights = self._split("weight", packed.weight.detach())
+        biases = rows if packed.bias is None else self._split("bias", packed.bias.detach())
+        for weight, bias in zip(weights, biases, strict=True):
+            block = nn.Linear(*weight.shape[::-1], bias=packed.bias is not None, device="meta")
+            block.weight = nn.Parameter(weight.clone(), packed.weight.requires_grad)
+            if packed.bias is not None:
+                block.bias = nn.Parameter(bias.clone(), packed.bias.requires_grad)
             self.append(block)
         self.train(packed.training)
+
+    def __getitem__(self, index: int | slice) -> nn.Module | list[nn.Module]:
+        return list(self.children())[index]
 
     @property
     def weight(self) -> Tensor:
         """The packed weight, for whoever does not call the layer; a new tensor at every call."""
-        return self._turned(torch.cat([block.weight for block in self]))
+        return self._transposed(torch.cat([block.weight for block in self]))
 
     @property
     def bias(self) -> Tensor | None:
@@ -51,60 +62,76 @@ class Blocks(nn.ModuleList):
         return torch.cat([block(x) for block in self], dim=-1)
 
     def packed(self) -> nn.Module:
-        """The packed layer with the same map; the blocks must be dense."""
-        outputs, inputs, bias = sum(self.rows), self[0].in_features, self.bias
+        """The packed layer with the same map, trained where a block is; the blocks must be dense."""
         with torch.device("meta"):
-            made = nn.Linear(inputs, outputs, bias is not None) if self.kind is nn.Linear else None
-            made = made or self.kind(outputs, inputs)
-        made.weight = nn.Parameter(self.weight.detach().contiguous(), self[0].weight.requires_grad)
-        if bias is not None:
-            made.bias = nn.Parameter(bias.detach(), self[0].bias.requires_grad)
+            if self.kind is nn.Linear:
+                made = nn.Linear(self.in_features, self.out_features, self[0].bias is not None)
+            else:
+                made = self.kind(self.out_features, self.in_features)
+        for name, joined in (("weight", self.weight), ("bias", self.bias)):
+            if joined is not None:
+                trained = any(getattr(block, name).requires_grad for block in self)
+                setattr(made, name, nn.Parameter(joined.detach().contiguous(), trained))
         return made.train(self.training)
 
-    def _turned(self, weight: Tensor) -> Tensor:
+    def _transposed(self, weight: Tensor) -> Tensor:
+        """A weight of nn.Linear as one of the packed layer, and the reverse."""
         return weight if self.kind is nn.Linear else weight.mT
 
-    def _apart(self, name: str, value: Tensor) -> tuple[Tensor, ...]:
+    def _split(self, name: str, value: Tensor) -> tuple[Tensor, ...]:
         """A parameter of the packed layer, by blocks."""
-        return (self._turned(value) if name == "weight" else value).split(self.rows)
+        return (self._transposed(value) if name == "weight" else value).split(self.rows)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """What a state dict of the packed layer has is taken apart."""
-        for name, size in (("weight", self.weight.shape), ("bias", (sum(self.rows),))):
+        weight = self._transposed(torch.empty(self.out_features, self.in_features, device="meta"))
+        for name, shape in (("weight", weight.shape), ("bias", (self.out_features,))):
             value = state_dict.get(prefix + name)
-            if value is not None and value.shape == size:  # else torch says that it has no such parameter
-                parts = self._apart(name, state_dict.pop(prefix + name))
+            if value is not None and value.shape == shape:  # else torch says that it has no such parameter
+                parts = self._split(name, state_dict.pop(prefix + name))
                 state_dict.update({f"{prefix}{i}.{name}": part for i, part in enumerate(parts)})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def block_rows(model: nn.Module, split: Mapping[str, int | Sequence[int]]) -> dict[str, list[int]]:
-    """The rows of each block of the layers that `split` names, by whole names."""
+    """The rows of each block of the layers that `split` names, by whole names.
+
+    ValueError where it names no layer, one layer twice, or not all of its rows.
+    """
     if not isinstance(split, Mapping):
         raise TypeError(f'split must be a dict as {{"qkv": 3}}, got {split!r}')
-    linear = {name: module for name, module in model.named_modules() if is_linear(module)}
-    outputs = {name: m.nf if is_conv1d(m) else m.out_features for name, m in linear.items()}
-    rows = {}
+    outputs = {name: features(module)[1] for name, module in model.named_modules() if is_linear(module)}
+    found: dict[str, list[int]] = {}
     for stem, parts in split.items():
-        named = [name for name in outputs if f".{name}".endswith(f".{stem}")]
-        if not named:
+        names = [name for name in outputs if f".{name}".endswith(f".{stem}")]
+        if not names:
             raise ValueError(f"split names no linear layer of the model: {stem}; it has {', '.join(outputs)}")
-        for name in named:
-            of = [outputs[name] // max(parts, 1)] * parts if isinstance(parts, Integral) else parts
-            whole = isinstance(of, Sequence) and all(
-                isinstance(count, Integral) and count > 0 for count in of
-            )
-            if not whole or sum(of) != outputs[name]:
+        for name in names:
+            if name in found:
+                raise ValueError(f"split names {name} twice, the second time by {stem!r}: give one of them")
+            found[name] = _rows(parts, outputs[name])
+            if sum(found[name]) != outputs[name]:
                 raise ValueError(
                     f"split must be a number of blocks, or their rows, that make up the {outputs[name]} "
                     f"outputs of {name}, got {parts!r}"
                 )
-            rows[name] = list(of)
-    return rows
+    return found
+
+
+def _rows(parts: object, outputs: int) -> list[int]:
+    """The rows of each block, none where the parts are neither a number of blocks nor numbers of rows."""
+
+    def counts(number: object) -> bool:
+        return isinstance(number, Integral) and not isinstance(number, bool) and number > 0
+
+    if counts(parts):
+        return [outputs // parts] * parts
+    listed = isinstance(parts, list | tuple) and all(map(counts, parts))
+    return [int(rows) for rows in parts] if listed else []
 
 
 def rows_in(state: dict[str, Tensor], prefix: str) -> list[int]:
-    """The rows of each block that a linear layer was split into, if so."""
+    """The rows of each block that a linear layer was split into, none where it was not."""
     rows = []
     while (W := state.get(f"{prefix}{len(rows)}.U", state.get(f"{prefix}{len(rows)}.weight"))) is not None:
         rows.append(len(W))

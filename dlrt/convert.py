@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from dlrt.attention import Attention, can_unpack, pack
-from dlrt.blocks import Blocks, block_rows, is_conv1d, is_linear, rows_in
+from dlrt.blocks import Blocks, block_rows, features, is_conv1d, is_linear, rows_in
 from dlrt.checks import check_compression, check_real, check_tolerance
 from dlrt.convolutions import LowRankConv2d, SpatialLowRankConv2d
 from dlrt.costs import compression as cost_of
@@ -75,13 +75,13 @@ def to_low_rank(
     _check(model, rank, tau, skip, compression)
     _check_inputs(inputs)
     rows = block_rows(model, split or {})
-    layers = _layers(model, skip, rows)
     try:
+        layers = _layers(model, skip, rows)
         cut = _cut(model, layers, rank, tau, inputs, compression, spatial)
         for layer, made in zip(layers, cut, strict=True):
             become(layer, made)
     finally:
-        pack(model)  # attention of which nothing became low-rank
+        pack(model)  # attention and blocks of which nothing became low-rank
     return model
 
 
@@ -253,7 +253,7 @@ def to_dense(model: nn.Module) -> nn.Module:
 def replace_layers(model: nn.Module, make: Callable[[LowRankLayer], nn.Module]) -> nn.Module:
     """Make every low-rank layer what make(layer) is; it stays the same object for whoever holds it.
 
-    Attention of which no layer is low-rank any more is packed again.
+    Attention and blocks of which no layer is low-rank any more are packed again.
     """
     for layer in list(model.modules()):
         if isinstance(layer, LowRankLayer):
@@ -271,7 +271,7 @@ def load_factors(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
         prefix = f"{name}." if name else ""
         if type(dense) is nn.MultiheadAttention and any(key.startswith(f"{prefix}q_proj.") for key in state):
             become(dense, Attention(dense))  # the walk goes on in its four layers
-        if is_linear(dense) and (rows := rows_in(state, prefix)):
+        if is_linear(dense) and sum(rows := rows_in(state, prefix)) == features(dense)[1]:
             become(dense, Blocks(dense, rows))
         U = state.get(f"{prefix}U")
         if type(dense) in LOW_RANK_TYPES and U is not None:

@@ -17,7 +17,7 @@ def export(model: nn.Module) -> nn.Module:
     r (m + n) < m n, and one dense layer where not. Modes, types, devices and frozen weights are kept, and a
     module that occurs twice stays one. The copy shares no memory with the model; hooks that sat on a low-rank
     layer are left behind. Nothing of dlrt is left in it, but for `dlrt.Attention` and `dlrt.Blocks` around
-    thin layers, which torch has no module for.
+    thin layers: torch packs their weights.
     """
     return replace_layers(deepcopy(model), plain_layer)
 

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from dlrt import errors, plots
-from dlrt.cams import network_flags, networks
+from dlrt.cams import explain, network_flags, networks
 from dlrt.cams.load_pictures import readable
 from dlrt.cams.networks import Network
 from dlrt.cams.pictures import Picture, files
@@ -52,18 +53,24 @@ def measured(
 ) -> pd.DataFrame:
     """A row for each map of each network, draw and step."""
     images, rows = nets[0].images(pictures), []
-    with torch.no_grad():
-        targets = of_classes(nets[0].model(images).argmax(1))
+    targets = predicted(nets[0], images)
     for network in nets:
         for draw in range(args.draws):
-            steps = list(cascade(network.model, images, targets, args.method, layer, args.steps, draw))
-            for number, (name, correlations) in enumerate(steps):
-                at = {"draw": draw, "random_layers": number / (len(steps) - 1), "down_to": name}
+            for share, name, correlations in cascade(
+                network.model, images, targets, args.method, layer, args.steps, draw
+            ):
+                at = {"network": network.label, "draw": draw, "random_layers": share, "down_to": name}
                 rows += [
-                    {"network": network.label, **at, "file": picture.name, "correlation": r}
+                    {**at, "file": picture.name, "correlation": r}
                     for picture, r in zip(pictures, correlations, strict=True)
                 ]
     return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def predicted(network: Network, images: Tensor) -> list:
+    """Targets: the classes that a network predicts."""
+    return of_classes(network.model(images).argmax(1))
 
 
 def make_parser() -> Parser:
@@ -89,12 +96,19 @@ def main() -> None:
         pictures, failed = readable(paths)
         if not pictures:
             raise RunError(f"no picture in {args.image_path} can be read")
+        one = nets[0].images(pictures[:1])
+        for network in nets:  # where the method has no map of a network, it ends here
+            explain(network.model, one, predicted(nets[0], one), args.method, layer)
+            networks.warn_if_larger(network)
+        networks.warn(nets[0])
         args.output_dir.mkdir(parents=True, exist_ok=True)
     except (RunError, ValueError, OSError) as error:
         parser.error(str(error))
     with errors.boundary(code=errors.STOPPED):
         table = measured(nets, pictures, layer, args)
         table.to_csv(args.output_dir / "randomised.csv", index=False, float_format="%.6g")
+        if undefined := int(table["correlation"].isna().sum()):
+            print(f"warning: {undefined} of {len(table)} maps are undefined: left out", file=sys.stderr)
         titles = {network.label: network.title.replace("\n", ", ") for network in nets}
         means = table.groupby(["network", "random_layers"], sort=False)["correlation"].mean().unstack()
         print(means.round(2).to_string())

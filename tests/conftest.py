@@ -5,6 +5,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
 import traceback
 import warnings
 from pathlib import Path
@@ -66,16 +67,21 @@ def run_script(monkeypatch, tmp_path, capsys):
 
 
 class Forked:
-    """A script in a process of its own, as subprocess.Popen([python, script, *flags], ...) would start it.
+    """A script in a process of its own, as subprocess.Popen([python, script, *flags]) starts one.
 
-    It is forked from this one, which has imported torch already: that takes seconds.
+    It is forked from this one, which has imported torch already: that takes seconds. `env` adds to the
+    environment.
     """
 
     def __init__(self, command, cwd=".", env=(), stdout=None, stderr=None):
         self.returncode = None
         self.pid = os.fork()
         if self.pid == 0:
-            os._exit(self._run([str(part) for part in command[1:]], cwd, env, stdout, stderr))
+            code = 1
+            try:
+                code = self._run([str(part) for part in command[1:]], cwd, env, stdout, stderr)
+            finally:
+                os._exit(code)
 
     @staticmethod
     def _run(arguments, cwd, env, *outputs):
@@ -86,6 +92,7 @@ class Forked:
         sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        torch.set_num_threads(1)  # the threads of the process before are not there
         try:
             os.chdir(cwd)
             os.environ.update(env)
@@ -124,7 +131,11 @@ class Forked:
 def fork(command, **options):
     """Run a script to its end in a `Forked` process; what comes back is that of `subprocess.run`."""
     with TemporaryFile("w+") as out, TemporaryFile("w+") as err:
-        code = Forked(command, stdout=out, stderr=err, **options).wait()
+        process, end = Forked(command, stdout=out, stderr=err, **options), time.monotonic() + 300
+        while (code := process.poll()) is None:
+            if time.monotonic() > end:
+                os.kill(process.pid, signal.SIGKILL)
+            time.sleep(0.02)
         texts = [(file.seek(0), file.read())[1] for file in (out, err)]
     return subprocess.CompletedProcess(command, code, *texts)
 

@@ -56,7 +56,7 @@ def test_blocks_take_ranks_of_their_own_and_both_forms_of_state_load():
         other.load_state_dict({**state, "qkv.weight": torch.randn(12, 6)})
 
 
-def test_blocks_train_and_skipped_or_frozen_layers_do_not():
+def test_blocks_train_unless_frozen_and_a_skipped_layer_trains_dense():
     model = nn.ModuleDict({"a": Packed(), "b": Packed()})
     model.b.qkv.requires_grad_(False)
     dlrt.to_low_rank(model, rank=2, skip=["b.proj"], split={"a.qkv": 3, "b.qkv": 3})
@@ -70,13 +70,46 @@ def test_blocks_train_and_skipped_or_frozen_layers_do_not():
     assert type(model.b.proj) is nn.Linear
 
 
-@pytest.mark.parametrize("rows", [0, 2, -3, 2.5, "three", (5, 5), (15, 0), None])
+@pytest.mark.parametrize("rows", [0, 2, -3, 2.5, True, "three", b"\x0f", (5, 5), (15, 0), (True, 14), None])
 def test_a_wrong_split_is_told_and_changes_nothing(rows):
     model = Packed()
     with pytest.raises(ValueError, match=r"make up the 15 outputs of qkv, got"):
         dlrt.to_low_rank(model, split={"qkv": rows})
     with pytest.raises(ValueError, match=r"no linear layer of the model: kqv; it has qkv, proj"):
         dlrt.to_low_rank(model, split={"kqv": 3})
+    both = nn.ModuleDict({"a": model})
+    with pytest.raises(ValueError, match=r"names a.qkv twice, the second time by 'qkv'"):
+        dlrt.to_low_rank(both, split={"a.qkv": 3, "qkv": 5})
     with pytest.raises(TypeError, match=r"must be a dict"):
         dlrt.to_low_rank(model, split=("qkv",))
     assert type(model.qkv) is nn.Linear
+
+
+def test_blocks_are_linear_layers_to_others():
+    """Whatever order parameters were registered in, exported or not."""
+    model = Packed()
+    weight = model.qkv._parameters.pop("weight")
+    model.qkv.register_parameter("weight", weight)  # behind the bias, as after pruning
+    dlrt.to_low_rank(model, rank=2, split={"qkv": 3})
+    assert (model.qkv.in_features, model.qkv.out_features) == (6, 15)
+    assert [type(block) for block in model.qkv[1:]] == [dlrt.LowRankLinear] * 2
+    exported = dlrt.export(model)
+    exported.load_state_dict(exported.state_dict())
+    dlrt.add_adapters(model, rank=1, target="qkv")
+    assert len(dlrt.adapter_state(model)) == 3 * 3
+    with pytest.raises(ValueError, match=r"peft has no layers qkv.0, qkv.1, qkv.2"):
+        dlrt.save_lora(model, "nowhere")
+
+
+def test_what_is_frozen_in_part_is_trained_once_packed():
+    model = dlrt.to_low_rank(Packed(), split={"qkv": 3})
+    model.qkv[0].requires_grad_(False)
+    assert dlrt.to_dense(model).qkv.weight.requires_grad
+
+
+def test_a_state_of_other_blocks_is_refused_by_name():
+    state = dlrt.to_low_rank(Packed(), rank=2, split={"qkv": 3}).state_dict()
+    other = Packed()
+    other.qkv = nn.Linear(6, 18)
+    with pytest.raises(RuntimeError, match=r"qkv\.0\.U"):
+        dlrt.load_factors(other, state)

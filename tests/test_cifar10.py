@@ -13,6 +13,9 @@ from dlrt.checkpoint import load_network
 from dlrt.datasets import load
 from dlrt.training import evaluate
 
+# a comparison's runs, but another one's: without compressions
+OTHERS = "row,seed,setting,validation_accuracy,test_accuracy,ranks,seconds\n"
+OTHERS += '"dense, SGD",0,"{""lr"": 0.4}",1.0,1.0,,1.0\n'
 SMALL = ["--dataset", "digits32", "--epochs", "1"]
 DENSE = {
     "vgg16": {"features.0", "classifier"},
@@ -128,7 +131,7 @@ def test_what_cannot_be_is_told_before_any_work(run_script, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "\0\n", "row,seed\na,0\n", "row,seed,setting\na,0,[1]\n", "a,b\n1,2,3\n"]
+    "text", ["", "\0\n", "row,seed\na,0\n", OTHERS, "row,seed,setting\na,0,[1]\n", "a,b\n1,2,3\n"]
 )
 def test_a_damaged_record_of_the_probe_costs_one_line(text, tmp_path, run_script):
     (tmp_path / "probe.csv").write_text(text)

@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
+from torchvision.models import VisionTransformer
 
 import dlrt
-from dlrt.cams.randomised import cascade, randomise, weighted_layers
+from dlrt.cams.randomised import cascade, randomise, weighted_modules
 from dlrt.cams.targets import of_classes
 
 
@@ -33,15 +34,26 @@ def model():
 
 
 def test_layers_come_in_the_order_of_their_calls_without_norms(model):
-    layers = weighted_layers(model, torch.zeros(1, 1, 9, 9))
-    assert layers == [model.first, model.second, model.head]
+    assert weighted_modules(model, torch.zeros(1, 1, 9, 9)) == [model.first, model.second, model.head]
+
+
+def test_no_weight_of_a_transformer_stays_as_it_was():
+    model = VisionTransformer(32, 8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=4)
+    nn.init.normal_(model.heads.head.weight)
+    nn.init.normal_(model.class_token)
+    before, generator = copy.deepcopy(model), torch.Generator()
+    for module in weighted_modules(model, torch.randn(1, 3, 32, 32)):
+        randomise(module, generator)
+    pairs = zip(model.parameters(), before.parameters(), strict=True)
+    assert [torch.equal(p, q) for p, q in pairs] == [p.dim() == 1 for p in model.parameters()]
 
 
 @pytest.mark.parametrize("rank", [None, 2])
 def test_random_weights_have_the_norm_of_those_before(model, rank):
     layer = dlrt.to_low_rank(model, rank=rank).second if rank else model.second
     before = layer.weight.detach().clone()
-    randomise(layer)
+    randomise(layer, torch.Generator().manual_seed(0))
+    assert torch.linalg.matrix_rank(layer.weight.flatten(1)) == (rank or 8)
     assert torch.isclose(layer.weight.norm(), before.norm(), rtol=1e-5)
     assert torch.corrcoef(torch.stack([layer.weight.detach().flatten(), before.flatten()]))[0, 1].abs() < 0.3
 
@@ -52,14 +64,15 @@ def test_a_cascade_begins_with_the_own_maps_and_leaves_the_model_as_it_was(model
     found = list(cascade(model, images, of_classes([0, 1, 2, 3, 0]), "gradcam", "second", steps=9, seed=0))
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    names, correlations = zip(*found, strict=True)
+    shares, names, correlations = zip(*found, strict=True)
+    assert shares == pytest.approx([0, 1 / 3, 2 / 3, 1])
     assert names == ("", "head", "second", "first")  # no more steps than layers
     assert np.allclose(correlations[0], 1)
     assert np.mean(np.abs(correlations[-1])) < 0.7
     again = list(cascade(model, images, of_classes([0, 1, 2, 3, 0]), "gradcam", "second", steps=1, seed=0))
-    assert [name for name, _ in again] == ["", "first"]
+    assert [name for _, name, _ in again] == ["", "first"]
     other = list(cascade(model, images, of_classes([0, 1, 2, 3, 0]), "gradcam", "second", steps=1, seed=1))
-    assert not np.allclose(again[1][1], other[1][1])
+    assert not np.allclose(again[1][2], other[1][2])
 
 
 def test_the_script_leaves_a_row_for_each_map_and_a_figure(run_script, tmp_path):
@@ -78,3 +91,5 @@ def test_the_script_leaves_a_row_for_each_map_and_a_figure(run_script, tmp_path)
     assert (tmp_path / "out" / "randomised.png").stat().st_size > 10_000
     result = run_script("pytorch-grad-cam/randomise.py", "--image-path", tmp_path / "nothing")
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    flags[4:6] = ["--method", "fullgrad"]  # whose raw maps are of no layer
+    assert run_script("pytorch-grad-cam/randomise.py", *flags).returncode == 0

@@ -16,32 +16,48 @@ from torch import Tensor, nn
 from dlrt.cams.compare import similarity
 from dlrt.cams.explain import explain
 from dlrt.cams.targets import Target
-from dlrt.hooks import watching
 from dlrt.layers import LowRankLayer
+from dlrt.lowrank import qr
 
 
-def weighted_layers(model: nn.Module, images: Tensor) -> list[nn.Module]:
-    """The layers with a weight matrix or kernel, in the order in which they are called first."""
+def matrices(module: nn.Module) -> list[nn.Parameter]:
+    """The weight matrices, kernels and embeddings that are a module's own."""
+    return [p for p in module.parameters(recurse=False) if p.dim() > 1]
+
+
+def weighted_modules(model: nn.Module, images: Tensor) -> list[nn.Module]:
+    """The modules with weights of their own, in the order in which they are called first.
+
+    One that is read and not called, as the last layer of nn.MultiheadAttention, comes after the module that
+    contains it.
+    """
     order: dict[nn.Module, None] = {}
-    layers = [m for m in model.modules() if hasattr(m, "reset_parameters") and _norm(m) is not None]
-    with torch.no_grad(), watching(model, layers, lambda layer, *_: order.setdefault(layer)):
-        model(images)
-    return list(order)
-
-
-def _norm(layer: nn.Module) -> Tensor | None:
-    """‖W‖ (Frobenius) of a layer that has a matrix or a kernel W."""
-    weight = layer.S if isinstance(layer, LowRankLayer) else getattr(layer, "weight", None)
-    matrix = isinstance(weight, Tensor) and weight.dim() > 1
-    return torch.linalg.vector_norm(weight.detach()) if matrix else None
+    hooks = [
+        m.register_forward_pre_hook(lambda module, *_: order.setdefault(module)) for m in model.modules()
+    ]
+    try:
+        with torch.no_grad():
+            model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    called = set(order)
+    inner = (
+        part for module in order for part in (module, *(m for m in module.children() if m not in called))
+    )
+    return [module for module in dict.fromkeys(inner) if matrices(module)]
 
 
 @torch.no_grad()
-def randomise(layer: nn.Module) -> None:
-    """Give a layer random weights of the same norm, so that the statistics of norms behind it still fit."""
-    norm = _norm(layer)
-    layer.reset_parameters()
-    (layer.S if isinstance(layer, LowRankLayer) else layer.weight).mul_(norm / _norm(layer))
+def randomise(module: nn.Module, generator: torch.Generator) -> None:
+    """Give a module random weights of the same norms, so that the statistics of norms behind it still fit.
+
+    Of a low-rank layer the bases become random, and S: W keeps its rank.
+    """
+    for p in matrices(module):
+        drawn = torch.randn(p.shape, generator=generator).to(p)
+        basis = isinstance(module, LowRankLayer) and p is not module.S
+        p.copy_(qr(drawn)[0] if basis else drawn * (p.norm() / drawn.norm()))
 
 
 def cascade(
@@ -52,25 +68,21 @@ def cascade(
     layer: str,
     steps: int,
     seed: int,
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Randomise a copy in so many steps, at most one for each layer, from the last layer to the first.
+) -> Iterator[tuple[float, str, np.ndarray]]:
+    """Randomise a copy in so many steps, at most one for each module, from the last to the first.
 
-    Gives for each step the name of the last layer that is random by now, and for each picture Pearson's
-    correlation of the raw map with that of the model, NaN where it is not defined; first "", for none.
+    Gives for each step the share of modules that are random by now, the name of the last one, and for each
+    picture Pearson's correlation of the raw map with that of the model, NaN where it is not defined; first
+    those of no random module.
     """
     own, copy = explain(model, images, targets, method, layer).raw, deepcopy(model)
-    names = {module: name for name, module in copy.named_modules()}
-    layers = weighted_layers(copy, images[:1])[::-1]
-    generator_state = torch.random.get_rng_state()
-    torch.manual_seed(20_221_128 + seed)  # of none of the seeds with which networks begin
-    drawn = torch.random.get_rng_state()
-    ends = np.linspace(0, len(layers), min(steps, len(layers)) + 1).round().astype(int)
+    names = {module: name or type(module).__name__ for name, module in copy.named_modules()}
+    modules = weighted_modules(copy, images[:1])[::-1]
+    generator = torch.Generator().manual_seed(seed)
+    ends = np.linspace(0, len(modules), min(steps, len(modules)) + 1).round().astype(int)
     for start, end in zip([0, *ends[:-1]], ends, strict=True):
-        torch.random.set_rng_state(drawn)
-        for module in layers[start:end]:
-            randomise(module)
-        drawn = torch.random.get_rng_state()
-        torch.random.set_rng_state(generator_state)
+        for module in modules[start:end]:
+            randomise(module, generator)
         raw = explain(copy, images, targets, method, layer).raw
         r = [similarity(a, b)["pearson"] for a, b in zip(own, raw, strict=True)]
-        yield names[layers[end - 1]] if end else "", np.array(r)
+        yield end / len(modules), names[modules[end - 1]] if end else "", np.array(r)
