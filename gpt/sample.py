@@ -1,6 +1,6 @@
 """Let the network of a run continue a text.
 
-python gpt/sample.py gpt/results/width192_depth4_compression50_muon_seed0 --prompt "def "
+python gpt/sample.py gpt/results/width128_depth4_compression50_muon_seed0 --prompt "def "
 """
 
 from pathlib import Path

@@ -29,7 +29,7 @@ def small(**options):
 
 def test_it_has_the_parameters_that_it_says_and_ties_its_head():
     model = GPT()
-    assert dlrt.compression(model).dense_parameters == 1_818_624 == 256 * 192 + 4 * 12 * 192**2
+    assert dlrt.compression(model).dense_parameters == 819_200 == 256 * 128 + 4 * 12 * 128**2
     assert model.head.weight is model.words.weight
     with pytest.raises(ValueError, match=r"a width that 8 divides, got \(128,\) and 100"):
         GPT(width=100)
@@ -163,7 +163,7 @@ def test_runs_leave_bits_per_byte_a_table_and_samples(quick, tmp_path, run_scrip
 def test_every_way_of_the_study_is_a_run_that_its_script_takes(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "gpt")
     study = runpy.run_path(str(ROOT / "gpt" / "run.py"))
-    args = argparse.Namespace(width=192, depth=4, dataset="stdlib", data_dir=Path("data"), device="cpu")
+    args = argparse.Namespace(width=128, depth=4, dataset="stdlib", data_dir=Path("data"), device="cpu")
     sizes = {}
     for way, rules in study["RULES"].items():
         for rule in rules:

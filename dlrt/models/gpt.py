@@ -35,14 +35,14 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Tokens (N, T), of so many classes, to logits (N, classes, T) for the token after each.
 
-    shape is (T,) of the training data; other lengths work as well. 1,818,624 weights.
+    shape is (T,) of the training data; other lengths work as well. 819,200 weights.
     """
 
     def __init__(
         self,
         shape: tuple[int] = (128,),
         classes: int = 256,
-        width: int = 192,
+        width: int = 128,
         depth: int = 4,
         heads: int = 4,
     ) -> None:
