@@ -3,7 +3,7 @@
 python -m dlrt info RUN
 python -m dlrt export RUN --format onnx
 
-RUN is the folder of a run, or its checkpoint.pt.
+RUN is the folder of a run, its checkpoint.pt, or the name of a network that dlrt brings along.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 import dlrt
 from dlrt import errors, plots, tables
-from dlrt.checkpoint import atomic_write, load_network
+from dlrt.checkpoint import atomic_write, checkpoint_of, load_checkpoint, load_network
 from dlrt.errors import RunError
 from dlrt.options import HelpFormatter, Parser
+from dlrt.runs import chosen_epoch
 
+FORMATS = "pt2 is torch.export's; checkpoint has the factors, and nothing that going on would need"
 ELSEWHERE = "give --output a file in a folder that can be written to"
-SUFFIXES = {"pt2": ".pt2", "onnx": ".onnx", "state_dict": ".pt"}
+SUFFIXES = {"pt2": ".pt2", "onnx": ".onnx", "state_dict": ".pt", "checkpoint": "_checkpoint.pt"}
 
 
 @errors.boundary("")
@@ -36,12 +39,14 @@ def _parser() -> Parser:
     parser = Parser(prog="python -m dlrt", description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     info = commands.add_parser("info", help="ranks, parameters and singular values, with a figure")
-    export = commands.add_parser("export", help="plain layers, thin ones in pairs, in a file")
+    export = commands.add_parser("export", help="plain layers, thin ones in pairs, or factors, in a file")
     for command, action in ((info, _info), (export, _export)):
-        command.add_argument("run", type=Path, metavar="RUN", help="a run's folder or its checkpoint.pt")
+        command.add_argument(
+            "run", type=Path, metavar="RUN", help="a run's folder, its checkpoint.pt or a name"
+        )
         command.set_defaults(command=action)
     info.add_argument("--output-dir", type=Path, help="of the figure; by default the run's folder")
-    export.add_argument("--format", choices=SUFFIXES, required=True, help="pt2 is torch.export's")
+    export.add_argument("--format", choices=SUFFIXES, required=True, help=FORMATS)
     export.add_argument("--output", type=Path, help="by default a file in the run's folder")
     return parser
 
@@ -69,7 +74,9 @@ def _export(args: argparse.Namespace) -> None:
     plain = dlrt.export(model)
     images = torch.zeros(2, *about["shape"])  # of two, since torch takes a dimension of one for a constant
     batch = ({0: torch.export.Dim("batch")},)  # any number of images
-    if args.format == "state_dict":
+    if args.format == "checkpoint":
+        write = partial(torch.save, _slim(args.run))
+    elif args.format == "state_dict":
         write = partial(torch.save, plain.state_dict())
     elif args.format == "pt2":
         write = partial(torch.export.save, torch.export.export(plain, (images,), dynamic_shapes=batch))
@@ -80,6 +87,14 @@ def _export(args: argparse.Namespace) -> None:
         write = lambda file: file.write(content)  # noqa: E731
     atomic_write(path, write, ELSEWHERE)
     print(f"{_describe(about)}\n{path}")
+
+
+def _slim(run: Path) -> dict[str, object]:
+    """A checkpoint of the chosen epoch alone: its weights, its metrics, and what they are of."""
+    state = load_checkpoint(checkpoint_of(run))
+    rows = pd.DataFrame(state["metrics"])
+    chosen = [state["metrics"][chosen_epoch(rows)]] if len(rows) else []
+    return {"model": {}, "metrics": chosen, "chosen": state["chosen"], "about": state["about"]}
 
 
 def _folder(run: Path) -> Path:

@@ -16,6 +16,7 @@ from dlrt.baselines import plain_factors
 from dlrt.convert import load_factors
 from dlrt.errors import RunError, one_line
 
+WEIGHTS = Path(__file__).parent / "weights"  # of trained networks, by name; README.md there says more
 KINDS = {int: "iu", float: "iuf", bool: "b"}  # of the columns that hold a type; whatever else is text
 
 
@@ -110,16 +111,31 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def trained_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The weights of the chosen epoch of a run, from its folder or checkpoint, or a state dict in a file.
+def checkpoint_of(run: Path | str) -> Path:
+    """The checkpoint of a run's folder, or that file itself, or the one of that name in `WEIGHTS`."""
+    path, shipped = Path(run), WEIGHTS / f"{run}.pt"
+    if not path.exists() and path.name == str(run) and shipped.is_file():
+        return shipped
+    return path / "checkpoint.pt" if path.is_dir() else path
 
-    RunError where there is neither.
+
+def _shipped() -> str:
+    return ", ".join(sorted(path.stem for path in WEIGHTS.glob("*.pt")))
+
+
+def trained_weights(run: Path) -> dict[str, torch.Tensor]:
+    """The weights of the chosen epoch of a run or of a network in `WEIGHTS`, or a state dict in a file.
+
+    RunError where there is none of these.
     """
-    if (path / "config.json").exists() and not (path / "checkpoint.pt").exists():
-        raise RunError(f"{path} holds the record of a run without its weights: train it anew")
-    path = path / "checkpoint.pt" if path.is_dir() else path
+    path = checkpoint_of(run)
+    if (run / "config.json").exists() and not path.exists():
+        raise RunError(f"{run} holds the record of a run without its weights: train it anew")
     if not path.exists():
-        raise RunError(f"{path} is not there: give a run's folder, its checkpoint.pt or a file of weights")
+        raise RunError(
+            f"{path} is not there: give a run's folder, its checkpoint.pt, a file of weights or one of "
+            f"{_shipped()}"
+        )
     state = load_file(path)
     weights = state.get("chosen", state)
     if not _are_weights(weights):
@@ -137,16 +153,18 @@ def _are_weights(state: Any) -> bool:
 def load_network(run: Path | str, network: type[nn.Module] | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a run with the weights of its chosen epoch, and what the checkpoint says about it.
 
-    run is a run's folder or a checkpoint.pt. The network is on the CPU and in evaluation mode, and low-rank
-    where the run's was. The second value has the keys network, settings, shape (channels, height, width),
-    classes, dataset, mean and std (per channel, of pixels in [0, 1]), by which images must be normalised. A
-    network that is not one of `dlrt.models` must be given as a class. RunError where there is no checkpoint,
-    or where it is damaged or of another network.
+    run is a run's folder, a checkpoint.pt or the name of a network in `WEIGHTS`. The network is on the CPU
+    and in evaluation mode, and low-rank where the run's was. The second value has the keys network, settings,
+    shape (channels, height, width), classes, dataset, mean and std (per channel, of pixels in [0, 1]), by
+    which images must be normalised. A network that is not one of `dlrt.models` must be given as a class.
+    RunError where there is no checkpoint, or where it is damaged or of another network.
     """
-    path = Path(run)
-    path = path / "checkpoint.pt" if path.is_dir() else path
+    path = checkpoint_of(run)
     if not path.is_file():
-        raise RunError(f"there is no {path}: give a run's folder or its checkpoint.pt, or train it anew")
+        raise RunError(
+            f"there is no {path}: give a run's folder, its checkpoint.pt or one of {_shipped()}, or train it "
+            "anew"
+        )
     state = load_checkpoint(path)
     if missing := {"about", "chosen"} - state.keys():
         raise RunError(f"{path} has no {' and no '.join(sorted(missing))}: it is not from a training script")

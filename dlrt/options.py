@@ -140,7 +140,7 @@ class Options:
     augment: bool = option(True, "shift training images at random, mirror half of CIFAR-10's", **SWITCH)
     from_checkpoint: Path | None = option(
         None,
-        "weights to begin with: a dense run's folder or checkpoint, or a state dict",
+        "weights to begin with: a dense run's folder or checkpoint, a state dict or a name of dlrt/weights",
         Path,
         metavar="PATH",
     )

@@ -15,11 +15,11 @@ from torch import nn
 import dlrt
 from dlrt.__main__ import main
 from dlrt.baselines import plain_factors
-from dlrt.checkpoint import load_checkpoint, load_network
+from dlrt.checkpoint import WEIGHTS, load_checkpoint, load_network
 from dlrt.datasets import load
 from dlrt.errors import RunError
 from dlrt.models import MLP
-from dlrt.runs import Run
+from dlrt.runs import Run, chosen_epoch, read_metrics
 from dlrt.training import evaluate, fit
 
 
@@ -53,6 +53,32 @@ def trained(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def low_rank(tmp_path_factory):
     return train(tmp_path_factory.mktemp("run"), "low-rank", width=30)
+
+
+def test_a_checkpoint_of_the_chosen_epoch_alone_is_the_network_and_a_start(trained, tmp_path, run_script):
+    folder, model, digits = trained
+    main(["export", str(folder), "--format", "checkpoint", "--output", str(tmp_path / "slim.pt")])
+    again, about = load_network(tmp_path / "slim.pt")
+    assert torch.equal(again(digits.test.images), model(digits.test.images))
+    assert about == load_network(folder)[1]
+    state = load_checkpoint(tmp_path / "slim.pt")
+    assert [row["epoch"] for row in state["metrics"]] == [chosen_epoch(read_metrics(folder)) + 1]
+    assert (tmp_path / "slim.pt").stat().st_size < (folder / "checkpoint.pt").stat().st_size / 1.5
+
+
+CARD = (WEIGHTS / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", sorted(WEIGHTS.glob("*.pt")), ids=lambda path: path.stem)
+def test_networks_that_come_along_are_what_their_card_says(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, about = load_network(path.stem)
+    cost, (row,) = dlrt.compression(model), load_checkpoint(path)["metrics"]
+    cells = re.search(rf"^\| `{path.stem}` \|.*$", CARD, flags=re.MULTILINE)[0].split(" | ")
+    accuracy, compression = f"{row['test_accuracy']:.2f}", f"{cost.evaluation_compression:.1f}"
+    assert cells[1:5] == [about["network"], accuracy, compression, f"{cost.evaluation_parameters:,}"]
+    assert path.stat().st_size < 1.5e6
+    assert model(torch.zeros(2, *about["shape"])).shape == (2, about["classes"])
 
 
 def test_a_run_gives_back_the_network_of_its_chosen_epoch(trained):

@@ -17,7 +17,7 @@ def add_flags(parser: Parser, run_flag: str = "--checkpoint", several: bool = Fa
     """
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group()
-    run = "a run's folder or its checkpoint.pt; all else about the network comes from there"
+    run = "a run's folder, its checkpoint.pt or a name of dlrt/weights, from which all else comes as well"
     what.add_argument(run_flag, dest="checkpoint", type=Path, metavar="RUN", help=run)
     arch = f"a network of torchvision, or ResNet20 and its like of dlrt; by default {known.DEFAULT_ARCH}"
     what.add_argument("--arch", metavar="NAME", help=arch)
