@@ -1,17 +1,19 @@
 """Dense networks cut and not trained on: by what the loss needs, by singular values, all layers alike.
 
-    python cifar10/cut_without_training.py --runs cifar10/results/resnet20/dense_muon_seed*
+    python cifar10/cut_without_training.py --runs resnet20_cifar10
 
-Five minutes a run and core. For each compression the singular values of all layers compete, in the norm of
-the loss ("curvature", by a thousand training pictures without their labels) or as they are; or every layer
-keeps one share of its full rank. The first and the last layer stay dense. Measured is the accuracy on the
-test pictures; nothing is chosen. What is in cut_without_training.csv is not measured again; the table goes
-beside it, the figure to figures/ as well.
+For one of the networks that come along (dlrt/weights), or for runs, one for each seed. Ten minutes a run and
+core. For each compression the singular values of all layers compete, in the norm of the loss ("curvature",
+by a thousand training pictures without their labels) or as they are; or every layer
+keeps one share of its full rank. "spatial": kernels are matrices across space. The first and the last layer
+stay dense. Measured is the accuracy on the test pictures; nothing is chosen. What is in
+cut_without_training.csv is not measured again; the table goes beside it, the figure to figures/ as well.
 """
 
 from __future__ import annotations
 
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 from typing import TypedDict
 
@@ -29,6 +31,7 @@ from dlrt.runs import read_table
 from dlrt.training import evaluate
 
 NAME = "cut_without_training"
+WAYS = ("curvature, spatial", "curvature", "singular values", "all layers alike")
 SAMPLES = 1000  # training pictures that say what the loss needs
 SHARES = [share / 200 for share in range(200, 0, -1)]  # of the full rank
 
@@ -55,31 +58,29 @@ def all_alike(model: nn.Module, share: float, skip: list[str]) -> nn.Module:
     raise RunError(f"ranks of 1 are more than a compression of {100 * share:g} % leaves: ask for less")
 
 
-def ways(model: nn.Module, share: float, dataset: Dataset) -> dict[str, nn.Module]:
-    """The network cut in each way."""
+def cut(model: nn.Module, way: str, share: float, dataset: Dataset) -> nn.Module:
+    """The network cut in one of the ways."""
     weighted = [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     skip = [weighted[0], weighted[-1]]
-    inputs = dataset.train.images[:SAMPLES]
-    return {
-        "curvature": to_low_rank(deepcopy(model), compression=share, inputs=inputs, skip=skip),
-        "singular values": to_low_rank(deepcopy(model), compression=share, skip=skip),
-        "all layers alike": all_alike(model, share, skip),
-    }
+    if way == "all layers alike":
+        return all_alike(model, share, skip)
+    inputs = dataset.train.images[:SAMPLES] if way.startswith("curvature") else None
+    spatial = way.endswith("spatial")
+    return to_low_rank(deepcopy(model), compression=share, inputs=inputs, spatial=spatial, skip=skip)
 
 
-def measure(run: Path, asked: list[float], data_dir: Path) -> list[Cut]:
-    """A row for each way and compression."""
+def measure(run: Path, asked: list[tuple[float, str]], data_dir: Path) -> list[Cut]:
+    """A row for each compression and way."""
     model, about = load_network(run)
     if compression(model).ranks:
         raise RunError(f"{run} is of a low-rank network: give runs of dense ones")
     dataset = load(about["dataset"], data_dir, seed=0)
     dense, rows = evaluate(model, dataset.test)[1], []
-    for percent in asked:
-        for way, cut in ways(model, percent / 100, dataset).items():
-            at = {"network": about["network"], "dataset": about["dataset"], "run": run.name, "way": way}
-            cost = compression(cut).evaluation_compression
-            accuracy = evaluate(cut, dataset.test)[1]
-            rows.append({**at, "asked": percent, "compression": cost, "accuracy": accuracy, "dense": dense})
+    for percent, way in asked:
+        made = cut(model, way, percent / 100, dataset)
+        at = {"network": about["network"], "dataset": about["dataset"], "run": run.name, "way": way}
+        cost, accuracy = compression(made).evaluation_compression, evaluate(made, dataset.test)[1]
+        rows.append({**at, "asked": percent, "compression": cost, "accuracy": accuracy, "dense": dense})
     return rows
 
 
@@ -88,7 +89,7 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
     rows = rows.assign(lost=rows["dense"] - rows["accuracy"])
     lost = rows.groupby(["asked", "way"], sort=False)["lost"].agg(["mean", "std"])
     shown = pd.Series(tables.spread(lost["mean"], lost["std"]), lost.index).unstack()
-    head = {f"{way}: points lost": shown[way] for way in rows["way"].unique()}
+    head = {f"{way}: points lost": shown[way] for way in WAYS if way in shown}
     at = rows.groupby("asked")["compression"].mean().map("{:.1f}".format)
     return pd.DataFrame({"compression [%]": at, **head}).reset_index(drop=True)
 
@@ -96,7 +97,7 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 def figure(rows: pd.DataFrame) -> Figure:
     with mpl.rc_context(LOOK):
         made, axes = plt.subplots(figsize=(6.4, 3.8))
-        for number, (way, of) in enumerate(rows.groupby("way", sort=False)):
+        for number, (way, of) in enumerate((way, rows[rows["way"] == way]) for way in WAYS):
             groups = of.groupby("asked")
             mean, std = groups["accuracy"].mean(), groups["accuracy"].std()
             bars = {"yerr": std.where(std.notna()), "capsize": 3, "marker": "o", "ms": 4}
@@ -111,7 +112,8 @@ def figure(rows: pd.DataFrame) -> Figure:
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--runs", type=Path, nargs="+", default=[], metavar="RUN", help="folders of trained dense networks")
+    told = "trained dense networks: folders of runs, or names of dlrt/weights"
+    add("--runs", type=Path, nargs="+", default=[], metavar="RUN", help=told)
     percent = {"type": PERCENT, "metavar": "PERCENT", "nargs": "+"}
     add("--compressions", **percent, default=[20.0, 30.0, 40.0, 50.0, 60.0, 70.0, 80.0], help="to cut to")
     add("--data-dir", type=Path, default=DATA_DIR, help="or set DLRT_DATA")
@@ -121,11 +123,11 @@ def main() -> None:
     record = folder / f"{NAME}.csv"
     rows = read_table(record, Cut) if record.exists() else pd.DataFrame(columns=list(Cut.__annotations__))
     for run in args.runs:
-        done = set(rows.loc[rows["run"] == run.resolve().name, "asked"])
-        made = measure(
-            run.resolve(), [asked for asked in args.compressions if asked not in done], args.data_dir
-        )
-        rows = pd.concat([rows, pd.DataFrame(made)]) if len(rows) else pd.DataFrame(made)
+        of = rows[rows["run"] == run.name]
+        done = set(zip(of["asked"], of["way"], strict=True))
+        missing = [at for at in product(args.compressions, WAYS) if at not in done]
+        made = measure(run, missing, args.data_dir) if missing else []
+        rows = pd.DataFrame([*rows.to_dict("records"), *made])
         folder.mkdir(parents=True, exist_ok=True)
         text = rows.to_csv(index=False, float_format="%.6g")
         atomic_write(record, lambda file, text=text: file.write(text.encode()), errors.KEPT)

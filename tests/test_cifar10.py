@@ -102,11 +102,11 @@ def test_cuts_that_are_not_trained_on_go_to_a_table_and_a_figure(run_script, tmp
     for runs in (["--runs", tmp_path / "a"], ["--runs", tmp_path / "a"], []):  # measured once
         output(run_script("cifar10/cut_without_training.py", *flags, *runs))
     rows = pd.read_csv(tmp_path / "out" / "cut_without_training.csv")
-    assert list(rows["way"]) == ["curvature", "singular values", "all layers alike"]
+    assert list(rows["way"]) == ["curvature, spatial", "curvature", "singular values", "all layers alike"]
     assert rows["compression"].between(70, 74).all()
     assert rows["accuracy"].between(0, 100).all()
     metrics = pd.read_csv(tmp_path / "a" / "metrics.csv")
-    assert list(rows["dense"]) == pytest.approx([metrics["test_accuracy"].iloc[-1]] * 3)
+    assert list(rows["dense"]) == pytest.approx([metrics["test_accuracy"].iloc[-1]] * 4)
     assert (tmp_path / "out" / "cut_without_training.png").stat().st_size > 10_000
     result = run_script("cifar10/cut_without_training.py", "--output-dir", "nothing")
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
