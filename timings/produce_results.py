@@ -105,17 +105,12 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
         if integrator:
             how["integrator"] = NAMES.get(integrator, integrator)
             how.update({"rank adaptation": "yes" if adaptive else "no", "S-steps": str(s_steps)})
-        if integrator in INTEGRATORS:
-            how["slower than factors"] = slower(of.set_index(["device", "rank"])["median_ms"] / plain)
+        ratios = (of.set_index(["device", "rank"])["median_ms"] / plain).dropna()
+        if integrator in INTEGRATORS and len(ratios):
+            how["slower than factors"] = f"{ratios.min():.1f} to {ratios.max():.1f} x"
         best = {"largest speed-up": f"{speed_up.max():.1f} x", "at rank": str(ranks[speed_up.argmax()])}
         lines.append({"device": device, "phase": phase, **how, **at, **best})
     return pd.concat([pd.DataFrame(lines), PUBLISHED]).fillna("")
-
-
-def slower(ratios: pd.Series) -> str:
-    """How much longer a step takes than one of plain factors, over the ranks that both have."""
-    ratios = ratios.dropna()
-    return f"{ratios.min():.1f} to {ratios.max():.1f} x" if len(ratios) else ""
 
 
 def label(integrator: str, s_steps: int, adaptive: bool) -> str:
@@ -207,17 +202,21 @@ def caption(rows: pd.DataFrame) -> str:
     devices = rows.drop_duplicates("device").itertuples()
     where = "; ".join(f"{d.device} (torch {d.torch})" for d in devices)
     gpu = "" if (rows["kind"] == "cuda").any() else " Rows of a GPU are still to come."
+    factors = FACTORS in set(rows["integrator"]) and (
+        " Plain factors are U Vᵀ of the same ranks with SGD; slower than factors: a step of DLRT, from the "
+        "smallest to the largest ratio over the ranks."
+    )
     return (
         "Training step and inference of the net 784-w-w-w-w-10 with the last layer dense, float32, SGD with "
         f"momentum, in one process with the dense net: {where}.{gpu} Medians of {rows['repeats'].min()} to "
         f"{rows['repeats'].max()} calls; with more S-steps than one a step is the mean of those from a move "
-        "of the bases to the next. Plain factors are U Vᵀ of the same ranks with SGD; how much slower a step "
-        "of DLRT is stands there over all ranks that both have. Break-even: the rank from which dense needs "
-        "less time (operations in products; peak memory), interpolated between the measured ranks on "
-        "logarithmic axes; the dense net is timed anew beside every rank; no layer exceeds its full rank."
-        " Bands in the figure: from quartile to quartile; dotted: what the operations in products alone "
-        "would take at the speed of the dense net. Settings that are slow are not measured much beyond the "
-        "rank where they are slower than dense. published: Schotthöfer et al. 2022."
+        f"of the bases to the next.{factors or ''} Break-even: the rank "
+        "from which dense needs less time (operations in products; peak memory), interpolated between the "
+        "measured ranks on logarithmic axes; the dense net is timed anew beside every rank; no rank of a "
+        "layer exceeds its full one. Bands in the figure: from quartile to quartile; dotted: what the "
+        "operations in products alone would take at the speed of the dense net. Settings that are slow are "
+        "not measured much beyond the rank where they are slower than dense. published: Schotthöfer et al. "
+        "2022."
     )
 
 
