@@ -218,8 +218,8 @@ def subclass():
 
 
 def transposed():
-    """As GPT-2's Conv1D, x W + b with W (inputs, outputs)."""
-    layer = type("Conv1D", (nn.Module,), {"__module__": "transformers.pytorch_utils"})()
+    """x W + b with W (inputs, outputs), as others have it."""
+    layer = type("Transposed", (nn.Module,), {"__module__": "a.library"})()
     layer.weight = nn.Parameter(torch.randn(4, 6))
     return layer
 
@@ -229,7 +229,7 @@ def transposed():
     [
         (subclass, "dense: Conv2dSame is a subclass of nn.Conv2d"),
         (lambda: type("Linear8bit", (nn.Linear,), {})(4, 4), "dense: Linear8bit is a subclass of nn.Linear"),
-        (transposed, "dense: Conv1D has a weight matrix, but is no nn.Linear"),
+        (transposed, "dense: Transposed has a weight matrix, but is no nn.Linear"),
         (lambda: nn.LazyLinear(4), "dense: it is lazy"),
         (lambda: nn.LazyConv2d(4, 3), "dense: it is lazy"),
         (lambda: parametrizations.weight_norm(nn.Linear(4, 4)), "dense: it is parametrized"),
