@@ -50,6 +50,8 @@ def relative_to_dense(summary: pd.DataFrame) -> Figure:
                 )
             axes.axhline(0, color="0.6", lw=1)
             axes.set(ylabel=f"{network}: points above\nthe dense net with the same rule")
+            points = summary.loc[(summary["network"] == network) & (summary["way"] != DENSE), "compression"]
+            axes.set_xlim(points.min() - 5, min(100, points.max() + 5))  # else a tenth of a point looks large
         axes.set(xlabel="compression [%]")
         _legend(figure)
     return figure
