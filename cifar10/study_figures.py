@@ -50,8 +50,9 @@ def relative_to_dense(summary: pd.DataFrame) -> Figure:
                 )
             axes.axhline(0, color="0.6", lw=1)
             axes.set(ylabel=f"{network}: points above\nthe dense net with the same rule")
-            points = summary.loc[(summary["network"] == network) & (summary["way"] != DENSE), "compression"]
-            axes.set_xlim(points.min() - 5, min(100, points.max() + 5))  # else a tenth of a point looks large
+            low, high = axes.dataLim.intervalx
+            if low <= high:  # there are points; close together, a tenth of one would look large
+                axes.set_xlim(low - 5, min(100, high + 5))
         axes.set(xlabel="compression [%]")
         _legend(figure)
     return figure
