@@ -30,8 +30,8 @@ RULES = {
     "dlrt": ("muon", "sgd", "adam"),
 }
 STEP_SIZES = {  # that of AdamW is for all weights, the others for those that the rule steps
-    "adamw": ("lr", (1e-3, 3e-3, 6e-3)),
-    "muon": ("update_lr", (0.01, 0.02, 0.04)),
+    "adamw": ("lr", (3e-4, 1e-3, 3e-3, 6e-3)),
+    "muon": ("update_lr", (0.005, 0.01, 0.02, 0.04)),
     "sgd": ("update_lr", (0.1, 0.3, 1.0)),
     "adam": ("update_lr", (3e-4, 1e-3, 3e-3)),
 }
