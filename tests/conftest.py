@@ -89,7 +89,7 @@ class Forked:
         for number, file in enumerate(outputs, start=1):
             to = os.open(os.devnull, os.O_WRONLY) if file in (None, subprocess.DEVNULL) else file.fileno()
             os.dup2(to, number)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         torch.set_num_threads(1)  # the threads of the process before are not there
@@ -128,13 +128,20 @@ class Forked:
         self.send_signal(signal.SIGTERM)
 
 
-def fork(command, **options):
-    """Run a script to its end in a `Forked` process; what comes back is that of `subprocess.run`."""
+def fork(command, send=None, once=None, **options):
+    """Run a script to its end in a `Forked` process; what comes back is that of `subprocess.run`.
+
+    It is sent a signal 0.1 s after a file `once` is there.
+    """
     with TemporaryFile("w+") as out, TemporaryFile("w+") as err:
         process, end = Forked(command, stdout=out, stderr=err, **options), time.monotonic() + 300
         while (code := process.poll()) is None:
+            if send and once.exists():
+                time.sleep(0.1)
+                process.send_signal(send)
+                send = None
             if time.monotonic() > end:
-                os.kill(process.pid, signal.SIGKILL)
+                process.send_signal(signal.SIGKILL)
             time.sleep(0.02)
         texts = [(file.seek(0), file.read())[1] for file in (out, err)]
     return subprocess.CompletedProcess(command, code, *texts)

@@ -2,13 +2,13 @@
 
 import json
 import signal
-import subprocess
 import sys
 import time
 
 import pandas as pd
 import pytest
 import torch
+from conftest import Forked
 
 from dlrt import grid
 from dlrt.errors import RunError
@@ -47,7 +47,7 @@ def script(tmp_path):
     return path
 
 
-def test_a_run_that_broke_off_is_continued_and_a_finished_one_left_alone(tmp_path, capsys):
+def test_a_run_that_broke_off_is_continued_and_a_finished_one_left_alone(tmp_path, forked_grid, capsys):
     plans = [grid.RunSpec(f"a/{name}", SCRIPT, {**QUICK, "epochs": 2}) for name in ("one", "two")]
     one, two = (tmp_path / plan.name for plan in plans)
     grid.make([grid.RunSpec("a/two", SCRIPT, {**QUICK, "epochs": 1, "schedule": "constant"})], tmp_path)
@@ -147,7 +147,7 @@ def test_a_damaged_record_and_a_place_that_is_none_end_a_grid_before_its_first_r
     assert (tmp_path / "two").exists()
 
 
-def test_options_of_every_kind_reach_the_script(tmp_path):
+def test_options_of_every_kind_reach_the_script(tmp_path, forked_grid):
     options = {"augment": False, "skip": ("fc4", "fc5"), "tau": 0.2, "s_steps": 3}
     epochs = {"epochs": 1, "finetune_epochs": 1}
     planned = grid.RunSpec("one", ROOT / "mnist" / "mlp_mnist.py", {**QUICK, **options, **epochs})
@@ -159,23 +159,23 @@ def test_options_of_every_kind_reach_the_script(tmp_path):
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_what_ends_a_grid_ends_its_runs_and_keeps_their_epochs(sent, code, tmp_path):
-    program = f"""
-import signal
+def test_what_ends_a_grid_ends_its_runs_and_keeps_their_epochs(sent, code, tmp_path, forked_grid):
+    program = tmp_path / "program.py"
+    program.write_text(f"""
 from pathlib import Path
 from dlrt import errors, grid
-signal.signal(signal.SIGINT, signal.default_int_handler)
 options = {QUICK | {"epochs": 100_000}!r}
 with errors.boundary("the same command goes on"):
     grid.make([grid.RunSpec("long", Path({str(SCRIPT)!r}), options)], Path({str(tmp_path)!r}))
-"""
-    with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True) as process:
+""")
+    with (tmp_path / "said").open("w+") as said:
+        process = Forked([sys.executable, program], stderr=said)
         while epochs_done(tmp_path / "long") < 2 and process.poll() is None:
             time.sleep(0.1)
         process.send_signal(sent)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert ("interrupted; the same command goes on" in err) == (sent == signal.SIGINT)
+        assert process.wait() == code
+        said.seek(0)
+        assert ("interrupted; the same command goes on" in said.read()) == (sent == signal.SIGINT)
     done = epochs_done(tmp_path / "long")
     assert done >= 2
     time.sleep(0.5)

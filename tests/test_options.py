@@ -1,12 +1,9 @@
 """The flags and the scripts: a mistake costs one line, no run is overwritten, a killed one can go on."""
 
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from itertools import product
 
@@ -23,41 +20,13 @@ from dlrt.runs import read_metrics
 
 SCRIPT = ROOT / "mnist" / "lenet5_mnist.py"
 OFFLINE = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")  # nobody listens there
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", **OFFLINE}
 TRAINING = ["--dataset", "digits", "--epochs", "3", "--batch-size", "64", "--seed", "1", "--device", "cpu"]
 TRAINING += ["--tau-warmup", "2"]
 
 
-def command(*arguments):
-    return [sys.executable, str(SCRIPT), *map(str, arguments)]
-
-
-def call(folder, *arguments):
+def call(folder, *arguments, **signalled):
     """Run the script to its end, from a folder that is not the repository's."""
-    return fork(command(*arguments), cwd=folder, env=OFFLINE)
-
-
-def call_and_signal(folder, signal_number, awaited, *arguments):
-    """Run the script and send it a signal once a file is on disk; its exit code and stderr."""
-    with subprocess.Popen(
-        command(*arguments),
-        cwd=folder,
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # some shells' jobs ignore it
-    ) as process:
-        try:
-            end = time.monotonic() + 110
-            while not awaited.exists() and process.poll() is None and time.monotonic() < end:
-                time.sleep(0.01)
-            time.sleep(0.1)  # into the epoch that follows
-            process.send_signal(signal_number)
-            _, stderr = process.communicate(timeout=60)
-        finally:
-            process.kill()
-    return process.returncode, stderr
+    return fork([sys.executable, SCRIPT, *arguments], cwd=folder, env=OFFLINE, **signalled)
 
 
 def parse(*arguments, low_rank=True):
@@ -228,8 +197,8 @@ def test_a_run_to_resume_must_be_there_where_it_is_named(run_script, tmp_path):
 def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(finished, tmp_path):
     run = tmp_path / "results" / "a"
     arguments = [*TRAINING, "--output-dir", tmp_path / "results", "--name", "a"]
-    code, _ = call_and_signal(tmp_path, signal.SIGKILL, run / "checkpoint.pt", *arguments)
-    assert code == -signal.SIGKILL
+    killed = call(tmp_path, *arguments, send=signal.SIGKILL, once=run / "checkpoint.pt")
+    assert killed.returncode == -signal.SIGKILL
     assert 1 <= len(load_checkpoint(run / "checkpoint.pt")["metrics"]) < 3
     done = call(tmp_path, *arguments, "--resume")
     assert done.returncode == 0, done.stderr
@@ -244,10 +213,10 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(finished, t
 
 def test_ctrl_c_ends_with_130_and_says_how_to_continue(tmp_path):
     arguments = [*TRAINING, "--epochs", "100", "--output-dir", tmp_path, "--name", "a"]
-    code, err = call_and_signal(tmp_path, signal.SIGINT, tmp_path / "a" / "checkpoint.pt", *arguments)
-    assert code == 130
-    assert "--resume" in err
-    assert "Traceback" not in err
+    ended = call(tmp_path, *arguments, send=signal.SIGINT, once=tmp_path / "a" / "checkpoint.pt")
+    assert ended.returncode == 130
+    assert "--resume" in ended.stderr
+    assert "Traceback" not in ended.stderr
     load_checkpoint(tmp_path / "a" / "checkpoint.pt")
 
 
