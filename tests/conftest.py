@@ -67,7 +67,7 @@ def run_script(monkeypatch, tmp_path, capsys):
 
 
 class Forked:
-    """A script in a process of its own, as subprocess.Popen([python, script, *flags]) starts one.
+    """A script, or -m or -c, in a process of its own, as by subprocess.Popen([python, script, *flags]).
 
     It is forked from this one, which has imported torch already: that takes seconds. `env` adds to the
     environment.
@@ -96,9 +96,15 @@ class Forked:
         try:
             os.chdir(cwd)
             os.environ.update(env)
-            sys.argv = arguments
-            sys.path.insert(0, str(Path(arguments[0]).parent))
-            runpy.run_path(arguments[0], run_name="__main__")
+            if arguments[0] == "-m":
+                sys.argv = arguments[1:]
+                runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+            elif arguments[0] == "-c":
+                exec(arguments[1], {"__name__": "__main__"})
+            else:
+                sys.argv = arguments
+                sys.path.insert(0, str(Path(arguments[0]).parent))
+                runpy.run_path(arguments[0], run_name="__main__")
         except SystemExit as ended:
             code = ended.code or 0
             if isinstance(code, str):

@@ -1,15 +1,13 @@
 """A trained network comes back from its run, is described, and leaves in formats that others read."""
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import onnxruntime
 import pytest
 import torch
-from conftest import plain
+from conftest import fork, plain
 from torch import nn
 
 import dlrt
@@ -172,9 +170,7 @@ def test_every_format_computes_what_the_network_does(low_rank, tmp_path):
 
 def test_the_command_runs_from_any_folder_and_names_the_file(low_rank, tmp_path):
     folder, _, _ = low_rank
-    command = [sys.executable, "-m", "dlrt", "export", str(folder), "--format", "state_dict"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
+    done = fork([sys.executable, "-m", "dlrt", "export", folder, "--format", "state_dict"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(folder / "mlp.pt")
     assert (folder / "mlp.pt").exists()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import plain
+from conftest import fork, plain
 from test_optimizer import low_rank_layers
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -293,13 +293,6 @@ TRAINING += ["--epochs", str(EPOCHS)]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def train(folder, launcher, *flags):
-    script = [str(ROOT / "mnist" / "mlp_mnist.py"), *TRAINING, "--output-dir", str(folder), *flags]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, *launcher, *script], cwd=folder, env=environment, **pipes)
-
-
 def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
@@ -307,7 +300,10 @@ def children(pid):
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
 def test_a_killed_worker_ends_the_run_with_a_message_and_any_number_of_processes_resumes_it(tmp_path):
     run = tmp_path / "a"
-    with train(tmp_path, TORCHRUN) as launched:
+    command = [str(ROOT / "mnist" / "mlp_mnist.py"), *TRAINING, "--output-dir", str(tmp_path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([sys.executable, *TORCHRUN, *command], env=environment, **pipes) as launched:
         try:
             end = time.monotonic() + 240
             while epochs_done(run) < 2 and launched.poll() is None:  # the first one is printed by then
@@ -323,9 +319,8 @@ def test_a_killed_worker_ends_the_run_with_a_message_and_any_number_of_processes
     done = len(load_checkpoint(run / "checkpoint.pt")["metrics"])
     assert 1 <= done < EPOCHS
     assert out.count("epoch   1/") == 1  # one process speaks
-    with train(tmp_path, [], "--resume") as resumed:
-        out, err = resumed.communicate(timeout=240)
-    assert resumed.returncode == 0, err
-    assert f"epoch {done + 1:3d}/" in out
+    resumed = fork([sys.executable, *command, "--resume"])
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"epoch {done + 1:3d}/" in resumed.stdout
     assert read_metrics(run)["epoch"].tolist() == list(range(1, EPOCHS + 1))
     assert sorted(path.name for path in run.iterdir()) == ["checkpoint.pt", "config.json", "metrics.csv"]

@@ -4,7 +4,6 @@ import json
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -36,11 +35,7 @@ QUICK = ["--dataset", "digits", "--epochs", "1"]
 
 
 def run(arguments, folder):
-    if not arguments[0].startswith("-"):
-        return fork([sys.executable, *arguments], cwd=folder)
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=False
-    )
+    return fork([sys.executable, *arguments], cwd=folder)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +63,8 @@ def test_a_command_of_the_readme_runs(command, tmp_path, request):
     elif script == "timings/memory.py":
         flags += ["--width", "64", "--ranks", "2", "--output-dir", str(tmp_path)]
     elif script == "pytorch-grad-cam/cam.py":
-        flags = [str(ROOT / flag) if flag == "test_images" else flag for flag in flags]
+        picture = str(ROOT / "test_images" / "chelsea.png")
+        flags = [picture if flag == "test_images" else flag for flag in flags]
     elif script == "pytorch-grad-cam/map_times.py":
         flags += ["--repeats", "1", "--sizes", "32", "--shares", "0.5"]
     elif script == "pytorch-grad-cam/randomise.py":
