@@ -131,9 +131,9 @@ def main() -> None:
         short = ("network", "τ", "epochs", "before [%]", "after [%]", "compression [%]")
         tables.write(effects, args.output_dir, caption, "fine_tune_effects", short)
         print(tables.markdown(effects, caption))
-    study = with_ways(found[~tuned & ~found["run"].str.contains("tuning/")])
-    if study.empty:
+    if tuned.all():
         return
+    study = with_ways(found[~tuned])
     summary, table = compared(study)
     absent = [name for name in NETWORKS if name not in set(summary["network"])]
     missing = f"Runs of {', '.join(absent)} are still to come, on a GPU. " if absent else ""

@@ -68,8 +68,9 @@ def read(
 ) -> pd.DataFrame:
     """What the reader finds, and a line for each of its warnings. All runs must have the options in `needs`.
 
-    All of one data set, that one where it is there; the runs on others are named and left out. RunError where
-    there is nothing, which says which command makes the runs.
+    Runs in a folder "tuning" chose step sizes only, and are left out. The others are all of one data set,
+    that one where it is there; those on others are named and left out. RunError where there is nothing, which
+    says which command makes the runs.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -77,9 +78,11 @@ def read(
             found = reader(args.results)
         except FileNotFoundError:
             found = None
+    if found is not None and reader is read_runs:
+        found = found[["tuning" not in Path(run).parts for run in found["run"]]]
     for warning in caught:
         errors.report(warning.message)
-    if found is None:
+    if found is None or found.empty:
         raise RunError(f"no finished runs in {args.results}; make them with: {command}")
     if reader is not read_runs:
         return found

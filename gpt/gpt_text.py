@@ -2,7 +2,7 @@
 
 python gpt/gpt_text.py --compression 50 --update muon --update-lr 0.02
 
-About seven minutes on a CPU core. For texts of one's own: --dataset text --data-dir FOLDER
+About ten minutes on a CPU core. For texts of one's own: --dataset text --data-dir FOLDER
 """
 
 from dataclasses import dataclass

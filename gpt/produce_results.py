@@ -59,7 +59,6 @@ def main() -> None:
     args = tables.parse(__doc__, HERE)
     command = "python gpt/run.py, or the training scripts beside it"
     found = tables.read(args, command, dataset="stdlib", needs=("width", "depth", "optimizer"))
-    found = found[~found["run"].str.contains("tuning/")]
     tables.publish(args, compared(found), CAPTION.format(data=tables.data(found)), {}, SHORT)
 
 

@@ -1,6 +1,6 @@
 """The study behind the table of this folder: ways to train a GPT from scratch, on equally many tokens.
 
-    python gpt/run.py --jobs 2                                     seven minutes a run and core
+    python gpt/run.py --jobs 2                                     ten minutes a run and core
     python gpt/run.py --device cuda --width 512 --depth 8 --jobs 4
 
 The dense net with AdamW and with Muon; for each budget DLRT with three rules, and plain factors and a

@@ -112,6 +112,17 @@ def test_the_step_size_of_plain_factors_is_the_one_best_in_validation(tmp_path):
         runs.best_lrs(read_runs(tmp_path), "decay")
 
 
+@pytest.mark.parametrize("experiment", ["cifar10", "gpt"])
+def test_runs_that_chose_step_sizes_are_no_results(experiment, tmp_path, run_script):
+    write_run(tmp_path, "tuning/a", [90], [70.0])
+    write_run(tmp_path, "LeNet5/tuning/b", [90], [70.0])
+    result = run_script(f"{experiment}/produce_results.py", "--results", tmp_path)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert f"no finished runs in {tmp_path}; make them with: python {experiment}/run.py" in result.stderr
+    write_run(tmp_path, "c", [90], [70.0])
+    assert list(tables.read(Namespace(results=tmp_path, dataset=None), "")["run"]) == ["c"]
+
+
 def test_a_grid_chooses_among_its_own_runs_and_ends_where_all_diverged(tmp_path):
     def plan(name, decay, lr):
         return grid.RunSpec(name, ROOT / "script.py", {"epochs": 1, "decay": decay, "lr": lr})
