@@ -5,7 +5,8 @@
 
 The dense net with AdamW and with Muon; for each budget DLRT with three rules, and plain factors and a
 narrower dense net with both optimizers. AdamW steps norms and the embedding, which is the head, too, in all
-of them. The step size of each is the one, of those below, that validates best in an epoch of seed 0.
+of them. The step size of each is the one that validates best in an epoch of seed 0: of those below, and of
+further ones until the best has a worse neighbour on either side.
 """
 
 from __future__ import annotations
@@ -58,30 +59,50 @@ def best_step_sizes(
 ) -> dict[tuple[str, str], dict[str, float]]:
     """For each way and rule the step size that validates best in short runs of seed 0.
 
-    RunError where all of one diverge.
+    Where that is the smallest or the largest of those tried, further ones are. RunError where all of one
+    diverge.
     """
-    tried: dict[tuple[str, str], dict[float, RunSpec]] = {}
-    for way, rule in ways:
-        name, sizes = STEP_SIZES[rule]
-        for size in sizes:
-            made = plan(way, rule, compression, args, epochs=TUNING_EPOCHS, seed=0, **{name: size})
-            made = replace(made, name=f"tuning/{made.name}_{name}{size:g}")
-            tried.setdefault((way, rule), {})[size] = made
-    grid.make(
-        [made for of in tried.values() for made in of.values()], args.output_dir, args.jobs, may_diverge=True
-    )
-    best = {}
-    for (way, rule), of in tried.items():
-        folders = {size: args.output_dir / made.name for size, made in of.items()}
-        losses = {
-            size: read_metrics(folder)["validation_loss"].iloc[-1]
-            for size, folder in folders.items()
-            if epochs_done(folder) == TUNING_EPOCHS
-        }
-        if not losses:
-            raise RunError(f"every step size diverges for {way} with {rule}: add smaller ones")
-        best[way, rule] = {STEP_SIZES[rule][0]: min(losses, key=losses.get)}
+    tried = {choice: sorted(STEP_SIZES[choice[1]][1]) for choice in ways}
+    best: dict[tuple[str, str], dict[str, float]] = {}
+    while missing := [choice for choice in ways if choice not in best]:
+        runs = {choice: short_runs(choice, tried[choice], compression, args) for choice in missing}
+        made = [run for of in runs.values() for run in of.values()]
+        grid.make(made, args.output_dir, args.jobs, may_diverge=True)
+        for (way, rule), of in runs.items():
+            folders = {size: args.output_dir / run.name for size, run in of.items()}
+            losses = {
+                size: read_metrics(folder)["validation_loss"].iloc[-1]
+                for size, folder in folders.items()
+                if epochs_done(folder) == TUNING_EPOCHS
+            }
+            if not losses:
+                raise RunError(f"every step size diverges for {way} with {rule}: add smaller ones")
+            least = min(losses, key=losses.get)
+            if further := beyond(tried[way, rule], least):
+                tried[way, rule] = sorted([*tried[way, rule], further])
+            else:
+                best[way, rule] = {STEP_SIZES[rule][0]: least}
     return best
+
+
+def short_runs(
+    choice: tuple[str, str], sizes: list[float], compression: float, args: argparse.Namespace
+) -> dict[float, RunSpec]:
+    """For each step size of a way and rule the run that tries it."""
+    name, _ = STEP_SIZES[choice[1]]
+    runs = {
+        size: plan(*choice, compression, args, epochs=TUNING_EPOCHS, seed=0, **{name: size}) for size in sizes
+    }
+    return {size: replace(run, name=f"tuning/{run.name}_{name}{size:g}") for size, run in runs.items()}
+
+
+def beyond(sizes: list[float], best: float) -> float | None:
+    """The step size to try next, as far from the best as that is from its neighbour, or None.
+
+    The sizes ascend. None where the best has neighbours on both sides.
+    """
+    neighbour = {sizes[0]: sizes[1], sizes[-1]: sizes[-2]}.get(best)
+    return neighbour and float(f"{best**2 / neighbour:.2g}")
 
 
 @errors.boundary("the same command goes on")
