@@ -20,8 +20,7 @@ class Options(DenseOptions):
 
 def main() -> None:
     options = Options.parse(__doc__, **AS_IN_THE_PAPER)
-    settings = {"rank": options.rank, "decay": options.decay}
-    script.run(options, vanilla_lenet5, Path(__file__).parent / "runs", settings)
+    script.run(options, vanilla_lenet5, Path(__file__).parent / "runs")
 
 
 if __name__ == "__main__":

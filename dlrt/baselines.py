@@ -14,7 +14,7 @@ from dlrt.export import plain_layer
 from dlrt.layers import LowRankLayer
 from dlrt.lowrank import LowRank, truncate
 from dlrt.ranks import parameters
-from dlrt.velocity import MUON_LR, msign, muon_scale
+from dlrt.velocity import RULES, msign
 
 SHARES = tuple(k / 200 for k in range(200, 0, -1))  # of the full rank
 
@@ -39,7 +39,7 @@ class Muon(torch.optim.Optimizer):
         weights = [module.weight for module in modules]
         theirs = {id(weight) for weight in weights}
         rest = [p for p in parameters if id(p) not in theirs]
-        share = MUON_LR if update_lr is None else update_lr / lr
+        share = RULES["muon"].lr if update_lr is None else update_lr / lr
         self.inner = optimizer_class([{"params": rest}], lr=lr, **options)
         groups = [*self.inner.param_groups, {"params": weights, "update_share": share}]
         super().__init__(groups, self.inner.defaults)
@@ -68,7 +68,7 @@ class Muon(torch.optim.Optimizer):
         state, beta = self.state[W], group["momentum"] if "momentum" in group else group["betas"][0]
         M = state["velocity"] = beta * state.get("velocity", 0) + W.grad
         N = (W.grad + beta * M if group.get("nesterov") else M).flatten(1)
-        h = group["lr"] * group["update_share"] * muon_scale(N.shape)
+        h = group["lr"] * group["update_share"] * RULES["muon"].scale(N.shape)
         W.mul_(1 - group["lr"] * group["weight_decay"]).sub_(h * msign(N).view_as(W))
 
 

@@ -32,7 +32,10 @@ Arrays = tuple[
 
 def load(name: str, folder: Path, seed: int) -> Dataset:
     """The data set of that name in `DATASETS` or `TEXTS`; the seed draws the validation split."""
-    return (DATASETS | TEXTS)[name](folder, seed)
+    dataset = (DATASETS | TEXTS)[name](folder, seed)
+    if dataset.name != name:  # a checkpoint names its data
+        raise DataError(f"a data set must be called what its key is, {name}, got {dataset.name!r}")
+    return dataset
 
 
 def mnist(folder: Path, seed: int) -> Dataset:
@@ -69,7 +72,7 @@ def cifar10(folder: Path, seed: int) -> Dataset:
 
     batches, npz = folder / "cifar-10-batches-py", folder / "cifar10.npz"
     if not batches.is_dir() and npz.is_file():
-        return _split("cifar10", _read_npz(npz), seed, validation=5_000)
+        return _split("cifar10", _read_npz(npz), seed, validation=5_000, shift=4, flip=True)
     if not batches.is_dir():
         files = f"{', '.join((*CIFAR10_FILES, 'test_batch'))} in {batches}, or {npz}"
         _download(lambda: tv.CIFAR10(folder, download=True), folder, files)
@@ -80,7 +83,7 @@ def cifar10(folder: Path, seed: int) -> Dataset:
     for train in (True, False):
         part = tv.CIFAR10(folder, train=train)
         arrays += [torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets)]
-    return _split("cifar10", tuple(arrays), seed, validation=5_000)
+    return _split("cifar10", tuple(arrays), seed, validation=5_000, shift=4, flip=True)
 
 
 def digits(folder: Path | None, seed: int) -> Dataset:
@@ -98,7 +101,8 @@ def digits32(folder: Path | None, seed: int) -> Dataset:
     """
     images, labels, test_images, test_labels = _bundled_digits(32, test=50)
     images, test_images = (part.expand(-1, 3, -1, -1) for part in (images[:200], test_images))
-    return _split("digits32", (images, labels[:200], test_images, test_labels), seed, validation=50)
+    arrays = images, labels[:200], test_images, test_labels
+    return _split("digits32", arrays, seed, validation=50, shift=4)
 
 
 def _bundled_digits(size: int, test: int) -> Arrays:
@@ -141,9 +145,14 @@ CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 CLASS_NAMES = {"cifar10": CIFAR10_CLASSES}  # of the others a class's number is its name
 
 
-def _split(name: str, arrays: Arrays, seed: int, validation: int) -> Dataset:
-    """Normalise by the training images' mean and deviation, and set part of them aside for validation."""
-    images, labels, test_images, test_labels = arrays
+def _split(
+    name: str, arrays: Arrays, seed: int, validation: int, shift: int = 2, flip: bool = False
+) -> Dataset:
+    """Normalise by the training images' mean and deviation, and set part of them aside for validation.
+
+    shift and flip: what `--augment` may do to a picture, see `Dataset`.
+    """
+    images, labels, test_images, test_labels = arrays = tuple(map(torch.as_tensor, arrays))
     for part, of in ((images, labels), (test_images, test_labels)):
         if len(part) != len(of):
             raise DataError(f"{name}: as many labels as images are needed, got {len(of)} for {len(part)}")
@@ -173,8 +182,8 @@ def _split(name: str, arrays: Arrays, seed: int, validation: int) -> Dataset:
         classes=int(labels.max()) + 1,
         mean=tuple(mean.tolist()),
         std=tuple(std.tolist()),
-        shift=2 if images.shape[1] == 1 else 4,
-        flip=name == "cifar10",
+        shift=shift,
+        flip=flip,
     )
 
 
@@ -193,8 +202,11 @@ def _check(name: str, arrays: Arrays) -> None:
                 f"{told}: pixels must be uint8 from 0 to 255 in images of {tuple(images.shape[1:])} as in "
                 f"training, got {part.dtype} and {tuple(part.shape[1:])}: convert them"
             )
-        if of.is_floating_point() or of.is_complex():
-            raise DataError(f"{told}: labels must be whole numbers, got {of.dtype}: convert them")
+        if of.is_floating_point() or of.is_complex() or of.dim() != 1:
+            shape = tuple(of.shape)
+            raise DataError(
+                f"{told}: labels must be whole numbers (N,), got {of.dtype} {shape}: convert them"
+            )
     classes, tested = (set(of.tolist()) for of in (labels, test_labels))
     if classes != set(range(len(classes))):
         raise DataError(
@@ -219,13 +231,21 @@ def _read(reader: Callable, path: Path):
 def _read_npz(path: Path) -> Arrays:
     """x_train, y_train, x_test, y_test as Keras writes them: (N, H, W[, C]) uint8, labels (N,) or (N, 1)."""
 
-    def read(name: str) -> list[Tensor]:
+    def read(name: str) -> dict[str, np.ndarray]:
         with np.load(name) as file:
-            return [torch.from_numpy(file[key]) for key in ("x_train", "y_train", "x_test", "y_test")]
+            return {key: file[key] for key in keys if key in file}
 
+    keys = "x_train", "y_train", "x_test", "y_test"
+    if not path.is_file():
+        raise DataError(f"{path} is not there: put it there, or name its folder with --data-dir or DLRT_DATA")
     if not zipfile.is_zipfile(path):
         raise DataError(f"{path} is damaged (not an .npz file, or cut short): delete it and fetch it again")
-    arrays = _read(read, path)
+    found = _read(read, path)
+    if missing := [key for key in keys if key not in found]:
+        raise DataError(f"{path} must hold {', '.join(keys)}, but lacks {', '.join(missing)}")
+    if strange := [key for key in keys if found[key].dtype.kind not in "biuf"]:
+        raise DataError(f"{path}: {', '.join(strange)} must hold numbers, got {found[strange[0]].dtype}")
+    arrays = [torch.from_numpy(found[key]) for key in keys]
     for i, key in ((0, "train"), (2, "test")):
         images, labels = arrays[i : i + 2]
         if (

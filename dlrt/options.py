@@ -178,6 +178,13 @@ class Options:
         """What config.json says of the run: all that is part of the experiment."""
         return {name: of for name, of in asdict(self).items() if name not in NOT_PART_OF_THE_EXPERIMENT}
 
+    def added(self) -> dict[str, Any]:
+        """The options that a script adds to those that all have."""
+        common = {
+            its.name for its in fields(DenseOptions if isinstance(self, DenseOptions) else LowRankOptions)
+        }
+        return {its.name: getattr(self, its.name) for its in fields(self) if its.name not in common}
+
     @classmethod
     def parser(cls, description: str, **defaults: Any) -> Parser:
         """A parser with a flag for each field; a script has defaults of its own."""
@@ -404,6 +411,8 @@ def flag(name: str) -> str:
 def add_flags(parser: Parser, options: type[Options], *names: str) -> None:
     """Flags for the fields of a dataclass, or for some of them."""
     for its in fields(options):
+        if "kind" not in its.metadata:
+            raise TypeError(f"{its.name} of {options.__name__} must be an option(default, help, kind)")
         if not names or its.name in names:
             default = its.default_factory() if its.default_factory is list else its.default
             kind = {"type": its.metadata["kind"]} if its.metadata["kind"] else {}

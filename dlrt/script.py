@@ -23,28 +23,25 @@ from dlrt.datasets import TEXTS, load
 from dlrt.errors import OptionError, RunError
 from dlrt.layers import LowRankLayer
 from dlrt.optimizer import DLRT
-from dlrt.options import OPTIMIZERS, DenseOptions, RunOptions
+from dlrt.options import OPTIMIZERS, DenseOptions, RunOptions, flag
 from dlrt.runs import Run, chosen_epoch
 from dlrt.training import fit
 
 CALIBRATION_IMAGES = 1000  # of the training split: they say what the loss needs of trained weights
 Settings = dict[str, Any]  # what a network is called with besides shape and classes
+Network = Callable[..., nn.Module]
 
 
 @errors.boundary("the epochs that were completed are kept: continue with --resume")
-def run(
-    options: RunOptions,
-    network: Callable[..., nn.Module],
-    results: Path,
-    settings: Settings | None = None,
-) -> None:
+def run(options: RunOptions, network: Network, results: Path, settings: Settings | None = None) -> None:
     """Train a network as the options say, print the result and leave a run's folder.
 
     network is a class or function; it is called with the data's shape, its number of classes and `settings`,
-    and where layers are skipped with `settings` alone, to see what it has.
+    by default the options that the script has added; and where layers are skipped with `settings` alone, to
+    see what it has.
     """
-    settings = settings or {}
-    _check_skip(options, network, settings)
+    settings = options.added() if settings is None else settings
+    _check_skip(options.skip, network, settings)
     name = options.name or _name(options, settings)
     run = Run((options.output_dir or results) / name)
     if options.resume and options.name and not run.folder.exists():
@@ -54,24 +51,27 @@ def run(
     distributed.stop()
 
 
-def _check_skip(options: RunOptions, network: Callable[..., nn.Module], settings: Settings) -> None:
+def _check_skip(skip: list[str], network: Network, settings: Settings) -> None:
     """OptionError where --skip names no layer of the network, or all that could be low-rank."""
-    if not options.skip:
+    if not skip:
         return
-    with torch.device("meta"):
-        modules = dict(network(**settings).named_modules())
+    try:
+        with torch.device("meta"):
+            modules = dict(network(**settings).named_modules())
+    except ValueError:  # the settings may fit the shape of the data
+        return
     layers = [name for name, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))]
-    unknown = sorted(set(options.skip) - modules.keys())
-    if unknown or all(_is_skipped(name, options.skip) for name in layers):
+    unknown = sorted(set(skip) - modules.keys())
+    if unknown or all(_is_skipped(name, skip) for name in layers):
         wrong = f"takes layers of {', '.join(layers)}" if unknown else "must leave a layer that is low-rank"
-        raise OptionError(f"--skip {wrong}, got {', '.join(unknown or options.skip)}")
+        raise OptionError(f"--skip {wrong}, got {', '.join(unknown or skip)}")
 
 
 def _is_skipped(name: str, skip: list[str]) -> bool:
     return f"{name}.".startswith(tuple(f"{stem}." for stem in skip))
 
 
-def _train(options: RunOptions, network: Callable[..., nn.Module], run: Run, settings: Settings) -> None:
+def _train(options: RunOptions, network: Network, run: Run, settings: Settings) -> None:
     """Load the data, begin the run or go on with it, and print what came of it."""
     if options.workers:
         torch.set_num_threads(options.workers)
@@ -104,18 +104,15 @@ def _train(options: RunOptions, network: Callable[..., nn.Module], run: Run, set
 
 
 def _begin(
-    options: RunOptions,
-    network: Callable[..., nn.Module],
-    settings: Settings,
-    dataset: Dataset,
-    run: Run,
+    options: RunOptions, network: Network, settings: Settings, dataset: Dataset, run: Run
 ) -> nn.Module:
     """The network of dense layers that training begins with, once the run's folder has taken the options."""
     torch.manual_seed(options.seed)
     try:
         model = network(dataset.shape, dataset.classes, **settings)
     except ValueError as error:  # pictures too small for it
-        raise RunError(f"--dataset {options.dataset} is not for this network: {error}") from error
+        given = "".join(f" with {flag(name)} {value}" for name, value in settings.items())
+        raise RunError(f"--dataset {options.dataset} is not for this network{given}: {error}") from error
     record = options.record() | {"network": network.__name__}
     if options.from_checkpoint:
         record["from_checkpoint"] = _take_weights(model, options.from_checkpoint, run)

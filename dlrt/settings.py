@@ -19,7 +19,7 @@ from dlrt.checks import (
     check_whole,
 )
 from dlrt.layers import LowRankLayer
-from dlrt.velocity import MUON_LR, UPDATES
+from dlrt.velocity import RULES, UPDATES
 
 INTEGRATORS = ("parallel", "augmented", "bug")
 UPDATE_OF = {torch.optim.SGD: "sgd", torch.optim.Adam: "adam", torch.optim.AdamW: "adam"}
@@ -131,7 +131,7 @@ class Settings:
                 'integrator="augmented" and s_steps > 1 keep of the velocity what lies in augmented bases, '
                 "less than Nesterov's step needs: leave nesterov out, or take neither"
             )
-        share = MUON_LR if self.update == "muon" else 1.0
+        rule = RULES.get(self.update, RULES["sgd"])
         most = {None: [min(layer.shape) for layer in layers], "initial": [layer.rank for layer in layers]}
         taken_over = ("nesterov", "maximize", "weight_decay", "momentum", "betas", "eps")
         return {
@@ -139,8 +139,8 @@ class Settings:
             **{name: defaults[name] for name in taken_over if name in defaults},
             "update": self.update,
             # with lr = 0 nothing moves, whatever the share
-            "update_share": share if self.update_lr is None else self.update_lr / (defaults["lr"] or 1.0),
-            "decoupled": self.update == "muon" or defaults.get("decoupled_weight_decay", False),
+            "update_share": rule.lr if self.update_lr is None else self.update_lr / (defaults["lr"] or 1.0),
+            "decoupled": rule.decoupled or defaults.get("decoupled_weight_decay", False),
             "integrator": self.integrator,
             "tau": self.tau,
             "min_rank": self.min_rank,

@@ -44,7 +44,6 @@ class Tangent:
         return self.MV @ VtX + self.U @ (self.MU.mT @ X + (self.core - twice) @ VtX)
 
 
-MUON_LR = 0.3  # the step size of muon as a share of lr, by default
 Velocity = Tangent | LowRank  # a LowRank in augmented bases, whose S is D
 
 
@@ -86,12 +85,6 @@ def msign(D: Tensor) -> Tensor:
     return (P * (sigma > rounding * sigma[0])) @ Qh
 
 
-def muon_scale(shape: tuple[int, int]) -> float:
-    """√max(1, m/n), by which the step of an m x n weight is longer, so that its entries change alike."""
-    m, n = shape
-    return max(1.0, m / n) ** 0.5
-
-
 def adam(D: Tensor, DG: Tensor, state: dict[str, Any], betas: tuple[float, float], eps: float) -> Tensor:
     """Entries of the mean D over the root of the mean squares of DG, both corrected for a start from zero.
 
@@ -111,8 +104,34 @@ def adam(D: Tensor, DG: Tensor, state: dict[str, Any], betas: tuple[float, float
     return mean / ((squares / weights).sqrt() + eps)
 
 
-RULES: dict[str, Callable[[Tensor], Tensor]] = {"sgd": sgd, "muon": msign}  # of D alone
-UPDATES = (*RULES, "adam")
+@dataclass(frozen=True)
+class Rule:
+    """What S moves along, as a function of the small matrix D (k, l) alone, and how far.
+
+    Weight decay that is not `decoupled` is part of D. `scaled`: the step of an m x n weight is √max(1, m/n)
+    times as long, so that its entries change alike.
+    """
+
+    of: Callable[[Tensor], Tensor]
+    lr: float = 1.0  # the step size as a share of the optimizer's, by default
+    decoupled: bool = False
+    scaled: bool = False
+
+    def __call__(self, D: Tensor) -> Tensor:
+        """The direction. ValueError for one of another shape; D stays what it is."""
+        direction = self.of(D.clone())
+        if direction.shape != D.shape:
+            made, asked = tuple(direction.shape), tuple(D.shape)
+            raise ValueError(f"an update rule must give a matrix of the shape of D, {asked}, got {made}")
+        return direction
+
+    def scale(self, shape: tuple[int, int]) -> float:
+        """By which the step of a weight of that shape is longer."""
+        return max(1.0, shape[0] / shape[1]) ** 0.5 if self.scaled else 1.0
+
+
+RULES = {"sgd": Rule(sgd), "muon": Rule(msign, lr=0.3, decoupled=True, scaled=True)}
+UPDATES = (*RULES, "adam")  # which has a memory, and else is as "sgd"
 
 
 def rotate_squares(state: dict[str, Any], P: Tensor, Q: Tensor) -> None:

@@ -12,7 +12,7 @@ from dlrt.distributed import check_ranks_may_move
 from dlrt.integrators import Rule, augment, galerkin, parallel_step, update_bases
 from dlrt.layers import LowRankLayer
 from dlrt.lowrank import LowRank, rotate
-from dlrt.velocity import RULES, Tangent, Velocity, adam, carried, coefficients, muon_scale, rotate_squares
+from dlrt.velocity import RULES, Tangent, Velocity, adam, carried, coefficients, rotate_squares
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +36,8 @@ class WeightStep:
     @property
     def h(self) -> float:
         """The step size: update_lr, and of muon √max(1, m/n) times as much."""
-        h = self.group["lr"] * self.group["update_share"]
-        return h * muon_scale(self.layer.shape) if self.group["update"] == "muon" else h
+        h, rule = self.group["lr"] * self.group["update_share"], RULES.get(self.group["update"])
+        return h * rule.scale(self.layer.shape) if rule else h
 
     @property
     def kept_rank(self) -> int:
@@ -136,7 +136,8 @@ class WeightStep:
         self.layer.U.grad = self.layer.V.grad = None
         if group["update"] == "adam":
             return M, N, lambda D, Y_hat: adam(D, coefficients(G, Y_hat), state, group["betas"], group["eps"])
-        return M, N, lambda D, Y_hat: RULES[group["update"]](D)
+        rule = RULES[group["update"]]
+        return M, N, lambda D, Y_hat: rule(D)
 
     def _decayed(self) -> LowRank:
         group, Y = self.group, self.layer.factors

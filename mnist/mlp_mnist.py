@@ -20,7 +20,7 @@ class Options(LowRankOptions):
 
 def main() -> None:
     options = Options.parse(__doc__, tau=0.09, skip=["fc5"], weight_decay=3e-4)
-    script.run(options, MLP, Path(__file__).parent / "results" / "mlp", {"width": options.width})
+    script.run(options, MLP, Path(__file__).parent / "results" / "mlp")
 
 
 if __name__ == "__main__":

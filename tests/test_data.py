@@ -234,7 +234,7 @@ def of_both(change):
         ({"y_train": CLASSES[:40] - 1}, "from -1 to 0"),
         ({"y_train": CLASSES[:40] + 1}, "from 1 to 2"),
         ({"y_train": np.append(CLASSES[:39], 255).astype(np.uint16)}, "from 0 to 255"),
-        ({"y_train": CLASSES[:40] / 2}, "whole numbers, got torch.float64"),
+        ({"y_train": CLASSES[:40] / 2}, r"whole numbers \(N,\), got torch.float64"),
         ({"y_train": np.eye(2)[CLASSES[:40]]}, r"\(40, 2\): reshape"),
         ({"y_test": np.array(1)}, "reshape"),
         ({"x_train": PIXELS[:40] * np.uint8([1, 0, 1]) + np.uint8([0, 7, 0])}, "channel 1 does not"),
