@@ -75,6 +75,8 @@ def to_low_rank(
     _check(model, rank, tau, skip, compression)
     _check_inputs(inputs)
     rows = block_rows(model, split or {})
+    if rows and all(f"{name}.".startswith(tuple(f"{stem}." for stem in skip)) for name in rows):
+        raise ValueError(f"split names {', '.join(rows)}, which skip leaves dense: give one of them")
     try:
         layers = _layers(model, skip, rows)
         cut = _cut(model, layers, rank, tau, inputs, compression, spatial)
@@ -95,7 +97,7 @@ def _layers(
     for name, module in model.named_modules():
         if module in skipped:
             continue
-        if reason := _stays(module, owners):
+        if reason := _stays(module, owners, name in rows):
             warnings.warn(f"{name or type(module).__name__} stays {reason}", stacklevel=3)
         elif type(module) is nn.MultiheadAttention:
             become(module, Attention(module))  # the walk goes on in its four layers
@@ -106,7 +108,7 @@ def _layers(
     return layers
 
 
-def _stays(module: nn.Module, owners: Counter[int]) -> str | None:
+def _stays(module: nn.Module, owners: Counter[int], split: bool) -> str | None:
     """Why a layer stays as it is, if so; owners counts the modules that each parameter belongs to."""
     if isinstance(module, LowRankLayer):
         return "as it is: it is low-rank already, and dlrt.to_dense comes before another conversion"
@@ -118,7 +120,8 @@ def _stays(module: nn.Module, owners: Counter[int]) -> str | None:
     kinds = (type(module),) if is_conv1d(module) else (*LOW_RANK_TYPES, nn.MultiheadAttention)
     for kind in kinds:
         if isinstance(module, kind):
-            reason = _no_plain_layer(module, kind, owners)
+            in_parts = split or is_conv1d(module) or kind is nn.MultiheadAttention
+            reason = _no_plain_layer(module, kind, owners, in_parts)
             return reason and f"dense: {reason}"
     weight = module._parameters.get("weight")
     own = not type(module).__module__.startswith("torch.") and not isinstance(module, nn.Embedding)
@@ -127,7 +130,7 @@ def _stays(module: nn.Module, owners: Counter[int]) -> str | None:
     return None
 
 
-def _no_plain_layer(module: nn.Module, kind: type, owners: Counter[int]) -> str | None:
+def _no_plain_layer(module: nn.Module, kind: type, owners: Counter[int], in_parts: bool) -> str | None:
     if is_parametrized(module):
         return "it is parametrized, as by spectral_norm or weight_norm"
     if isinstance(module, LazyModuleMixin):
@@ -146,8 +149,11 @@ def _no_plain_layer(module: nn.Module, kind: type, owners: Counter[int]) -> str 
         return "it is a grouped convolution"
     if kind is nn.MultiheadAttention and not can_unpack(module):
         return "attention with add_bias_kv or add_zero_attn has no low-rank form here"
-    weights = [p for p in module._parameters.values() if p is not None and p.dim() > 1]
-    return "another module shares its weight" if any(owners[id(W)] > 1 for W in weights) else None
+    for name, p in module._parameters.items():
+        # a bias moves into the new layer as it is, unless that has parts
+        if p is not None and owners[id(p)] > 1 and (p.dim() > 1 or in_parts):
+            return f"another module shares its {'weight' if p.dim() > 1 else name}"
+    return None
 
 
 def _check(

@@ -113,3 +113,21 @@ def test_a_state_of_other_blocks_is_refused_by_name():
     other.qkv = nn.Linear(6, 18)
     with pytest.raises(RuntimeError, match=r"qkv\.0\.U"):
         dlrt.load_factors(other, state)
+
+
+def test_a_bias_that_others_share_keeps_a_layer_whole():
+    model = nn.ModuleDict({"qkv": nn.Linear(6, 12), "other": nn.Linear(6, 12)})
+    model.other.bias = model.qkv.bias
+    with pytest.warns(UserWarning, match="qkv stays dense: another module shares its bias"):
+        dlrt.to_low_rank(model, split={"qkv": 3})
+    assert type(model.qkv) is nn.Linear
+    assert model.other.bias is model.qkv.bias
+    assert isinstance(model.other, dlrt.LowRankLinear)
+
+
+def test_split_and_skip_of_the_same_layers_contradict_each_other():
+    model = nn.Sequential(nn.ModuleDict({"qkv": nn.Linear(6, 12)}), nn.ModuleDict({"qkv": nn.Linear(6, 12)}))
+    with pytest.raises(ValueError, match=r"split names 0.qkv, 1.qkv, which skip leaves dense: give one"):
+        dlrt.to_low_rank(model, skip=["0", "1"], split={"qkv": 3})
+    dlrt.to_low_rank(model, skip=["0"], split={"qkv": 3})
+    assert (type(model[0].qkv), type(model[1].qkv)) == (nn.Linear, dlrt.Blocks)
