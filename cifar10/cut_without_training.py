@@ -100,7 +100,7 @@ def figure(rows: pd.DataFrame) -> Figure:
         for number, (way, of) in enumerate((way, rows[rows["way"] == way]) for way in WAYS):
             groups = of.groupby("asked")
             mean, std = groups["accuracy"].mean(), groups["accuracy"].std()
-            bars = {"yerr": std.where(std.notna()), "capsize": 3, "marker": "o", "ms": 4}
+            bars = {"yerr": std, "capsize": 3, "marker": "o", "ms": 4}
             axes.errorbar(groups["compression"].mean(), mean, label=way, **bars, **plots.style(number))
         axes.axhline(rows["dense"].mean(), color="black", lw=1, ls=":", label="dense")
         axes.set(xlabel="compression [%]", ylabel="test accuracy, not trained on [%]", ylim=(0, None))
@@ -119,6 +119,8 @@ def main() -> None:
     add("--data-dir", type=Path, default=DATA_DIR, help="or set DLRT_DATA")
     add("--output-dir", type=Path, help="of records, table and figure; by default here, and figures/")
     args = parser.parse_args()
+    if len({run.name for run in args.runs}) < len(args.runs):
+        parser.error("--runs must have different names, by which their rows are known")
     folder = args.output_dir or Path(__file__).parent
     record = folder / f"{NAME}.csv"
     rows = read_table(record, Cut) if record.exists() else pd.DataFrame(columns=list(Cut.__annotations__))

@@ -72,17 +72,18 @@ def _export(args: argparse.Namespace) -> None:
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise RunError(f"{path} cannot be written: {ELSEWHERE}")
     plain = dlrt.export(model)
-    images = torch.zeros(2, *about["shape"])  # of two, since torch takes a dimension of one for a constant
-    batch = ({0: torch.export.Dim("batch")},)  # any number of images
+    # a batch of two, since torch takes a dimension of one for a constant
+    inputs = torch.zeros(2, *about["shape"], dtype=torch.long if _of_text(about) else torch.float32)
+    batch = ({0: torch.export.Dim("batch")},)  # any number of them
     if args.format == "checkpoint":
         write = partial(torch.save, _slim(args.run))
     elif args.format == "state_dict":
         write = partial(torch.save, plain.state_dict())
     elif args.format == "pt2":
-        write = partial(torch.export.save, torch.export.export(plain, (images,), dynamic_shapes=batch))
+        write = partial(torch.export.save, torch.export.export(plain, (inputs,), dynamic_shapes=batch))
     else:
-        names = {"input_names": ["images"], "output_names": ["logits"]}
-        program = torch.onnx.export(plain, (images,), dynamic_shapes=batch, verbose=False, **names)
+        names = {"input_names": ["tokens" if _of_text(about) else "images"], "output_names": ["logits"]}
+        program = torch.onnx.export(plain, (inputs,), dynamic_shapes=batch, verbose=False, **names)
         content = program.model_proto.SerializeToString()
         write = lambda file: file.write(content)  # noqa: E731
     atomic_write(path, write, ELSEWHERE)
@@ -106,10 +107,15 @@ def _describe(about: dict) -> str:
     settings = ", ".join(f"{key} {value}" for key, value in about["settings"].items())
     shape = " x ".join(map(str, about["shape"]))
     mean, std = (" ".join(f"{value:.4f}" for value in about[key]) for key in ("mean", "std"))
-    return (
-        f"{about['network']}{f' ({settings})' if settings else ''} for {about['dataset']}: images {shape} in "
-        f"[0, 1] minus {mean} over {std}, {about['classes']} classes"
-    )
+    takes = f"images {shape} in [0, 1] minus {mean} over {std}"
+    if _of_text(about):
+        takes = f"windows of {shape} tokens"
+    network = f"{about['network']}{f' ({settings})' if settings else ''}"
+    return f"{network} for {about['dataset']}: {takes}, {about['classes']} classes"
+
+
+def _of_text(about: dict) -> bool:
+    return len(about["shape"]) == 1
 
 
 if __name__ == "__main__":

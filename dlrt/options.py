@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 
 import torch
 
-from dlrt.datasets import DATASETS
+from dlrt.datasets import DATASETS, TEXTS
 from dlrt.errors import IMPOSSIBLE, OptionError
 from dlrt.settings import INTEGRATORS, UPDATE_OF
 from dlrt.velocity import UPDATES
@@ -310,6 +310,8 @@ class LowRankOptions(Options):
                 f"--tau-warmup must be at most --epochs, got {self.tau_warmup:g} > {self.epochs}"
             )
         self._settle_budget()
+        if self.from_checkpoint and self.cut_by == "loss" and self.dataset in TEXTS:
+            raise OptionError("--cut-by loss is for pictures: a network for text takes --cut-by weights")
         if self.cut_by == "weights" and not self.from_checkpoint:
             raise OptionError(
                 "--cut-by must come with --from-checkpoint: random weights have nothing to keep"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sysconfig
+from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -57,10 +59,9 @@ def _shuffled(documents: Sequence[bytes], seed: int) -> list[bytes]:
 
 def _take(documents: Sequence[bytes], size: int) -> tuple[bytes, list[bytes]]:
     """The first documents until they have that size, as one text, and those that are left."""
-    rest, taken = list(documents), b""
-    while rest and len(taken) < size:
-        taken += rest.pop(0)
-    return taken, rest
+    ends = list(accumulate(map(len, documents)))
+    count = min(bisect_left(ends, size) + 1, len(documents)) if size else 0
+    return b"".join(documents[:count]), list(documents[count:])
 
 
 def _windows(content: bytes) -> Split:

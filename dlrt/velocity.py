@@ -138,4 +138,5 @@ def rotate_squares(state: dict[str, Any], P: Tensor, Q: Tensor) -> None:
     """Write the mean of squares in the bases Û P, V̂ Q: exact for entries without mean and correlation."""
     for key in ("squares", "weights"):
         if key in state:
-            state[key] = P.square().mT @ state[key] @ Q.square()
+            # a layer whose bases were augmented may not have stepped since
+            state[key] = P.square().mT @ pad(state[key], (len(P), len(Q))) @ Q.square()

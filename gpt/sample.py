@@ -9,6 +9,8 @@ import torch
 
 from dlrt import errors
 from dlrt.checkpoint import load_network
+from dlrt.errors import RunError
+from dlrt.models import GPT
 from dlrt.options import COUNT, NATURAL, HelpFormatter, Parser
 from dlrt.text import as_text, as_tokens
 
@@ -21,7 +23,11 @@ def main() -> None:
     parser.add_argument("--length", type=NATURAL, default=400, help="bytes to add")
     parser.add_argument("--seed", type=COUNT, default=0, help="of the draws")
     args = parser.parse_args()
-    model, _ = load_network(args.run)
+    if not args.prompt:
+        parser.error("--prompt must have a character at least, got none")
+    model, about = load_network(args.run)
+    if not isinstance(model, GPT):
+        raise RunError(f"{args.run} must be a run of gpt/, got one of {about['network']}")
     draws = torch.Generator().manual_seed(args.seed)
     print(as_text(model.continued(as_tokens(args.prompt), args.length, draws)))
 

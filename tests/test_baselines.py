@@ -13,6 +13,18 @@ from dlrt.models import ResNet8
 pytestmark = pytest.mark.usefixtures("float64")
 
 
+def test_muon_refuses_what_it_would_not_do_and_rests_at_lr_0():
+    layer = nn.Linear(3, 4)
+    for wrong in ({"dampening": 0.1}, {"maximize": True}):
+        with pytest.raises(ValueError, match="neither dampening nor maximize"):
+            Muon(layer.parameters(), [layer], lr=0.1, momentum=0.9, **wrong)
+    before = copy.deepcopy(layer.state_dict())
+    optimizer = Muon(layer.parameters(), [layer], lr=0.0, update_lr=0.1)
+    layer(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
 def products(model):
     pairs = (pair for pair in model.modules() if isinstance(pair, Factors))
     return [pair[1].weight.flatten(1) @ pair[0].weight.flatten(1) for pair in pairs]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -169,13 +170,19 @@ def test_networks_that_are_cut_explain_the_class_of_the_dense_one(script, runs, 
         pictures,
         "--rank",
         1,
+        1.0,
         "--output-dir",
         "out",
     ]
     code, _, err = script("cam", *flags)
     assert code == 0
     table = pd.read_csv(tmp_path / "out/cams.csv")
-    dense, cut = (table[table["network"] == name].set_index("file") for name in table["network"].unique())
+    # a whole number is a rank, and a share of one the full rank
+    assert list(table["network"].unique())[1:] == ["dense_seed0_svd_rank1", "dense_seed0_svd_rank1.0"]
+    dense, cut, full = (
+        table[table["network"] == name].set_index("file") for name in table["network"].unique()
+    )
+    assert (full["predicted"] == dense["predicted"]).all()
     assert (cut["target"] == dense["predicted"]).all()
     changed = cut.index[cut["predicted"] != dense["predicted"]]
     assert len(changed)
@@ -372,6 +379,8 @@ def test_a_network_that_asserts_its_size_is_told_as_any_other(capsys):
     network = networks.Network("fussy", Fussy(), shape, (0.0,), (1.0,), ("a", "b"), shape)
     with pytest.raises(ValueError, match=r"fussy cannot see 16 x 16 pixels \(Wrong image height!\)"):
         networks.placed(network, 16, "cpu")
+    with pytest.raises(ValueError, match="fussy must take pictures, got a network for text"):
+        networks.placed(replace(network, shape=(128,)), None, "cpu")
     assert map_times(network, "features", "gradcam", [0.5], [16]).empty
     assert "its time is not measured there" in capsys.readouterr().out
 

@@ -15,7 +15,16 @@ from torch import nn
 from torch.nn.functional import conv_transpose2d, cross_entropy, relu, silu
 
 import dlrt
-from dlrt.cams import CLASSLESS, METHODS, check_options, default_layer, explain, spatial_layers
+from dlrt.cams import (
+    CLASSLESS,
+    METHODS,
+    check_options,
+    default_layer,
+    explain,
+    network_flags,
+    networks,
+    spatial_layers,
+)
 from dlrt.cams.compare import in_boxes, similarity, top
 from dlrt.cams.faithfulness import faithfulness
 from dlrt.cams.figure import Cell, Row, figure
@@ -362,6 +371,10 @@ def test_channels_last_maps_are_explained_as_those_that_are_permuted(method, cha
 def test_channels_last_maps_are_refused_where_a_method_cannot_take_them():
     with pytest.raises(ValueError, match=r"needs maps \(N, C, H, W\), got channels-last ones from last"):
         explain(Permuted(6).eval(), torch.randn(1, 3, 8, 8), method="ablationcam", layer="last")
+    network = networks.Network("p", Permuted(6).eval(), (3, 8, 8), (0,) * 3, (1,) * 3, ("a",), (3, 8, 8))
+    with pytest.raises(ValueError, match="ablationcam needs maps"):  # before anything is made
+        network_flags.target_layer(network, "last", "ablationcam")
+    assert network_flags.target_layer(network, "last", "gradcam") == "last"
 
 
 @pytest.mark.parametrize("in_place", [False, True])

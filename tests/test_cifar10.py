@@ -110,6 +110,8 @@ def test_cuts_that_are_not_trained_on_go_to_a_table_and_a_figure(run_script, tmp
     assert (tmp_path / "out" / "cut_without_training.png").stat().st_size > 10_000
     result = run_script("cifar10/cut_without_training.py", "--output-dir", "nothing")
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    result = run_script("cifar10/cut_without_training.py", "--runs", "one/a", "two/a")
+    assert (result.returncode, "must have different names" in result.stderr) == (2, True)
 
 
 def test_low_rank_training_begins_with_all_of_the_trained_weights(run_script, weights, tmp_path):

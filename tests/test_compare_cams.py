@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from test_cam_scripts import pictures, runs, script
 
-from dlrt.cams import drawings, load_pictures
+from dlrt.cams import drawings, load_pictures, summary
 from dlrt.cams.comparison import check_full_rank
 from dlrt.cams.networks import Network
 from dlrt.errors import RunError
@@ -216,6 +216,13 @@ def test_a_comparison_that_broke_off_is_not_drawn(script, tmp_path):
     left_out, nothing = err.splitlines()
     assert "results/one is left out (there is no randomcam.csv yet)" in left_out
     assert "no finished comparisons in results" in nothing
+
+
+def test_a_network_that_is_called_a_number_keeps_its_name(tmp_path):
+    for name in ("01", "randomcam"):
+        pd.DataFrame([{"network": name, "file": "007"}]).to_csv(tmp_path / f"{name}.csv", index=False)
+    found = summary.read_study(tmp_path)
+    assert (list(found["network"]), set(found["file"])) == (["01", "randomcam"], {"007"})
 
 
 def test_a_grid_of_undefined_maps_is_drawn(tmp_path):

@@ -13,6 +13,8 @@ from torch.nn.functional import cross_entropy
 
 import dlrt
 from dlrt import grid
+from dlrt.__main__ import main as command_line
+from dlrt.checkpoint import load_network
 from dlrt.data import Split
 from dlrt.errors import DataError
 from dlrt.models import GPT
@@ -138,7 +140,7 @@ def quick(tmp_path):
     return "--dataset", "text", "--width", 32, "--depth", 1, "--epochs", 2, *place
 
 
-def test_runs_leave_bits_per_byte_a_table_and_samples(quick, tmp_path, run_script):
+def test_runs_leave_bits_per_byte_a_table_and_samples(quick, tmp_path, run_script, capsys):
     for script, flags in (
         ("gpt_text", ("--compression", 30, "--update", "muon", "--update-lr", 0.02)),
         ("gpt_text_baseline", ("--update", "muon", "--update-lr", 0.02)),
@@ -159,6 +161,15 @@ def test_runs_leave_bits_per_byte_a_table_and_samples(quick, tmp_path, run_scrip
     for run in (tmp_path / "results").iterdir():
         result = run_script("gpt/sample.py", run, "--prompt", "the quick", "--length", 9)
         assert result.stdout.startswith("the quick")
+    assert "--prompt must have" in run_script("gpt/sample.py", run, "--prompt", "").stderr
+    low_rank = next(run for run in (tmp_path / "results").iterdir() if "compression" in run.name)
+    command_line(["export", str(low_rank), "--format", "pt2", "--output", str(tmp_path / "plain.pt2")])
+    assert "windows of 128 tokens, 256 classes" in capsys.readouterr().out
+    plain, (model, _) = torch.export.load(tmp_path / "plain.pt2").module(), load_network(low_rank)
+    tokens = torch.randint(256, (5, 128))
+    torch.testing.assert_close(plain(tokens), model(tokens), rtol=1e-4, atol=1e-5)
+    flags = ("--from-checkpoint", run, "--compression", 30)
+    assert "takes --cut-by weights" in run_script("gpt/gpt_text.py", *quick, *flags).stderr
 
 
 def test_every_way_of_the_study_is_a_run_that_its_script_takes(monkeypatch):

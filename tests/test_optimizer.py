@@ -523,6 +523,24 @@ def test_a_failed_second_pass_can_be_made_again():
     assert optimizer.step(closure) > optimizer.step(closure)
 
 
+def test_a_layer_without_a_second_gradient_keeps_the_memory_of_its_rule():
+    """Its bases were augmented in the first pass, and the mean of squares was not."""
+    model = dlrt.to_low_rank(nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)]), rank=2)
+    optimizer = DLRT(model, torch.optim.Adam, lr=0.01, integrator="augmented", max_rank=2)
+    x, passes = torch.randn(8, 6), []
+
+    def closure():
+        passes.append(None)
+        optimizer.zero_grad()
+        y = model[0](x) if len(passes) == 4 else model[1](model[0](x))
+        y.square().mean().backward()
+
+    for _ in range(3):
+        optimizer.step(closure)
+    assert [layer.rank for layer in model] == [2, 2]
+    assert optimizer.state[model[1].S]["squares"].shape == (2, 2)
+
+
 def test_what_a_largest_rank_leaves_of_a_budget_goes_to_other_layers():
     model = dlrt.to_low_rank(nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40)))
     with torch.no_grad():

@@ -6,7 +6,6 @@ Square frames of growing size, and the 4096 x 32 window of the video in pca_expe
 take turns, and what is compared are ratios to BUG in the same round. float32, and one thread.
 """
 
-import argparse
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from dlrt import LowRank
 from dlrt.integrators import Residual, augmented_bug, bug, projector_splitting, times
 from dlrt.lowrank import qr
+from dlrt.options import NATURAL, HelpFormatter, Parser
 from dlrt.plots import LOOK, Figure, mpl, plt, save, style
 from dlrt.timing import in_turn
 
@@ -97,12 +97,11 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     sizes = (512, 1024, 2048, 4096, 8192, 16384)
-    parser.add_argument("--sizes", type=int, nargs="+", default=sizes, help="of square frames")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds at least (default 5)")
-    parser.add_argument("--largest-svd", type=int, default=1024, help="size of the largest full SVD")
+    parser.add_argument("--sizes", type=NATURAL, nargs="+", default=sizes, help="of square frames")
+    parser.add_argument("--repeats", type=NATURAL, default=5, help="rounds at least")
+    parser.add_argument("--largest-svd", type=NATURAL, default=1024, help="size of the largest full SVD")
     figures = Path(__file__).parents[1] / "figures"
     parser.add_argument("--output-dir", type=Path, default=figures, help="for the table and the figure")
     args = parser.parse_args()

@@ -79,7 +79,9 @@ def explain(
     attention = sdpa_kernel(SDPBackend.MATH) if twice else contextlib.nullcontext()
     with _undisturbed(model, trainable=twice), torch.enable_grad(), attention:
         # FullGrad finds its layers itself
-        target = FeatureMaps(model, ()) if method == "fullgrad" else _target(model, layer, images[:1], method)
+        target = (
+            FeatureMaps(model, ()) if method == "fullgrad" else target_maps(model, layer, images[:1], method)
+        )
         with torch.no_grad():
             logits = model(images)
         lists = per_picture(targets, logits)
@@ -97,10 +99,11 @@ def explain(
     )
 
 
-def _target(model: nn.Module, layer: str | None, image: Tensor, method: str) -> FeatureMaps:
+def target_maps(model: nn.Module, layer: str | None, image: Tensor, method: str) -> FeatureMaps:
     """The maps of the module of that name, or of the default one.
 
-    ValueError where there is none, where it does not give feature maps, or not once.
+    ValueError where there is none, where it does not give feature maps, or not once, or not as the method
+    needs them.
     """
     name, modules = layer or default_layer(model, image), dict(model.named_modules())
     if name not in modules:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from dlrt.cams import METHODS, default_layer, known, networks, spatial_layers
+from dlrt.cams.explain import target_maps
 from dlrt.cams.networks import Network
 from dlrt.options import DEFAULT_DEVICE, NATURAL, PERCENT, RANK, TOLERANCE, Parser, device
 
@@ -75,7 +76,10 @@ def read(args: argparse.Namespace, size: int | None = None) -> Network:
 def target_layer(network: Network, name: str | None, method: str) -> str:
     """The name of the layer to explain; ValueError where the network or the method has no such layer."""
     if name is None:
-        return default_layer(network.model, network.blank)
+        name = default_layer(network.model, network.blank)
+        if method != "fullgrad":
+            target_maps(network.model, name, network.blank, method)
+        return name
     if method == "fullgrad":
         raise ValueError("fullgrad looks at all layers: leave --target-layer out, or take another --method")
     layers = spatial_layers(network.model, network.blank)
@@ -84,6 +88,7 @@ def target_layer(network: Network, name: str | None, method: str) -> str:
             f"--target-layer must be a layer that is called once and gives feature maps, got {name!r}; "
             f"the last of them are {', '.join(list(layers)[-12:])}"
         )
+    target_maps(network.model, name, network.blank, method)
     return name
 
 
@@ -91,7 +96,10 @@ def read_all(args: argparse.Namespace) -> list[Network]:
     """The network that the flags name, and all that are drawn beside it."""
     first = read(args, args.image_size)
     ways = ("compression", args.compression), ("tau", args.low_rank), ("rank", args.rank)
-    cuts = [{way: value} for way, values in ways for value in dict.fromkeys(values)]
+    # rank 1 and the share 1.0 are not the same
+    cuts = [
+        {way: value} for way, values in ways for value in {repr(value): value for value in values}.values()
+    ]
     if args.skip and not cuts:
         raise ValueError("--skip must come with --low-rank, --rank or --compression: nothing is cut")
     runs = [networks.placed(known.from_run(run), args.image_size, args.device) for run in args.compare]

@@ -56,6 +56,8 @@ class Network:
 
 def placed(network: Network, size: int | None, device: str) -> Network:
     """The network on a device, and told to see pictures of another size; ValueError where it cannot."""
+    if len(network.shape) != 3:
+        raise ValueError(f"{network.label} must take pictures, got a network for text")
     if size:
         network = replace(network, shape=(network.shape[0], size, size))
     network.model.to(device, memory_format=torch.channels_last)
@@ -138,7 +140,7 @@ def truncated(
         for name, value in (("tau", tau), ("rank", rank), ("compression", compression))
         if value is not None
     }
-    label = "".join(f"_{name}{value:g}" for name, value in given.items())
+    label = "".join(f"_{name}{value if name == 'rank' else f'{value:g}'}" for name, value in given.items())
     title = "low-rank" if tau is None else f"low-rank, τ = {tau:g}"
     if rank is not None:
         title = f"{100 * rank:g} % of full rank" if isinstance(rank, float) else f"rank {rank}"

@@ -91,5 +91,5 @@ def complete(results: Path) -> list[int]:
     return [
         seed
         for seed, its in names.items()
-        if all(epochs_done(run) == read_options(run)["epochs"] for run in its)
+        if all(epochs_done(run) == read_options(run).get("epochs") for run in its)
     ]

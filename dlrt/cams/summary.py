@@ -58,7 +58,8 @@ def read_study(folder: Path) -> pd.DataFrame:
     """All rows of a comparison, of every network and picture; FileNotFoundError where it is not complete."""
     if not (folder / LAST).exists():
         raise FileNotFoundError(f"there is no {LAST} yet")
-    found = (pd.read_csv(path) for path in sorted(folder.glob("*.csv")) if path.name != TIMES)
+    texts = {"network": str, "file": str}  # names may be numbers
+    found = (pd.read_csv(path, dtype=texts) for path in sorted(folder.glob("*.csv")) if path.name != TIMES)
     return pd.concat(found, ignore_index=True)
 
 
