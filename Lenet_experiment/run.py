@@ -2,10 +2,10 @@
 
     python Lenet_experiment/run.py --jobs 2        about 4 hours on two CPU cores
 
-Two sweeps: "plain", with the whole tolerance from the first step on, bases that move at every step, a
+Two sweeps: "plain", with the whole tolerance from the first step on, bases updated in every step, a
 low-rank first layer, and digits and targets as they are; and "best", with the defaults of the training
-scripts, which were chosen on the validation split, but longer, with bases that move in every tenth step,
-smaller batches and steps and less weight decay. The dense net is trained with both.
+scripts, which were chosen on the validation split, but longer, with bases that are updated in every
+tenth step, smaller batches and steps and less weight decay. The dense net is trained with both.
 """
 
 from pathlib import Path

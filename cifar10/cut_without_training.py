@@ -5,7 +5,7 @@
 For one of the networks that come along (dlrt/weights), or for runs, one for each seed. Ten minutes a run and
 core. For each compression the singular values of all layers compete, in the norm of the loss ("curvature",
 by a thousand training pictures without their labels) or as they are; or every layer keeps one share of its
-full rank. "spatial": kernels are matrices across space. The first and the last layer stay dense. Measured is
+full rank. "spatial": kernels are spatially separable. The first and the last layer stay dense. Measured is
 the accuracy on the test pictures; nothing is chosen. What is in cut_without_training.csv is not measured
 again; the table goes beside it, the figure to figures/ as well.
 """

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
-from tuned_runs import Comparison, Made, accuracy
+from tuned_runs import Comparison, Made
 
 from dlrt import DLRT, add_adapters, errors
 from dlrt.adapters import adapters
@@ -27,6 +27,7 @@ from dlrt.datasets import CIFAR10_CLASSES, load
 from dlrt.errors import RunError
 from dlrt.models import EfficientNetLite0, efficientnet
 from dlrt.ranks import parameters
+from dlrt.training import evaluate
 
 SAMPLES, TEST_SAMPLES, EPOCHS, BATCH, PIXELS = 1000, 3000, 5, 50, 64
 RANK, FIRST_RANK, HEAD_LR = 4, 6, 3e-3
@@ -171,8 +172,8 @@ def train(row: str, seed: int, setting: dict, data_dir: Path, threads: int) -> M
         "row": row,
         "seed": seed,
         "setting": json.dumps(setting),
-        "validation_accuracy": accuracy(model, pictures(dataset.validation, dataset, SAMPLES)),
-        "test_accuracy": accuracy(model, pictures(dataset.test, dataset, TEST_SAMPLES)),
+        "validation_accuracy": evaluate(model, pictures(dataset.validation, dataset, SAMPLES))[1],
+        "test_accuracy": evaluate(model, pictures(dataset.test, dataset, TEST_SAMPLES))[1],
         "parameters": sum(parameters(r, shape) for r, shape in ranks) + rest,
         "ranks": "/".join(str(r) for r, _ in ranks),
         "seconds": time.perf_counter() - start,

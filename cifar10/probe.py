@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from tuned_runs import Comparison, Made, accuracy
+from tuned_runs import Comparison, Made
 
 from dlrt import DLRT, compression, errors, to_low_rank
 from dlrt.baselines import Muon, plain_factors
 from dlrt.data import Split, augmented_batch
 from dlrt.datasets import load
 from dlrt.models import ResNet8
+from dlrt.training import evaluate
 
 SAMPLES, EPOCHS, BATCH = 10_000, 8, 128
 DENSE = ("conv1", "linear")  # layers that stay so
@@ -107,8 +108,8 @@ def train(name: str, seed: int, setting: dict, data_dir: Path, threads: int) -> 
         "row": name,
         "seed": seed,
         "setting": json.dumps(setting),
-        "validation_accuracy": accuracy(model, dataset.validation),
-        "test_accuracy": accuracy(model, dataset.test),
+        "validation_accuracy": evaluate(model, dataset.validation)[1],
+        "test_accuracy": evaluate(model, dataset.test)[1],
         "compression": 100 * (1 - cost.evaluation_parameters / whole),
         "ranks": "/".join(map(str, cost.ranks.values())),
         "seconds": time.perf_counter() - start,

@@ -28,7 +28,6 @@ from dlrt import errors, grid
 from dlrt.errors import RunError
 from dlrt.grid import RunSpec
 from dlrt.options import COUNT, PERCENT, POSITIVE
-from dlrt.runs import epochs_done, read_metrics
 
 HERE = Path(__file__).parent
 EPOCHS = {  # of each network
@@ -106,14 +105,9 @@ def choose_scales(network: str, args: argparse.Namespace, jobs: int) -> dict[Cho
             of[scale] = replace(made, name=f"{network}/tuning/{way}_{rule}_x{scale:g}")
     results = args.output_dir
     grid.make([made for of in tried.values() for made in of.values()], results, jobs, may_diverge=True)
-    best = {}
-    for choice, of in tried.items():
-        ended = {scale: made for scale, made in of.items() if epochs_done(results / made.name) == args.tune}
-        if not ended:
-            raise RunError(f"{network}: all step sizes diverge for {' with '.join(choice)}: add smaller ones")
-        best[choice] = max(
-            ended, key=lambda scale: read_metrics(results / ended[scale].name)["validation_accuracy"].iloc[-1]
-        )
+    best = {choice: grid.best_run(of, results, "validation_accuracy") for choice, of in tried.items()}
+    if hopeless := [" with ".join(choice) for choice, scale in best.items() if scale is None]:
+        raise RunError(f"{network}: all step sizes diverge for {hopeless[0]}: add smaller ones")
     return best
 
 

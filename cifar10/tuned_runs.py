@@ -15,9 +15,8 @@ from typing import TypedDict
 
 import pandas as pd
 import torch
-from torch import nn
 
-from dlrt.data import Split
+from dlrt import tables
 from dlrt.options import DATA_DIR, NATURAL, HelpFormatter, Parser
 from dlrt.runs import damaged, read_table
 
@@ -73,7 +72,7 @@ class Comparison:
             parser.error(f"no settings have been tried for {'; '.join(untuned)}: add --tune")
         make([(row, seed, best[row]) for seed in range(args.seeds) for row in args.rows])
         text = self.table(recorded(record, self.column[0]))
-        record.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+        record.with_suffix(".md").write_text(text, encoding="utf-8")
         print(text)
 
     def _make(self, wanted: list[tuple[str, int, dict]], record: Path, data_dir: Path, jobs: int) -> None:
@@ -100,17 +99,18 @@ class Comparison:
         """Means over the seeds at the best settings, as Markdown."""
         best = {row: json.dumps(setting) for row, setting in best_settings(runs).items()}
         chosen = runs[runs["setting"] == runs["row"].map(best)]
-        column, head = self.column
-        lines = [f"| trained | seeds | {head} | validation [%] | test [%] | setting |", "| --- " * 6 + "|"]
-        for row in (row for row in self.settings if row in best):
-            of = chosen[chosen["row"] == row]
-            spread = [mean_and_spread(of[c]) for c in ("validation_accuracy", "test_accuracy")]
-            setting = ", ".join(f"{key} {value}" for key, value in json.loads(best[row]).items())
-            mean = of[column].mean()
-            shown = f"{mean:.1f}" if mean < 1000 else f"{mean:,.0f}"
-            cells = [row, str(len(of)), shown, *spread, setting]
-            lines.append(f"| {' | '.join(cells)} |")
-        return "\n".join(lines)
+        (column, head), order = self.column, [row for row in self.settings if row in best]
+        rows = chosen.groupby("row")
+        mean, std = (getattr(rows, of)(numeric_only=True).loc[order] for of in ("mean", "std"))
+        settings = [json.loads(best[row]) for row in order]
+        return tables.markdown(pd.DataFrame({
+            "trained": order,
+            "seeds": rows.size().loc[order].map(str).tolist(),
+            head: [f"{at:.1f}" if at < 1000 else f"{at:,.0f}" for at in mean[column]],
+            "validation [%]": tables.spread(mean["validation_accuracy"], std["validation_accuracy"]),
+            "test [%]": tables.spread(mean["test_accuracy"], std["test_accuracy"]),
+            "setting": [", ".join(f"{key} {value}" for key, value in its.items()) for its in settings],
+        }))  # fmt: skip
 
 
 def recorded(path: Path, column: str = "seed") -> pd.DataFrame:
@@ -133,14 +133,3 @@ def best_settings(runs: pd.DataFrame) -> dict[str, dict]:
     tuned = runs[runs["seed"] == 0]
     best = tuned.loc[tuned.groupby("row")["validation_accuracy"].idxmax()]
     return {row: json.loads(setting) for row, setting in zip(best["row"], best["setting"], strict=True)}
-
-
-def mean_and_spread(values: pd.Series) -> str:
-    return f"{values.mean():.2f}" + (f" ± {values.std():.2f}" if len(values) > 1 else "")
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, split: Split) -> float:
-    model.eval()
-    hits = [(model(x).argmax(1) == y).sum() for x, y in split.batches(500)]
-    return 100 * sum(hits).item() / len(split)

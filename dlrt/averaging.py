@@ -24,12 +24,12 @@ def average(models: Sequence[nn.Module], weights: Sequence[float] | None = None)
     if weights is not None and not abs(sum(weights) - 1) <= 1e-6:
         raise ValueError(f"weights must sum to 1, got {sum(weights):g}: divide them by their sum")
     weights = weights or [1 / len(models)] * len(models)
-    states = [to_dense(deepcopy(model)).state_dict() for model in models]
+    copies = [to_dense(deepcopy(model)) for model in models]
+    states = [copy.state_dict() for copy in copies]
     shapes = [{name: value.shape for name, value in state.items()} for state in states]
     if any(other != shapes[0] for other in shapes):
         raise ValueError("an average takes models of one kind, got models of different layers or shapes")
-    mean = to_dense(deepcopy(models[0]))
-    for name, value in mean.state_dict().items():
+    for name, value in states[0].items():
         if value.is_floating_point():
             value.copy_(sum(w * state[name] for w, state in zip(weights, states, strict=True)))
-    return mean
+    return copies[0]

@@ -192,7 +192,7 @@ def load_network(run: Path | str, network: type[nn.Module] | None = None) -> tup
     try:
         model = load_factors(model, state["chosen"])
     except (RuntimeError, ValueError, LookupError, TypeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(str(error))
         raise RunError(f"the weights in {path} do not fit {network.__name__}: {reason}") from error
     if not all(value.isfinite().all() for value in model.state_dict().values()):
         raise RunError(f"the weights in {path} must be finite, got NaN or infinity: train it anew")

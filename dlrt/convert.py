@@ -25,10 +25,6 @@ from dlrt.lowrank import rank_within
 from dlrt.ranks import allocate_ranks, budget_for
 
 LOW_RANK_TYPES = {nn.Linear: LowRankLinear, nn.Conv2d: LowRankConv2d}
-OTHER_KINDS = {
-    nn.RNNBase: "recurrent layers have no low-rank form here",
-    nn.RNNCellBase: "recurrent layers have no low-rank form here",
-}
 
 
 def to_low_rank(
@@ -112,9 +108,8 @@ def _stays(module: nn.Module, owners: Counter[int], split: bool) -> str | None:
     """Why a layer stays as it is, if so; owners counts the modules that each parameter belongs to."""
     if isinstance(module, LowRankLayer):
         return "as it is: it is low-rank already, and dlrt.to_dense comes before another conversion"
-    for kind, reason in OTHER_KINDS.items():
-        if isinstance(module, kind):
-            return f"dense: {reason}"
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return "dense: recurrent layers have no low-rank form here"
     if type(module) is NonDynamicallyQuantizableLinear:
         return None  # a part of nn.MultiheadAttention that stays dense, which is named
     kinds = (type(module),) if is_conv1d(module) else (*LOW_RANK_TYPES, nn.MultiheadAttention)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dlrt.cluttered_digits import HARD, Clutter, clutter, held_out
 from dlrt.data import Dataset, Split
-from dlrt.errors import DataError
+from dlrt.errors import DataError, one_line
 from dlrt.text import stdlib, text
 
 MNIST_FILES = {
@@ -272,6 +272,6 @@ def _download(fetch: Callable, into: Path, needed: str) -> None:
             with suppress(OSError):
                 folder.rmdir()
         raise DataError(
-            f"needed: {needed}; downloading them failed ({' '.join(str(error).split())}). Put them there "
+            f"needed: {needed}; downloading them failed ({one_line(str(error))}). Put them there "
             "(--data-dir or DLRT_DATA name another data folder), or take --dataset digits, which needs none"
         ) from error

@@ -31,7 +31,7 @@ from dlrt.options import (
     add_flags,
     as_flags,
 )
-from dlrt.runs import best_lrs, epochs_done, read_options, read_runs, same_option
+from dlrt.runs import best_lrs, epochs_done, read_metrics, read_options, read_runs, same_option
 
 SHARED = ("dataset", "data_dir", "device")  # options of a grid that every one of its runs gets
 
@@ -149,6 +149,16 @@ def choose_lrs(plans: Sequence[RunSpec], results: Path, by: str) -> dict[Any, fl
             f"every learning rate diverges at {by} {', '.join(sorted(hopeless))}: add smaller ones"
         )
     return best
+
+
+def best_run(runs: Mapping[float, RunSpec], results: Path, metric: str, sign: int = 1) -> float | None:
+    """The key of the finished run that ends with the largest metric times sign; None where there is none."""
+    found = {
+        key: sign * read_metrics(results / run.name)[metric].iloc[-1]
+        for key, run in runs.items()
+        if epochs_done(results / run.name) == run.epochs
+    }
+    return max(found, key=found.get) if found else None
 
 
 def _missing(plans: Sequence[RunSpec], then: Sequence[RunSpec], results: Path) -> list[RunSpec]:

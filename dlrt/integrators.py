@@ -26,7 +26,7 @@ class Operator(Protocol):
     def __matmul__(self, X: Tensor) -> Tensor: ...
 
 
-Rule = Callable[[Tensor, LowRank], Tensor]
+Direction = Callable[[Tensor, LowRank], Tensor]  # in which S moves, of D and Ŷ, see `parallel_step`
 
 
 def parallel_bug(
@@ -150,7 +150,7 @@ def galerkin(F: Operator, Y: LowRank) -> Tensor:
 
 
 def parallel_step(
-    Y: LowRank, FV: Tensor, FtU: Tensor, h: float, core: Tensor | None = None, rule: Rule | None = None
+    Y: LowRank, FV: Tensor, FtU: Tensor, h: float, core: Tensor | None = None, rule: Direction | None = None
 ) -> tuple[LowRank, Tensor]:
     """Y + h P_Y F in augmented bases, before truncation, and D = Ûᵀ P_Y F V̂; they have up to twice the rank.
 

@@ -271,7 +271,7 @@ class LowRankOptions(Options):
     skip: list[str] = option([], "layers that stay dense", **LAYERS)
     spatial: bool = option(
         False,
-        "convolutions are low-rank across space: one across rows and one across columns, of which half the "
+        "convolutions are spatially separable: one across rows and one across columns, of which half the "
         "full rank costs as much as the kernel",
         **SWITCH,
     )

@@ -66,7 +66,7 @@ def in_turn(
     return times
 
 
-def medians(functions: Sequence[Callable[[], object]], repeats: int, device: str = "cpu") -> list[float]:
+def medians(functions: Sequence[Callable[[], object]], repeats: int) -> list[float]:
     """Median milliseconds of each, called in turn, after three rounds that warm up."""
-    in_turn(functions, 3, device=device)
-    return [statistics.median(its) for its in in_turn(functions, repeats, device=device)]
+    in_turn(functions, 3)
+    return [statistics.median(its) for its in in_turn(functions, repeats)]

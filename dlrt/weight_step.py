@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dlrt.distributed import check_ranks_may_move
-from dlrt.integrators import Rule, augment, galerkin, parallel_step, update_bases
+from dlrt.integrators import Direction, augment, galerkin, parallel_step, update_bases
 from dlrt.layers import LowRankLayer
 from dlrt.lowrank import LowRank, rotate
 from dlrt.velocity import RULES, Tangent, Velocity, adam, carried, coefficients, rotate_squares
@@ -129,7 +129,7 @@ class WeightStep:
         self._put(LowRank(rotate(Y_hat.U, P, polish), S1, rotate(Y_hat.V, Q, polish)), *along)
         self.layer.trains_bases = True
 
-    def _along(self) -> tuple[Tangent, Tangent, Rule]:
+    def _along(self) -> tuple[Tangent, Tangent, Direction]:
         """Velocity, what the step goes along, and the rule; the gradient is used up."""
         G, group, state = self.gradient(), self.group, self.state[self.layer.S]
         M, N = self.accelerate(G)

@@ -21,7 +21,6 @@ from dlrt import errors, grid
 from dlrt.errors import RunError
 from dlrt.grid import RunSpec
 from dlrt.options import NATURAL, PERCENT
-from dlrt.runs import epochs_done, read_metrics
 
 HERE = Path(__file__).parent
 RULES = {
@@ -69,19 +68,13 @@ def best_step_sizes(
         made = [run for of in runs.values() for run in of.values()]
         grid.make(made, args.output_dir, args.jobs, may_diverge=True)
         for (way, rule), of in runs.items():
-            folders = {size: args.output_dir / run.name for size, run in of.items()}
-            losses = {
-                size: read_metrics(folder)["validation_loss"].iloc[-1]
-                for size, folder in folders.items()
-                if epochs_done(folder) == TUNING_EPOCHS
-            }
-            if not losses:
+            size = grid.best_run(of, args.output_dir, "validation_loss", sign=-1)
+            if size is None:
                 raise RunError(f"every step size diverges for {way} with {rule}: add smaller ones")
-            least = min(losses, key=losses.get)
-            if further := beyond(tried[way, rule], least):
+            if further := beyond(tried[way, rule], size):
                 tried[way, rule] = sorted([*tried[way, rule], further])
             else:
-                best[way, rule] = {STEP_SIZES[rule][0]: least}
+                best[way, rule] = {STEP_SIZES[rule][0]: size}
     return best
 
 

@@ -48,7 +48,7 @@ def evaluation(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y:
 
 
 def training_steps(optimizer: torch.optim.Optimizer, closure: Callable, steps: int = 1) -> Callable:
-    """As many steps in one call; a low-rank one is timed from one move of the bases to the next."""
+    """As many steps in one call; a low-rank one is timed from one decision of ranks to the next."""
 
     def several() -> None:
         for _ in range(steps):

@@ -209,8 +209,8 @@ def caption(rows: pd.DataFrame) -> str:
     return (
         "Training step and inference of the net 784-w-w-w-w-10 with the last layer dense, float32, SGD with "
         f"momentum, in one process with the dense net: {where}.{gpu} Medians of {rows['repeats'].min()} to "
-        f"{rows['repeats'].max()} calls; with more S-steps than one a step is the mean of those from a move "
-        f"of the bases to the next.{factors or ''} Break-even: the rank "
+        f"{rows['repeats'].max()} calls; with more S-steps than one a step is the mean of those from one "
+        f"decision of ranks to the next.{factors or ''} Break-even: the rank "
         "from which dense needs less time (operations in products; peak memory), interpolated between the "
         "measured ranks on logarithmic axes; the dense net is timed anew beside every rank; no rank of a "
         "layer exceeds its full one. Bands in the figure: from quartile to quartile; dotted: what the "

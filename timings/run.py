@@ -2,7 +2,7 @@
 
     python timings/run.py        about 20 minutes on two CPU cores that have nothing else to do
 
-Timed are all integrators: adaptive, with bases that move at every step and at every tenth, and at fixed rank;
+Timed are all integrators: adaptive, with bases updated in every step and in every tenth, and at fixed rank;
 a low-rank step is the mean of those from one decision of ranks to the next. Beside them stand plain factors
 U Vᵀ of the same ranks with SGD.
 Every device has its folder in results/ with a row for each setting and rank. What is there is not measured
@@ -194,7 +194,7 @@ def main() -> None:
     add = parser.add_argument
     add("--batch-size", type=NATURAL, default=256, help="samples per step and per inference")
     add("--integrators", choices=INTEGRATORS, nargs="+", default=INTEGRATORS, help="to train with")
-    every = "steps of S in each move of the bases, of the adaptive integrators"
+    every = "steps of S for each basis update, of the adaptive integrators"
     add("--s-steps", type=NATURAL, nargs="+", default=(1, 10), help=every)
     add("--repeats", type=NATURAL, default=10, help="timed calls at each point")
     longest = "after which a point is called no more, once it has been called three times"

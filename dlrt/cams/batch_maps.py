@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from dlrt.cams import CLASSLESS, Maps, explain
-from dlrt.cams.compare import similarity
+from dlrt.cams.compare import pearson
 from dlrt.cams.figure import Cell, Row
 from dlrt.cams.guided import guided_gradients, visible
 from dlrt.cams.networks import Network
@@ -167,7 +167,9 @@ def numbers(
         "probability": float(probabilities[predicted]),
         "target": " + ".join(network.classes[number] for number in it.classes),
         "target_probability": float(probabilities[list(it.classes)].sum()),
-        "correlation": np.nan if maps is first else similarity(shown, first.displayed[index])["pearson"],
+        "correlation": np.nan
+        if maps is first
+        else float(pearson(shown[None], first.displayed[index : index + 1])[0]),
         "defined": defined,
         "raw_min": raw.min(),
         "raw_max": raw.max(),

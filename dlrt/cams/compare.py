@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import pearsonr, spearmanr
+from scipy.stats import spearmanr
 from skimage.metrics import structural_similarity
 
 from dlrt.cams.pictures import Box
 
 TOP = 0.2  # the share of pixels that a map's top is
+
+
+def pearson(some: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Pearson's correlation (N,) of maps (N, H, W), NaN where one is not finite or does not vary."""
+    if some.shape != others.shape:
+        return np.full(len(some), np.nan)
+    whole = [np.isfinite(maps).all((1, 2)) & (np.ptp(maps, axis=(1, 2)) > 0) for maps in (some, others)]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        scaled = [maps / np.abs(maps).max((1, 2), keepdims=True) for maps in map(np.float64, (some, others))]
+        a, b = (maps - maps.mean((1, 2), keepdims=True) for maps in scaled)
+        r = (a * b).sum((1, 2)) / np.sqrt((a**2).sum((1, 2)) * (b**2).sum((1, 2)))
+    return np.where(whole[0] & whole[1], r.clip(-1, 1), np.nan)
 
 
 def similarity(one: np.ndarray, other: np.ndarray) -> dict[str, float]:
@@ -29,7 +41,7 @@ def similarity(one: np.ndarray, other: np.ndarray) -> dict[str, float]:
     side = min(a.shape)
     window = min(7, side - 1 + side % 2)  # odd, and not larger than the map
     return {
-        "pearson": float(pearsonr(a.ravel(), b.ravel()).statistic),
+        "pearson": float(pearson(a[None], b[None])[0]),
         "spearman": float(spearmanr(a.ravel(), b.ravel()).statistic),
         "ssim": float(structural_similarity(a, b, win_size=window, data_range=2.0))
         if window >= 3
@@ -38,9 +50,9 @@ def similarity(one: np.ndarray, other: np.ndarray) -> dict[str, float]:
     }
 
 
-def top(values: np.ndarray, share: float = TOP) -> np.ndarray:
+def top(values: np.ndarray) -> np.ndarray:
     """The highest pixels of a map, as a mask; of many that are equally lowest, none."""
-    return (values >= np.quantile(values, 1 - share)) & (values > values.min())
+    return (values >= np.quantile(values, 1 - TOP)) & (values > values.min())
 
 
 def iou(one: np.ndarray, other: np.ndarray) -> float:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from dlrt.cams.imputation import fill
 
 MEASURES = ("deletion", "insertion", "road")
+STEPS = 10  # in which pixels leave and come
 SHARES, NOISE = (0.2, 0.4, 0.6, 0.8), 0.01  # of pixels that ROAD keeps, and what it adds to the others
 
 
 def faithfulness(
-    model: nn.Module, images: Tensor, shown: np.ndarray, classes: list[int], steps: int = 10
+    model: nn.Module, images: Tensor, shown: np.ndarray, classes: list[int]
 ) -> dict[str, np.ndarray]:
     """deletion, insertion and road of maps (N, H, W) of normalised images (N, C, H, W), each (N,).
 
@@ -31,12 +32,24 @@ def faithfulness(
         return result
     images = images[torch.from_numpy(kept)]
     shown, chosen = shown[kept], [number for number, keep in zip(classes, kept, strict=True) if keep]
-    blurred = blur(images)
-    ends = [probability(model, its, chosen) for its in (images, blurred)]
-    result["deletion"][kept] = replacing(model, images, blurred, shown, chosen, steps, ends)
-    result["insertion"][kept] = replacing(model, blurred, images, shown, chosen, steps, ends[::-1])
-    result["road"][kept] = _road(model, images, shown, chosen)
+    found, _ = curves(model, images, shown, chosen)
+    found["road"] = _road(model, images, shown, chosen)
+    for name, values in found.items():
+        result[name][kept] = values
     return result
+
+
+def curves(
+    model: nn.Module, images: Tensor, shown: np.ndarray, classes: list[int]
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """deletion and insertion (N,) of defined maps, as `faithfulness` has them; and the classes' probability."""
+    blurred = blur(images)
+    ends = [probability(model, its, classes) for its in (images, blurred)]
+    found = {
+        "deletion": _replacing(model, images, blurred, shown, classes, ends),
+        "insertion": _replacing(model, blurred, images, shown, classes, ends[::-1]),
+    }
+    return found, ends[0]
 
 
 @torch.no_grad()
@@ -45,13 +58,12 @@ def probability(model: nn.Module, images: Tensor, classes: list[int]) -> np.ndar
     return model(images).softmax(1)[torch.arange(len(images)), classes].cpu().numpy()
 
 
-def replacing(
+def _replacing(
     model: nn.Module,
     before: Tensor,
     after: Tensor,
     shown: np.ndarray,
     classes: list[int],
-    steps: int,
     ends: Sequence[np.ndarray],
 ) -> np.ndarray:
     """The mean probability (N,) of each class on the way from one picture to another, highest pixels first.
@@ -60,10 +72,10 @@ def replacing(
     """
     place, pixels = _places(shown)[:, None].to(before.device), shown[0].size
     curve = [ends[0]]
-    for step in range(1, steps):
-        mixed = torch.where(place < pixels * step / steps, after, before)
+    for step in range(1, STEPS):
+        mixed = torch.where(place < pixels * step / STEPS, after, before)
         curve.append(probability(model, mixed, classes))
-    return np.trapezoid(np.array([*curve, ends[1]]), dx=1 / steps, axis=0)
+    return np.trapezoid(np.array([*curve, ends[1]]), dx=1 / STEPS, axis=0)
 
 
 def _places(shown: np.ndarray) -> Tensor:

@@ -17,7 +17,7 @@ from dlrt import models
 from dlrt.cams.networks import Network, titled
 from dlrt.checkpoint import load_file, load_network
 from dlrt.datasets import CIFAR10_CLASSES, CLASS_NAMES
-from dlrt.errors import RunError
+from dlrt.errors import RunError, one_line
 from dlrt.models import efficientnet
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation
@@ -153,7 +153,7 @@ def _load(model: nn.Module, state: dict[str, Tensor], source: str, arch: str) ->
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(str(error))[:300]
         raise RunError(f"--weights {source} does not fit {arch}: {reason}") from error
 
 

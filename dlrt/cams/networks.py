@@ -16,6 +16,7 @@ import dlrt
 from dlrt.cams.pictures import Picture
 from dlrt.cams.spatial import spatial_layers
 from dlrt.cams.targets import class_number
+from dlrt.errors import one_line
 from dlrt.layers import LowRankLayer
 
 
@@ -66,7 +67,7 @@ def placed(network: Network, size: int | None, device: str) -> Network:
             network.model(network.blank)
     except (RuntimeError, AssertionError) as error:  # torchvision's vision transformers assert
         height, width = network.shape[1:]
-        reason = " ".join(str(error).split())
+        reason = one_line(str(error))
         raise ValueError(f"{network.label} cannot see {width} x {height} pixels ({reason})") from error
     return network
 

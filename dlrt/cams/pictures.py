@@ -16,6 +16,8 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from pytorch_grad_cam.utils.image import show_cam_on_image
 from torch import Tensor
 
+from dlrt.errors import one_line
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 DEEP = ("I", "F")  # modes with more than eight bits, which PIL would cut off and not scale
 TURNS = {  # by the value of the tag
@@ -81,7 +83,7 @@ def read(path: Path) -> Picture:
                 file.load()
                 return Picture(path.name, _plain(_upright(file)))
     except Exception as error:  # of damaged files Pillow raises errors of every kind
-        reason = " ".join(str(error).replace(str(path), "the file").split())
+        reason = one_line(str(error).replace(str(path), "the file"))
         raise PictureError(f"{path} cannot be read ({reason}): it is left out") from error
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dlrt.cams.compare import similarity
+from dlrt.cams.compare import pearson
 from dlrt.cams.explain import explain
 from dlrt.cams.targets import Target
 from dlrt.layers import LowRankLayer
@@ -84,5 +84,4 @@ def cascade(
         for module in modules[start:end]:
             randomise(module, generator)
         raw = explain(copy, images, targets, method, layer).raw
-        r = [similarity(a, b)["pearson"] for a, b in zip(own, raw, strict=True)]
-        yield end / len(modules), names[modules[end - 1]] if end else "", np.array(r)
+        yield end / len(modules), names[modules[end - 1]] if end else "", pearson(own, raw)

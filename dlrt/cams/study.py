@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from dlrt.cams import Maps, explain, known
-from dlrt.cams.compare import in_boxes
-from dlrt.cams.faithfulness import blur, probability, replacing
+from dlrt.cams.compare import in_boxes, pearson
+from dlrt.cams.faithfulness import curves
 from dlrt.cams.networks import Network
 from dlrt.cams.targets import of_classes
 from dlrt.cluttered_digits import HARD, Clutter, held_out
@@ -40,10 +40,7 @@ def maps_of(network: Network, method: str) -> Maps:
 
 def difference(one: Maps, other: Maps) -> float:
     """1 - r of raw maps, mean over the pictures; those that do not vary are left out."""
-    a, b = (maps.raw - maps.raw.mean((1, 2), keepdims=True) for maps in (one, other))
-    norms = np.linalg.norm(a, axis=(1, 2)) * np.linalg.norm(b, axis=(1, 2))
-    varying = norms > 0
-    return float(1 - ((a * b).sum((1, 2))[varying] / norms[varying]).mean())
+    return float(1 - np.nanmean(pearson(one.raw, other.raw)))
 
 
 def energy(maps: Maps) -> float:
@@ -57,11 +54,9 @@ def insertion_minus_deletion(network: Network, maps: Maps) -> float:
     """Divided by the probability of the true class; of the defined maps."""
     kept = maps.defined
     x, shown = inputs(network)[torch.from_numpy(kept)], maps.displayed[kept]
-    classes, smooth = pictures().labels[kept].tolist(), blur(x)
-    ends = [probability(network.model, its, classes) for its in (smooth, x)]
-    insertion = replacing(network.model, smooth, x, shown, classes, 10, ends)
-    deletion = replacing(network.model, x, smooth, shown, classes, 10, ends[::-1])
-    return float((insertion - deletion).mean() / ends[1].mean())
+    classes = pictures().labels[kept].tolist()
+    found, p = curves(network.model, x, shown, classes)
+    return float((found["insertion"] - found["deletion"]).mean() / p.mean())
 
 
 def measure(folder: Path, references: dict[str, list[Maps]]) -> list[dict[str, object]]:

@@ -10,6 +10,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget, FinerWe
 from torch import Tensor
 
 Target = Callable[[Tensor], Tensor]
+NEAREST = 3  # classes, from which FinerCAM tells one
 
 
 class SumOfTargets:
@@ -62,7 +63,7 @@ def _is_target(target: object) -> bool:
     return callable(target) and not isinstance(target, type)
 
 
-def finer(targets: list[list[Target]], logits: Tensor, others: int = 3) -> list[list[Target]]:
+def finer(targets: list[list[Target]], logits: Tensor) -> list[list[Target]]:
     """In place of each class the difference between it and those with the nearest logits, for FinerCAM."""
     result = []
     for its, row in zip(targets, logits, strict=True):
@@ -73,7 +74,7 @@ def finer(targets: list[list[Target]], logits: Tensor, others: int = 3) -> list[
                 continue
             distance = (row - row[target.category]).abs()
             distance[target.category] = torch.inf
-            nearest = distance.argsort()[: min(others, len(row) - 1)].tolist()
+            nearest = distance.argsort()[: min(NEAREST, len(row) - 1)].tolist()
             new.append(FinerWeightedTarget(target.category, nearest, 1.0))
         result.append(new)
     return result

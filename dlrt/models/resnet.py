@@ -58,7 +58,7 @@ class ResNet(nn.Module):
 
 
 class ResNet8(ResNet):
-    """A block a stage: 75,290 weights."""
+    """A block a stage: 75,290 parameters."""
 
     def __init__(
         self, shape: tuple[int, int, int] = (3, 32, 32), classes: int = 10, width: float = 1.0
