@@ -42,7 +42,7 @@ def faithfulness(
 def curves(
     model: nn.Module, images: Tensor, shown: np.ndarray, classes: list[int]
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """deletion and insertion (N,) of defined maps, as `faithfulness` has them; and the classes' probability."""
+    """deletion and insertion (N,) of defined maps, as `faithfulness` has them; probability of the class."""
     blurred = blur(images)
     ends = [probability(model, its, classes) for its in (images, blurred)]
     found = {
