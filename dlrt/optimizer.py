@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable
 from typing import Any, Literal
@@ -10,12 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dlrt.checks import check_factors, check_orthonormal, check_tolerance
+from dlrt.checks import check_orthonormal, check_tolerance
 from dlrt.costs import budget_between
 from dlrt.layers import LowRankLayer
 from dlrt.lowrank import LowRank, leading_subspace, truncated_svd
 from dlrt.ranks import allocate_ranks, direction_scores, falling_budget
 from dlrt.settings import Settings, low_rank_layers
+from dlrt.step_checks import check_finite, check_layers, check_no_gradient_waits, check_owner
 from dlrt.velocity import Velocity
 from dlrt.weight_step import WeightStep
 
@@ -134,7 +134,7 @@ class DLRT(torch.optim.Optimizer):
         FloatingPointError where a gradient is not finite; nothing has moved then, but the bases where it is
         the second pass.
         """
-        self._check_owner()
+        check_owner(self.layers, self)
         integrator = self.group["integrator"]
         two_passes = integrator != "parallel" and not self.group["frozen"]
         if two_passes and closure is None:
@@ -160,50 +160,12 @@ class DLRT(torch.optim.Optimizer):
             self._move(layers, two_passes)
         return loss
 
-    def _check_owner(self) -> None:
-        """RuntimeError where a layer is another DLRT's by now: velocity and progress here are not its own."""
-        for layer, name in self.layers.items():
-            owner = getattr(layer, "owner", None)
-            if owner is None or owner() is not self:
-                raise RuntimeError(
-                    f"{name} must belong to the DLRT that steps, but was converted or given to a later DLRT: "
-                    "step that one, or make a new one"
-                )
-
     def _layers_with_gradient(self) -> list[LowRankLayer]:
-        """The layers that took part; an error where a step of them would go wrong."""
+        """The layers that take part in a step; an error where it would go wrong."""
         decides = not self.group["frozen"] and self.group["steps"] + 1 >= self.group["allot_at"]
-        for layer, name in self.layers.items():
-            check_factors(name, layer.S)
-            if decides:  # else somebody's clamped or averaged bases would go wrong in silence
-                check_orthonormal(name, layer.U, layer.V)
-            past = self.state[layer.S].get("velocity")
-            if past is not None and past.shape != layer.S.shape:
-                raise RuntimeError(
-                    f"{name} has a coefficient matrix of shape {tuple(layer.S.shape)}, its velocity "
-                    f"{tuple(past.shape)}: load the optimizer's state with the model's, or make a new DLRT"
-                )
-        self._check_finite()
+        check_layers(self.layers, self.state, decides)
+        check_finite(self.layers, self.param_groups)
         return [layer for layer in self.layers if layer.S.grad is not None]
-
-    def _check_finite(self) -> None:
-        """FloatingPointError where a gradient of whatever is trained here, or lr, is not a finite number."""
-        names = {p: name for layer, name in self.layers.items() for p in (layer.U, layer.S, layer.V)}
-        for group in self.param_groups:
-            if not math.isfinite(group["lr"]):
-                raise FloatingPointError(f"lr must be finite, got {group['lr']}: look at the scheduler")
-        groups = [self.group, *(group for group in self.param_groups if "update" not in group)]
-        trained = [p for group in groups for p in group["params"] if p.grad is not None]
-        trained = [p for p in trained if p.grad.layout == torch.strided]
-        # the sum is not finite where an entry is not, and takes a tenth of the time that isfinite() takes
-        sums = [p.grad.sum() for p in trained]
-        device = self.group["params"][0].device
-        if not sums or torch.stack([total.to(device).isfinite() for total in sums]).all():
-            return
-        for p in trained:
-            if not p.grad.isfinite().all():
-                name = names.get(p, f"a bias, norm or dense layer of shape {tuple(p.shape)}")
-                raise FloatingPointError(f"the gradient of {name} is not finite")
 
     def _move(self, layers: list[LowRankLayer], two_passes: bool) -> None:
         """K-, L- and S-step of every layer, or the S-step where bases rest; truncation where it is due."""
@@ -302,7 +264,7 @@ class DLRT(torch.optim.Optimizer):
         Under a budget ranks are those of its last decision, or of one that is due. RuntimeError where a
         gradient for the present bases still waits for its step.
         """
-        self._check_no_gradient_waits()
+        self._check_truncation()
         with _full_precision(self.layers):
             if not self.group["frozen"]:
                 for layer in self.layers:
@@ -318,7 +280,7 @@ class DLRT(torch.optim.Optimizer):
 
         RuntimeError as of `truncate`.
         """
-        self._check_no_gradient_waits()
+        self._check_truncation()
         if self.group["frozen"]:
             return
         with _full_precision(self.layers):
@@ -329,14 +291,10 @@ class DLRT(torch.optim.Optimizer):
                 self._weight(layer).rest(*self._at(layer))
         self.group["frozen"] = True
 
-    def _check_no_gradient_waits(self) -> None:
-        self._check_owner()
-        for layer, name in self.layers.items():
-            if layer.S.grad is not None and not self.group["frozen"]:
-                raise RuntimeError(
-                    f"{name} has a gradient for the bases that truncation replaces: "
-                    "call step() or zero_grad() first"
-                )
+    def _check_truncation(self) -> None:
+        check_owner(self.layers, self)
+        if not self.group["frozen"]:
+            check_no_gradient_waits(self.layers)
 
     def __getstate__(self) -> None:
         raise TypeError(

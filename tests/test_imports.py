@@ -16,7 +16,7 @@ ORDER = [
     ["adapters"],
     ["costs"],
     ["convert", "distributed", "settings", "pendulum"],
-    ["weight_step"],
+    ["weight_step", "step_checks"],
     ["averaging", "export", "optimizer", "pretrained"],
     ["baselines", "hub"],
     [

@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 
 import dlrt
 from dlrt import DLRT, LowRank, LowRankConv2d, LowRankLinear, integrators
+from dlrt.step_checks import check_finite
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -382,7 +383,7 @@ def test_an_entry_that_is_not_finite_is_found_and_a_sum_that_overflows_is_no_err
     cross_entropy(model(x), y).backward()
     gradient = dict(model.named_parameters())[place].grad
     gradient.fill_(0.9 * torch.finfo(gradient.dtype).max)
-    optimizer._check_finite()
+    check_finite(optimizer.layers, optimizer.param_groups)
     gradient.view(-1)[-1] = bad
     with pytest.raises(FloatingPointError, match=r"is not finite"):
         optimizer.step()
