@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dlrt
-from dlrt.convert import LOW_RANK_TYPES
+from dlrt.convertible import LOW_RANK_TYPES
 from dlrt.curvature import kronecker_factors, terms
 from dlrt.models import LeNet5
 from dlrt.ranks import allocate_ranks, parameters
