@@ -21,7 +21,7 @@ import pandas as pd
 from torch import nn
 
 from dlrt import compression, errors, plots, tables, to_low_rank
-from dlrt.checkpoint import atomic_write, load_network
+from dlrt.checkpoint import load_network, save_table
 from dlrt.data import Dataset
 from dlrt.datasets import load
 from dlrt.errors import RunError
@@ -131,8 +131,7 @@ def main() -> None:
         made = measure(run, missing, args.data_dir) if missing else []
         rows = pd.DataFrame([*rows.to_dict("records"), *made])
         folder.mkdir(parents=True, exist_ok=True)
-        text = rows.to_csv(index=False, float_format="%.6g")
-        atomic_write(record, lambda file, text=text: file.write(text.encode()), errors.KEPT)
+        save_table(record, rows)
     if rows.empty:
         parser.error("--runs must name trained dense networks, as nothing is measured yet, got none")
     count = rows["run"].nunique()

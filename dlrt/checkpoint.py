@@ -14,7 +14,7 @@ from torch import nn
 from dlrt import models
 from dlrt.baselines import plain_factors
 from dlrt.convert import load_factors
-from dlrt.errors import RunError, one_line
+from dlrt.errors import KEPT, RunError, one_line
 
 WEIGHTS = Path(__file__).parent / "weights"  # of trained networks, by name; README.md there says more
 KINDS = {int: "iu", float: "iuf", bool: "b"}  # of the columns that hold a type; whatever else is text
@@ -82,6 +82,11 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], Any], advice: str) -> 
         if not reasons:
             raise
         raise OSError(f"{path} cannot be written ({reasons[0].strerror}): {advice}") from error
+
+
+def save_table(path: Path, table: pd.DataFrame, advice: str = KEPT) -> None:
+    """Write a CSV file with six digits of each number, whole or not at all, as `atomic_write`."""
+    atomic_write(path, lambda file: table.to_csv(file, index=False, float_format="%.6g"), advice)
 
 
 def load_file(path: Path) -> dict[str, Any]:

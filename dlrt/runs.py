@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from dlrt.checkpoint import Row, atomic_write, holds, load_checkpoint
+from dlrt.checkpoint import Row, atomic_write, holds, load_checkpoint, save_table
 from dlrt.distributed import world_size
 from dlrt.errors import RunError
 
@@ -105,9 +105,7 @@ class Run:
 
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Write metrics.csv, a line for each row."""
-        table = pd.DataFrame(rows)
-        path, form = self.folder / "metrics.csv", {"index": False, "float_format": "%.6g"}
-        atomic_write(path, lambda file: table.to_csv(file, **form), RESUME)
+        save_table(self.folder / "metrics.csv", pd.DataFrame(rows), RESUME)
 
     def load(self) -> dict[str, Any] | None:
         """The last checkpoint, or None where no epoch was completed; RunError for a damaged one."""

@@ -20,10 +20,11 @@ from pathlib import Path
 
 from dlrt import errors
 from dlrt.cams import build_networks, measure, network_flags, networks
-from dlrt.cams.comparison import check_full_rank, compare, recorded, save_table
+from dlrt.cams.comparison import check_full_rank, compare, recorded
 from dlrt.cams.load_pictures import pictures_of
 from dlrt.cams.map_times import map_times
 from dlrt.cams.page import write_page
+from dlrt.checkpoint import save_table
 from dlrt.datasets import DATASETS
 from dlrt.errors import LEFT_OUT, DataError, RunError
 from dlrt.options import DATA_DIR, FOLDER_NAME, NATURAL, SHARE, TOLERANCE, HelpFormatter, Parser

@@ -27,6 +27,7 @@ from dlrt.cams.networks import Network
 from dlrt.cams.pictures import Picture, files
 from dlrt.cams.randomised import cascade
 from dlrt.cams.targets import of_classes
+from dlrt.checkpoint import save_table
 from dlrt.errors import RunError
 from dlrt.options import NATURAL, HelpFormatter, Parser
 from dlrt.plots import LOOK, Figure, mpl, plt
@@ -106,7 +107,7 @@ def main() -> None:
         parser.error(str(error))
     with errors.boundary(code=errors.STOPPED):
         table = measured(nets, pictures, layer, args)
-        table.to_csv(args.output_dir / "randomised.csv", index=False, float_format="%.6g")
+        save_table(args.output_dir / "randomised.csv", table)
         if undefined := int(table["correlation"].isna().sum()):
             print(f"warning: {undefined} of {len(table)} maps are undefined: left out", file=sys.stderr)
         titles = {network.label: network.title.replace("\n", ", ") for network in nets}

@@ -15,7 +15,7 @@ import pandas as pd
 from dlrt.cams import Maps, build_networks, measure
 from dlrt.cams.load_pictures import digest
 from dlrt.cams.pictures import Picture
-from dlrt.checkpoint import atomic_write
+from dlrt.checkpoint import atomic_write, save_table
 from dlrt.errors import KEPT, RunError
 from dlrt.runs import read_table
 
@@ -95,10 +95,6 @@ def save_maps(path: Path, maps: Maps) -> None:
     """The displayed maps of the grid's pictures."""
     shown = maps.displayed[:SHOWN].astype(np.float16)
     atomic_write(path, partial(np.savez_compressed, displayed=shown), KEPT)
-
-
-def save_table(path: Path, table: pd.DataFrame) -> None:
-    atomic_write(path, lambda file: table.to_csv(file, index=False, float_format="%.6g"), KEPT)
 
 
 def line(table: pd.DataFrame) -> str:

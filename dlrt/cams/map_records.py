@@ -12,7 +12,7 @@ import pandas as pd
 
 import dlrt
 from dlrt.cams.networks import Network
-from dlrt.checkpoint import atomic_write
+from dlrt.checkpoint import atomic_write, save_table
 from dlrt.errors import KEPT
 from dlrt.options import NOT_PART_OF_THE_EXPERIMENT
 from dlrt.runs import environment
@@ -31,8 +31,7 @@ def warn_of_changes(table: pd.DataFrame, first: Network) -> None:
 
 def write_records(table: pd.DataFrame, nets: Sequence[Network], layer: str, args: argparse.Namespace) -> None:
     """cams.csv and config.json; of files and folders the names alone, since records can be published."""
-    form = {"index": False, "float_format": "%.6g"}
-    atomic_write(args.output_dir / "cams.csv", lambda file: table.to_csv(file, **form), KEPT)
+    save_table(args.output_dir / "cams.csv", table)
     options = {key: its for key, its in vars(args).items() if key not in NOT_PART_OF_THE_EXPERIMENT}
     options["target_layer"] = layer if args.method != ["fullgrad"] else None
     config = {

@@ -14,6 +14,7 @@ import pandas as pd
 from dlrt import errors
 from dlrt.cams import known
 from dlrt.cams.study import FROM_DENSE, KINDS, METHODS, complete, maps_of, measure
+from dlrt.checkpoint import save_table
 from dlrt.options import HelpFormatter, Parser
 
 HERE = Path(__file__).parent
@@ -38,7 +39,7 @@ def main() -> None:
             if name not in there:
                 rows += measure(args.results / name, start if kind in FROM_DENSE else references)
                 print(name, flush=True)
-    pd.DataFrame(rows).to_csv(args.output, index=False, float_format="%.6g")
+    save_table(args.output, pd.DataFrame(rows))
 
 
 if __name__ == "__main__":
