@@ -194,22 +194,7 @@ def train_epoch(
         if isinstance(optimizer, DLRT):
             optimizer.tau = options.tau * tau_fraction(options, epoch - 1 + step / steps)
         samples, (x, y, weight) = y.numel(), distributed.own_part(x, y)  # of text its tokens
-        logits: list[Tensor] = []
-
-        def closure(
-            x: Tensor = x, y: Tensor = y, weight: float = weight, logits: list[Tensor] = logits
-        ) -> float:
-            optimizer.zero_grad()
-            with _autocast(x, options.amp):
-                logits.append(model(x))
-            loss = weight * cross_entropy(logits[-1].float(), y, label_smoothing=options.label_smoothing)
-            (mean,) = distributed.sums(loss.item())
-            if not math.isfinite(mean):
-                raise FloatingPointError(f"the loss is {mean}")
-            scaler.scale(loss).backward()
-            distributed.reduce_gradients(model)
-            return mean
-
+        closure, logits = _evaluation(model, optimizer, options, scaler, x, y, weight)
         try:
             loss = _step(optimizer, closure, scaler)
         except (FloatingPointError, torch.linalg.LinAlgError) as error:
@@ -227,6 +212,33 @@ def train_epoch(
         optimizer.truncate()
     (correct,) = distributed.sums(correct)
     return loss_sum / seen, 100 * correct / seen
+
+
+def _evaluation(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    options: Options,
+    scaler: GradScaler,
+    x: Tensor,
+    y: Tensor,
+    weight: float,
+) -> tuple[Callable[[], float], list[Tensor]]:
+    """A closure for `optimizer.step`, a pass over a batch that gives the loss; and a list for its logits."""
+    logits: list[Tensor] = []
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        with _autocast(x, options.amp):
+            logits.append(model(x))
+        loss = weight * cross_entropy(logits[-1].float(), y, label_smoothing=options.label_smoothing)
+        (mean,) = distributed.sums(loss.item())
+        if not math.isfinite(mean):
+            raise FloatingPointError(f"the loss is {mean}")
+        scaler.scale(loss).backward()
+        distributed.reduce_gradients(model)
+        return mean
+
+    return closure, logits
 
 
 def _autocast(x: Tensor, amp: str | None) -> torch.autocast:
