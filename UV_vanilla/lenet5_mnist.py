@@ -31,7 +31,7 @@ class Options(LowRankOptions):
 def main() -> None:
     fixed = {"tau": 0.0, "tau_warmup": 0.0, "rank": 20}
     options = Options.parse(__doc__, **fixed, **AS_IN_THE_PAPER)
-    settings = {"rank": options.rank, "decay": options.decay}
+    settings = {"rank": options.rank, "decay": options.decay}  # rank is an option of all low-rank scripts
     script.run(options, decayed_lenet5, Path(__file__).parent / "runs", settings)
 
 

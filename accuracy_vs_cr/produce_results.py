@@ -28,8 +28,8 @@ SHORT = ("width", "method", "τ", "test accuracy [%]", "ranks (first seed)", "co
 CAPTION = (
     "Five-layer nets on {data}, all trained on digits shifted at random: test accuracy in %, mean and "
     "standard deviation over the seeds, at the epoch chosen on the validation digits and at the last one. "
-    "DLRT begins with a quarter of the full rank; its bases move in every 40th step and the tolerance rises "
-    "over the first half of training. "
+    "DLRT begins with a quarter of the full rank; its bases are updated in every 40th step and the tolerance "
+    "rises over the first half of training. "
     "truncated: the dense net cut to a rank by the SVD; retrained: trained on by DLRT at that rank, for the "
     "epochs told, after those of the dense net, with the learning rate of {lrs} that did best on the "
     "validation digits with the first seed; all others have 0.1. published: Schotthöfer et al. 2022, "

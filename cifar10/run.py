@@ -105,9 +105,9 @@ def choose_scales(network: str, args: argparse.Namespace, jobs: int) -> dict[Cho
             of[scale] = replace(made, name=f"{network}/tuning/{way}_{rule}_x{scale:g}")
     results = args.output_dir
     grid.make([made for of in tried.values() for made in of.values()], results, jobs, may_diverge=True)
-    best = {choice: grid.best_run(of, results, "validation_accuracy") for choice, of in tried.items()}
+    best = {choice: grid.best_of(of, results, "validation_accuracy") for choice, of in tried.items()}
     if hopeless := [" with ".join(choice) for choice, scale in best.items() if scale is None]:
-        raise RunError(f"{network}: all step sizes diverge for {hopeless[0]}: add smaller ones")
+        raise RunError(f"{network}: all step sizes diverge for {', '.join(hopeless)}: add smaller ones")
     return best
 
 

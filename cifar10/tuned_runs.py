@@ -101,7 +101,7 @@ class Comparison:
         chosen = runs[runs["setting"] == runs["row"].map(best)]
         (column, head), order = self.column, [row for row in self.settings if row in best]
         rows = chosen.groupby("row")
-        mean, std = (getattr(rows, of)(numeric_only=True).loc[order] for of in ("mean", "std"))
+        mean, std = rows.mean(numeric_only=True).loc[order], rows.std(numeric_only=True).loc[order]
         settings = [json.loads(best[row]) for row in order]
         return tables.markdown(pd.DataFrame({
             "trained": order,

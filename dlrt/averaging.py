@@ -29,7 +29,10 @@ def average(models: Sequence[nn.Module], weights: Sequence[float] | None = None)
     shapes = [{name: value.shape for name, value in state.items()} for state in states]
     if any(other != shapes[0] for other in shapes):
         raise ValueError("an average takes models of one kind, got models of different layers or shapes")
-    for name, value in states[0].items():
-        if value.is_floating_point():
-            value.copy_(sum(w * state[name] for w, state in zip(weights, states, strict=True)))
+    mean = {
+        name: sum(w * state[name] for w, state in zip(weights, states, strict=True))
+        for name, value in states[0].items()
+        if value.is_floating_point()
+    }
+    copies[0].load_state_dict(mean, strict=False)  # buffers of whole numbers stay
     return copies[0]

@@ -37,11 +37,12 @@ class Muon(torch.optim.Optimizer):
         **options: Any,
     ) -> None:
         if options.get("dampening") or options.get("maximize"):
-            raise ValueError("muon has neither dampening nor maximize here: leave them out")
+            wrong = {name: options[name] for name in ("dampening", "maximize") if options.get(name)}
+            raise ValueError(f"muon has neither dampening nor maximize here, got {wrong}: leave them out")
         weights = [module.weight for module in modules]
         theirs = {id(weight) for weight in weights}
         rest = [p for p in parameters if id(p) not in theirs]
-        share = RULES["muon"].lr if update_lr is None else update_lr / (lr or 1.0)
+        share = RULES["muon"].share if update_lr is None else update_lr / (lr or 1.0)
         self.inner = optimizer_class([{"params": rest}], lr=lr, **options)
         groups = [*self.inner.param_groups, {"params": weights, "update_share": share}]
         super().__init__(groups, self.inner.defaults)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 
 import torch
@@ -91,6 +91,11 @@ class Blocks(nn.ModuleList):
                 parts = self._split(name, state_dict.pop(prefix + name))
                 state_dict.update({f"{prefix}{i}.{name}": part for i, part in enumerate(parts)})
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def is_within(name: str, stems: Iterable[str]) -> bool:
+    """Whether a module is one of those named, or within one."""
+    return f"{name}.".startswith(tuple(f"{stem}." for stem in stems))
 
 
 def block_rows(model: nn.Module, split: Mapping[str, int | Sequence[int]]) -> dict[str, list[int]]:

@@ -9,7 +9,7 @@ from numbers import Integral
 from torch import Tensor, nn
 
 from dlrt.attention import Attention, pack
-from dlrt.blocks import Blocks, block_rows, features, is_linear, rows_in
+from dlrt.blocks import Blocks, block_rows, features, is_linear, is_within, rows_in
 from dlrt.checks import check_compression, check_real, check_tolerance
 from dlrt.convertible import LOW_RANK_TYPES, convertible_layers
 from dlrt.convolutions import SpatialLowRankConv2d
@@ -55,7 +55,8 @@ def to_low_rank(
       it, how many equal blocks the rows of the weight are, or how many rows each has. {"qkv": 3}
 
     A warning names each layer that stays dense although it has a weight matrix: grouped convolutions, weights
-    that two modules share (the head of a language model that is tied to its embedding), recurrent layers,
+    that two modules share (the head of a language model that is tied to its embedding), a shared bias of a
+    layer that would be taken apart, recurrent layers,
     attention with add_bias_kv or add_zero_attn, layers with hooks, parametrized and lazy ones, subclasses and
     others with a weight matrix of their own; low-rank layers stay as they are. Embeddings and convolutions
     that are not two-dimensional stay dense without a warning.
@@ -64,7 +65,7 @@ def to_low_rank(
     _check(model, rank, tau, skip, compression)
     _check_inputs(inputs)
     rows = block_rows(model, split or {})
-    if rows and all(f"{name}.".startswith(tuple(f"{stem}." for stem in skip)) for name in rows):
+    if rows and all(is_within(name, skip) for name in rows):
         raise ValueError(f"split names {', '.join(rows)}, which skip leaves dense: give one of them")
     try:
         layers = convertible_layers(model, skip, rows)

@@ -22,7 +22,10 @@ LOW_RANK_TYPES = {nn.Linear: LowRankLinear, nn.Conv2d: LowRankConv2d}
 def convertible_layers(
     model: nn.Module, skip: tuple[str, ...], rows: dict[str, list[int]]
 ) -> list[nn.Linear | nn.Conv2d]:
-    """What becomes low-rank. Warns of what unexpectedly does not."""
+    """What becomes low-rank. Warns of what unexpectedly does not.
+
+    Attention and split layers are taken apart for it; `attention.pack` puts together what stays dense.
+    """
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     skipped = {module for stem in skip for module in model.get_submodule(stem).modules()}
     layers = []

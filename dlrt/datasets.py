@@ -9,6 +9,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -71,8 +72,9 @@ def cifar10(folder: Path, seed: int) -> Dataset:
     from torchvision.datasets.utils import check_integrity
 
     batches, npz = folder / "cifar-10-batches-py", folder / "cifar10.npz"
+    split = partial(_split, "cifar10", seed=seed, validation=5_000, shift=4, flip=True)
     if not batches.is_dir() and npz.is_file():
-        return _split("cifar10", _read_npz(npz), seed, validation=5_000, shift=4, flip=True)
+        return split(_read_npz(npz))
     if not batches.is_dir():
         files = f"{', '.join((*CIFAR10_FILES, 'test_batch'))} in {batches}, or {npz}"
         _download(lambda: tv.CIFAR10(folder, download=True), folder, files)
@@ -83,7 +85,7 @@ def cifar10(folder: Path, seed: int) -> Dataset:
     for train in (True, False):
         part = tv.CIFAR10(folder, train=train)
         arrays += [torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets)]
-    return _split("cifar10", tuple(arrays), seed, validation=5_000, shift=4, flip=True)
+    return split(tuple(arrays))
 
 
 def digits(folder: Path | None, seed: int) -> Dataset:
@@ -231,11 +233,12 @@ def _read(reader: Callable, path: Path):
 def _read_npz(path: Path) -> Arrays:
     """x_train, y_train, x_test, y_test as Keras writes them: (N, H, W[, C]) uint8, labels (N,) or (N, 1)."""
 
+    keys = "x_train", "y_train", "x_test", "y_test"
+
     def read(name: str) -> dict[str, np.ndarray]:
         with np.load(name) as file:
             return {key: file[key] for key in keys if key in file}
 
-    keys = "x_train", "y_train", "x_test", "y_test"
     if not path.is_file():
         raise DataError(f"{path} is not there: put it there, or name its folder with --data-dir or DLRT_DATA")
     if not zipfile.is_zipfile(path):

@@ -151,8 +151,8 @@ def choose_lrs(plans: Sequence[RunSpec], results: Path, by: str) -> dict[Any, fl
     return best
 
 
-def best_run(runs: Mapping[float, RunSpec], results: Path, metric: str, sign: int = 1) -> float | None:
-    """The key of the finished run that ends with the largest metric times sign; None where there is none."""
+def best_of(runs: Mapping[float, RunSpec], results: Path, metric: str, sign: int = 1) -> float | None:
+    """The key of the run that ends with the largest metric times sign; None where none is finished."""
     found = {
         key: sign * read_metrics(results / run.name)[metric].iloc[-1]
         for key, run in runs.items()

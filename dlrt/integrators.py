@@ -150,16 +150,23 @@ def galerkin(F: Operator, Y: LowRank) -> Tensor:
 
 
 def parallel_step(
-    Y: LowRank, FV: Tensor, FtU: Tensor, h: float, core: Tensor | None = None, rule: Direction | None = None
+    Y: LowRank,
+    FV: Tensor,
+    FtU: Tensor,
+    h: float,
+    core: Tensor | None = None,
+    direction: Direction | None = None,
 ) -> tuple[LowRank, Tensor]:
     """Y + h P_Y F in augmented bases, before truncation, and D = Ûᵀ P_Y F V̂; they have up to twice the rank.
 
     F is given by FV (m, s) and FtU (n, r), and core (r, s) stands for Uᵀ F V where a weight has terms of its
-    own in there. rule(D, Ŷ) turns the small matrix D into the direction in which S moves, for Ŷ = Y in those
-    bases (see `velocity`); without one it is D itself.
+    own in there. direction(D, Ŷ) turns the small matrix D into the one along which S moves, for Ŷ = Y in
+    those bases (see `velocity`); without it that is D itself.
     """
     Y_hat, D = augment(Y, FV, FtU, core)
-    return LowRank(Y_hat.U, Y_hat.S + h * (D if rule is None else rule(D, Y_hat)), Y_hat.V), D  # S-step
+    return LowRank(
+        Y_hat.U, Y_hat.S + h * (D if direction is None else direction(D, Y_hat)), Y_hat.V
+    ), D  # S-step
 
 
 def augment(Y: LowRank, FV: Tensor, FtU: Tensor, core: Tensor | None = None) -> tuple[LowRank, Tensor]:

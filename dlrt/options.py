@@ -137,7 +137,9 @@ class Options:
     nesterov: bool = option(False, "momentum of SGD and muon", **SWITCH)
     schedule: str = option("cosine", "of lr over all epochs", choices=SCHEDULES)
     label_smoothing: float = option(0.1, "share of the target that all classes get alike", TOLERANCE)
-    augment: bool = option(True, "shift training images at random, mirror half of CIFAR-10's", **SWITCH)
+    augment: bool = option(
+        True, "shift training images at random, mirror half where the data set says so", **SWITCH
+    )
     from_checkpoint: Path | None = option(
         None,
         "weights to begin with: a dense run's folder or checkpoint, a state dict or a name of dlrt/weights",
@@ -180,9 +182,8 @@ class Options:
 
     def added(self) -> dict[str, Any]:
         """The options that a script adds to those that all have."""
-        common = {
-            its.name for its in fields(DenseOptions if isinstance(self, DenseOptions) else LowRankOptions)
-        }
+        kind = next(kind for kind in type(self).__mro__ if kind in (DenseOptions, LowRankOptions))
+        common = {its.name for its in fields(kind)}
         return {its.name: getattr(self, its.name) for its in fields(self) if its.name not in common}
 
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from dlrt import distributed, errors
 from dlrt.baselines import Muon, plain_factors, product_decay
+from dlrt.blocks import is_within
 from dlrt.checkpoint import trained_weights
 from dlrt.convert import to_low_rank
 from dlrt.data import Dataset
 from dlrt.datasets import TEXTS, load
-from dlrt.errors import OptionError, RunError
+from dlrt.errors import OptionError, RunError, one_line
 from dlrt.layers import LowRankLayer
 from dlrt.optimizer import DLRT
 from dlrt.options import OPTIMIZERS, DenseOptions, RunOptions, flag
@@ -41,7 +43,9 @@ def run(options: RunOptions, network: Network, results: Path, settings: Settings
     see what it has.
     """
     settings = options.added() if settings is None else settings
-    _check_skip(options.skip, network, settings)
+    if options.skip:  # a slip is told before any data are read, where settings fit the default shape
+        with suppress(ValueError), torch.device("meta"):
+            _check_skip(options.skip, network(**settings))
     name = options.name or _name(options, settings)
     run = Run((options.output_dir or results) / name)
     if options.resume and options.name and not run.folder.exists():
@@ -51,24 +55,14 @@ def run(options: RunOptions, network: Network, results: Path, settings: Settings
     distributed.stop()
 
 
-def _check_skip(skip: list[str], network: Network, settings: Settings) -> None:
+def _check_skip(skip: list[str], model: nn.Module) -> None:
     """OptionError where --skip names no layer of the network, or all that could be low-rank."""
-    if not skip:
-        return
-    try:
-        with torch.device("meta"):
-            modules = dict(network(**settings).named_modules())
-    except ValueError:  # the settings may fit the shape of the data
-        return
+    modules = dict(model.named_modules())
     layers = [name for name, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))]
     unknown = sorted(set(skip) - modules.keys())
-    if unknown or all(_is_skipped(name, skip) for name in layers):
+    if unknown or (skip and all(is_within(name, skip) for name in layers)):
         wrong = f"takes layers of {', '.join(layers)}" if unknown else "must leave a layer that is low-rank"
         raise OptionError(f"--skip {wrong}, got {', '.join(unknown or skip)}")
-
-
-def _is_skipped(name: str, skip: list[str]) -> bool:
-    return f"{name}.".startswith(tuple(f"{stem}." for stem in skip))
 
 
 def _train(options: RunOptions, network: Network, run: Run, settings: Settings) -> None:
@@ -110,9 +104,10 @@ def _begin(
     torch.manual_seed(options.seed)
     try:
         model = network(dataset.shape, dataset.classes, **settings)
-    except ValueError as error:  # pictures too small for it
+    except ValueError as error:  # pictures too small for it, or settings that do not fit them
         given = "".join(f" with {flag(name)} {value}" for name, value in settings.items())
         raise RunError(f"--dataset {options.dataset} is not for this network{given}: {error}") from error
+    _check_skip(options.skip, model)
     record = options.record() | {"network": network.__name__}
     if options.from_checkpoint:
         record["from_checkpoint"] = _take_weights(model, options.from_checkpoint, run)
@@ -131,7 +126,7 @@ def _with_factors(model: nn.Module, options: RunOptions, dataset: Dataset, run: 
         dense = [name for name, _ in model.named_modules() if f"{name}.weight" in weights]
         return to_low_rank(model, options.rank or 1, skip=[*options.skip, *dense], spatial=options.spatial)
     kernels = [name for name, m in model.named_modules() if type(m) is nn.Conv2d and m.kernel_size[0] > 1]
-    if options.spatial and all(_is_skipped(name, options.skip) for name in kernels):
+    if options.spatial and all(is_within(name, options.skip) for name in kernels):
         raise RunError(
             "--spatial needs a convolution that is still to become low-rank, and there is none: leave it out"
         )
@@ -186,7 +181,7 @@ def _take_weights(model: nn.Module, path: Path, run: Run) -> str:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        reason = " ".join(" ".join(str(error).splitlines()[1:2]).split())
+        reason = one_line(" ".join(str(error).splitlines()[1:2]))
         raise RunError(
             f"--from-checkpoint must be the weights of a dense {type(model).__name__}, got {path} "
             f"({reason[:150]} ...)"
@@ -215,7 +210,7 @@ def make_optimizer(model: nn.Module, options: RunOptions, steps: int) -> torch.o
 def _dense_optimizer(model: nn.Module, options: DenseOptions, inner: dict) -> torch.optim.Optimizer:
     """An optimizer of torch, or Muon; plain factors A B have the weight decay that A B would have."""
     if options.update == "muon":
-        others = (module for name, module in model.named_modules() if not _is_skipped(name, options.skip))
+        others = (module for name, module in model.named_modules() if not is_within(name, options.skip))
         hidden = [module for module in others if isinstance(module, (nn.Linear, nn.Conv2d))]
         inner |= {"update_lr": options.update_lr, "optimizer_class": OPTIMIZERS[options.optimizer]}
         optimizer = Muon(model.parameters(), hidden, **inner)

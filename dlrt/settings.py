@@ -19,7 +19,7 @@ from dlrt.checks import (
     check_whole,
 )
 from dlrt.layers import LowRankLayer
-from dlrt.velocity import RULES, UPDATES
+from dlrt.velocity import UPDATES, rule_of
 
 INTEGRATORS = ("parallel", "augmented", "bug")
 UPDATE_OF = {torch.optim.SGD: "sgd", torch.optim.Adam: "adam", torch.optim.AdamW: "adam"}
@@ -131,7 +131,7 @@ class Settings:
                 'integrator="augmented" and s_steps > 1 keep of the velocity what lies in augmented bases, '
                 "less than Nesterov's step needs: leave nesterov out, or take neither"
             )
-        rule = RULES.get(self.update, RULES["sgd"])
+        rule = rule_of(self.update)
         most = {None: [min(layer.shape) for layer in layers], "initial": [layer.rank for layer in layers]}
         taken_over = ("nesterov", "maximize", "weight_decay", "momentum", "betas", "eps")
         return {
@@ -139,7 +139,9 @@ class Settings:
             **{name: defaults[name] for name in taken_over if name in defaults},
             "update": self.update,
             # with lr = 0 nothing moves, whatever the share
-            "update_share": rule.lr if self.update_lr is None else self.update_lr / (defaults["lr"] or 1.0),
+            "update_share": rule.share
+            if self.update_lr is None
+            else self.update_lr / (defaults["lr"] or 1.0),
             "decoupled": rule.decoupled or defaults.get("decoupled_weight_decay", False),
             "integrator": self.integrator,
             "tau": self.tau,

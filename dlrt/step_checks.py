@@ -1,4 +1,4 @@
-"""What must hold before a DLRT steps or truncates: an error, before anything moves."""
+"""What must hold before a DLRT steps or truncates, or an error."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def check_owner(layers: Names, optimizer: torch.optim.Optimizer) -> None:
 
 
 def check_layers(layers: Names, state: Mapping[Tensor, dict[str, Any]], decides: bool) -> None:
-    """ValueError for spoiled factors, and bases where ranks are decided; RuntimeError for other ranks."""
+    """ValueError for factors that a step cannot take, RuntimeError for a velocity of another shape.
+
+    Where ranks are decided the former are bases, too, that are not orthonormal.
+    """
     for layer, name in layers.items():
         check_factors(name, layer.S)
         if decides:  # else somebody's clamped or averaged bases would go wrong in silence

@@ -194,7 +194,7 @@ def train_epoch(
         if isinstance(optimizer, DLRT):
             optimizer.tau = options.tau * tau_fraction(options, epoch - 1 + step / steps)
         samples, (x, y, weight) = y.numel(), distributed.own_part(x, y)  # of text its tokens
-        closure, logits = _evaluation(model, optimizer, options, scaler, x, y, weight)
+        closure, logits = _pass_over(model, optimizer, options, scaler, x, y, weight)
         try:
             loss = _step(optimizer, closure, scaler)
         except (FloatingPointError, torch.linalg.LinAlgError) as error:
@@ -214,7 +214,7 @@ def train_epoch(
     return loss_sum / seen, 100 * correct / seen
 
 
-def _evaluation(
+def _pass_over(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     options: Options,

@@ -112,14 +112,14 @@ class Rule:
     times as long, so that its entries change alike.
     """
 
-    of: Callable[[Tensor], Tensor]
-    lr: float = 1.0  # the step size as a share of the optimizer's, by default
+    direction: Callable[[Tensor], Tensor]
+    share: float = 1.0  # of lr, which the step size is by default
     decoupled: bool = False
     scaled: bool = False
 
     def __call__(self, D: Tensor) -> Tensor:
         """The direction. ValueError for one of another shape; D stays what it is."""
-        direction = self.of(D.clone())
+        direction = self.direction(D.clone())
         if direction.shape != D.shape:
             made, asked = tuple(direction.shape), tuple(D.shape)
             raise ValueError(f"an update rule must give a matrix of the shape of D, {asked}, got {made}")
@@ -130,8 +130,13 @@ class Rule:
         return max(1.0, shape[0] / shape[1]) ** 0.5 if self.scaled else 1.0
 
 
-RULES = {"sgd": Rule(sgd), "muon": Rule(msign, lr=0.3, decoupled=True, scaled=True)}
-UPDATES = (*RULES, "adam")  # which has a memory, and else is as "sgd"
+RULES = {"sgd": Rule(sgd), "muon": Rule(msign, share=0.3, decoupled=True, scaled=True)}
+UPDATES = (*RULES, "adam")
+
+
+def rule_of(update: str) -> Rule:
+    """The rule of that name; "adam", which has a memory, has step size and decay of "sgd"."""
+    return RULES["sgd" if update == "adam" else update]
 
 
 def rotate_squares(state: dict[str, Any], P: Tensor, Q: Tensor) -> None:

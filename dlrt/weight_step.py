@@ -12,7 +12,7 @@ from dlrt.distributed import check_ranks_may_move
 from dlrt.integrators import Direction, augment, galerkin, parallel_step, update_bases
 from dlrt.layers import LowRankLayer
 from dlrt.lowrank import LowRank, rotate
-from dlrt.velocity import RULES, Tangent, Velocity, adam, carried, coefficients, rotate_squares
+from dlrt.velocity import Tangent, Velocity, adam, carried, coefficients, rotate_squares, rule_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +35,9 @@ class WeightStep:
 
     @property
     def h(self) -> float:
-        """The step size: update_lr, and of muon √max(1, m/n) times as much."""
-        h, rule = self.group["lr"] * self.group["update_share"], RULES.get(self.group["update"])
-        return h * rule.scale(self.layer.shape) if rule else h
+        """The step size: update_lr, and of a scaled rule √max(1, m/n) times as much."""
+        scale = rule_of(self.group["update"]).scale(self.layer.shape)
+        return self.group["lr"] * self.group["update_share"] * scale
 
     @property
     def kept_rank(self) -> int:
@@ -136,7 +136,7 @@ class WeightStep:
         self.layer.U.grad = self.layer.V.grad = None
         if group["update"] == "adam":
             return M, N, lambda D, Y_hat: adam(D, coefficients(G, Y_hat), state, group["betas"], group["eps"])
-        rule = RULES[group["update"]]
+        rule = rule_of(group["update"])
         return M, N, lambda D, Y_hat: rule(D)
 
     def _decayed(self) -> LowRank:

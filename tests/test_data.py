@@ -132,7 +132,7 @@ def test_cifar10_npz_gives_images_with_channels_first(tmp_path):
     parts = arrays(5_020, (32, 32, 3), label_shape=(-1, 1))
     np.savez(tmp_path / "cifar10.npz", **parts)
     dataset = cifar10(tmp_path, 0)
-    assert dataset.shape == (3, 32, 32)
+    assert (dataset.shape, dataset.shift, dataset.flip) == ((3, 32, 32), 4, True)
     assert [len(split) for split in (dataset.train, dataset.validation, dataset.test)] == [20, 5_000, 40]
     mean, std = (torch.tensor(values)[:, None, None] for values in (dataset.mean, dataset.std))
     pixels = ((dataset.test.images * std + mean) * 255).round().byte().permute(0, 2, 3, 1)

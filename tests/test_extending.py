@@ -12,7 +12,7 @@ from dlrt import datasets, script, velocity
 from dlrt.checkpoint import load_network
 from dlrt.datasets import _read_npz, _split
 from dlrt.errors import DataError
-from dlrt.options import NATURAL, LowRankOptions, option
+from dlrt.options import NATURAL, DenseOptions, LowRankOptions, option
 from dlrt.runs import Run
 from dlrt.velocity import Rule
 
@@ -78,11 +78,21 @@ def test_settings_that_do_not_fit_the_data_are_one_line(tmp_path, capsys):
 def test_a_slip_in_skip_is_one_line_whatever_the_data(tmp_path, capsys):
     assert train(tmp_path, "--dataset", "halves", "--patch", 7, "--skip", 9) == 2  # before data are read
     assert "--skip takes layers of 0, 4, got 9" in capsys.readouterr().err
-    assert train(tmp_path, "--dataset", "halves", "--patch", 8, "--skip", 9) == 1
-    assert "--skip names no module of the model: 9" in capsys.readouterr().err
+    assert train(tmp_path, "--dataset", "halves", "--patch", 8, "--skip", 9) == 2  # afterwards
+    assert "--skip takes layers of 0, 4, got 9" in capsys.readouterr().err
 
 
-def test_an_option_that_is_none_is_told():
+def test_a_slip_in_skip_of_a_dense_network_is_told_as_well(tmp_path, capsys):
+    @dataclass(kw_only=True)
+    class Options(DenseOptions):
+        patch: int = option(7, "pixels", NATURAL)
+
+    flags = ("--dataset", "halves", "--patch", 8, "--update", "muon", "--skip", 9)
+    assert train(tmp_path, *flags, options=Options) == 2
+    assert "--skip takes layers of 0, 4, got 9" in capsys.readouterr().err
+
+
+def test_a_field_that_is_no_option_is_refused():
     @dataclass(kw_only=True)
     class Bare(LowRankOptions):
         width: int = 3
@@ -117,13 +127,13 @@ def test_a_file_without_the_arrays_of_a_data_set_says_what_is_wrong(tmp_path, pa
         _read_npz(tmp_path / "own.npz")
 
 
-def steps(update, kind=torch.optim.SGD, **options):
-    """A layer after five steps with a rule, by its weight."""
+def steps(update, count=5, rank=4, **options):
+    """The weight of a layer after so many steps with a rule."""
     torch.manual_seed(0)
-    layer = dlrt.LowRankLinear(9, 7, 4)
-    optimizer = dlrt.DLRT(layer, kind, lr=0.05, tau=0.0, max_rank=4, update=update, **options)
+    layer = dlrt.LowRankLinear(9, 7, rank)
+    optimizer = dlrt.DLRT(layer, torch.optim.SGD, lr=0.05, tau=0.0, max_rank=rank, update=update, **options)
     x = torch.randn(30, 9)
-    for _ in range(5):
+    for _ in range(count):
         optimizer.zero_grad()
         (layer(x) - x[:, :7].sin()).square().mean().backward()
         optimizer.step()
@@ -140,12 +150,22 @@ def test_a_rule_may_overwrite_its_matrix(monkeypatch, s_steps):
 
 
 def test_a_rule_has_a_step_size_and_a_decay_of_its_own(monkeypatch):
-    monkeypatch.setattr("dlrt.settings.UPDATES", ("sign", "short"))
-    monkeypatch.setitem(velocity.RULES, "sign", Rule(torch.sign, decoupled=True))
-    monkeypatch.setitem(velocity.RULES, "short", Rule(torch.sign, lr=0.1, decoupled=True))
-    short = steps("short", weight_decay=0.1)
-    torch.testing.assert_close(short, steps("sign", update_lr=0.005, weight_decay=0.1), rtol=0, atol=0)
-    assert not torch.allclose(short, steps("sign", weight_decay=0.1))
+    rules = {
+        "sign": Rule(torch.sign),
+        "short": Rule(torch.sign, share=0.1),
+        "decoupled": Rule(torch.sign, decoupled=True),
+    }
+    monkeypatch.setattr("dlrt.settings.UPDATES", tuple(rules))
+    for name, rule in rules.items():
+        monkeypatch.setitem(velocity.RULES, name, rule)
+    torch.testing.assert_close(steps("short"), steps("sign", update_lr=0.005), rtol=0, atol=0)
+    assert not torch.allclose(steps("short"), steps("sign"))
+    # a sign hardly sees a decay that is part of D, and one apart shrinks the weight
+    once, start = {"count": 1, "rank": 7}, steps("sign", count=0, rank=7)
+    apart = steps("decoupled", weight_decay=0.1, **once) - steps("decoupled", **once)
+    torch.testing.assert_close(apart, -0.05 * 0.1 * start, rtol=1e-3, atol=1e-6)
+    within = steps("sign", weight_decay=0.1, **once) - steps("sign", **once)
+    assert not torch.allclose(within, apart, rtol=0.1, atol=1e-5)
 
 
 def test_a_rule_that_gives_another_shape_is_refused(monkeypatch):

@@ -214,5 +214,6 @@ def test_the_study_tries_step_sizes_until_the_best_lies_between_two(least, monke
     )
     choice = ("factors", "muon")
     assert study["best_step_sizes"]([choice], 50.0, args) == {choice: {"update_lr": least}}
+    assert len(made) == len(set(made))  # one that diverged is not made again
     assert min(made) < 0.6 * least
     assert max(made) > 1.8 * least

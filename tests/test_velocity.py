@@ -10,6 +10,7 @@ import dlrt
 from dlrt import DLRT, LowRank, LowRankLayer, LowRankLinear
 from dlrt.baselines import Muon
 from dlrt.integrators import parallel_step
+from dlrt.models import GPT
 from dlrt.velocity import Tangent, adam, carried, msign
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -288,6 +289,16 @@ def test_an_average_of_models_is_that_of_their_dense_weights():
     assert type(mean[0]) is nn.Linear
     again = dlrt.to_low_rank(mean, tau=1e-12)
     assert torch.allclose(again[0].weight, expected, atol=1e-12)
+
+
+def test_an_average_counts_a_weight_that_is_tied_once():
+    models = [GPT((8,), classes=5, width=16, depth=1, heads=2) for _ in range(2)]
+    mean = dlrt.average(
+        [dlrt.to_low_rank(copy.deepcopy(model), skip=["head"]) for model in models], [0.25, 0.75]
+    )
+    expected = 0.25 * models[0].head.weight + 0.75 * models[1].head.weight
+    torch.testing.assert_close(mean.words.weight, expected)
+    assert mean.head.weight is mean.words.weight
 
 
 def test_factors_that_are_no_bases_are_refused_by_name():

@@ -14,13 +14,16 @@ TOP = 0.2  # the share of pixels that a map's top is
 
 
 def pearson(some: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Pearson's correlation (N,) of maps (N, H, W), NaN where one is not finite or does not vary."""
+    """Pearson's correlation (N,) of maps (N, H, W), NaN for those that are not finite or do not vary.
+
+    And for all where the maps have different sizes.
+    """
     if some.shape != others.shape:
         return np.full(len(some), np.nan)
     whole = [np.isfinite(maps).all((1, 2)) & (np.ptp(maps, axis=(1, 2)) > 0) for maps in (some, others)]
     with np.errstate(invalid="ignore", divide="ignore"):
-        scaled = [maps / np.abs(maps).max((1, 2), keepdims=True) for maps in map(np.float64, (some, others))]
-        a, b = (maps - maps.mean((1, 2), keepdims=True) for maps in scaled)
+        pair = (maps.astype(np.float64) / np.abs(maps).max((1, 2), keepdims=True) for maps in (some, others))
+        a, b = (maps - maps.mean((1, 2), keepdims=True) for maps in pair)
         r = (a * b).sum((1, 2)) / np.sqrt((a**2).sum((1, 2)) * (b**2).sum((1, 2)))
     return np.where(whole[0] & whole[1], r.clip(-1, 1), np.nan)
 

@@ -96,7 +96,7 @@ def read_all(args: argparse.Namespace) -> list[Network]:
     """The network that the flags name, and all that are drawn beside it."""
     first = read(args, args.image_size)
     ways = ("compression", args.compression), ("tau", args.low_rank), ("rank", args.rank)
-    # rank 1 and the share 1.0 are not the same
+    # by repr, since 1 == 1.0 would be one key: a rank of one and the full rank
     cuts = [
         {way: value} for way, values in ways for value in {repr(value): value for value in values}.values()
     ]

@@ -39,7 +39,7 @@ def maps_of(network: Network, method: str) -> Maps:
 
 
 def difference(one: Maps, other: Maps) -> float:
-    """1 - r of raw maps, mean over the pictures; those that do not vary are left out."""
+    """1 - r of raw maps, mean over the pictures; those that do not vary, or are not finite, are left out."""
     return float(1 - np.nanmean(pearson(one.raw, other.raw)))
 
 
