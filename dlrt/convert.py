@@ -55,11 +55,10 @@ def to_low_rank(
       it, how many equal blocks the rows of the weight are, or how many rows each has. {"qkv": 3}
 
     A warning names each layer that stays dense although it has a weight matrix: grouped convolutions, weights
-    that two modules share (the head of a language model that is tied to its embedding), a shared bias of a
-    layer that would be taken apart, recurrent layers,
-    attention with add_bias_kv or add_zero_attn, layers with hooks, parametrized and lazy ones, subclasses and
-    others with a weight matrix of their own; low-rank layers stay as they are. Embeddings and convolutions
-    that are not two-dimensional stay dense without a warning.
+    that two modules share (the head of a language model that is tied to its embedding), layers in parts whose
+    bias others share, recurrent layers, attention with add_bias_kv or add_zero_attn, layers with hooks,
+    parametrized and lazy ones, subclasses and others with a weight matrix of their own; low-rank layers stay
+    as they are. Embeddings and convolutions that are not two-dimensional stay dense without a warning.
     """
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     _check(model, rank, tau, skip, compression)

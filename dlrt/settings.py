@@ -132,16 +132,15 @@ class Settings:
                 "less than Nesterov's step needs: leave nesterov out, or take neither"
             )
         rule = rule_of(self.update)
+        # with lr = 0 nothing moves, whatever the share
+        share = rule.share if self.update_lr is None else self.update_lr / (defaults["lr"] or 1.0)
         most = {None: [min(layer.shape) for layer in layers], "initial": [layer.rank for layer in layers]}
         taken_over = ("nesterov", "maximize", "weight_decay", "momentum", "betas", "eps")
         return {
             **{"nesterov": False, "maximize": False, "weight_decay": 0.0},
             **{name: defaults[name] for name in taken_over if name in defaults},
             "update": self.update,
-            # with lr = 0 nothing moves, whatever the share
-            "update_share": rule.share
-            if self.update_lr is None
-            else self.update_lr / (defaults["lr"] or 1.0),
+            "update_share": share,
             "decoupled": rule.decoupled or defaults.get("decoupled_weight_decay", False),
             "integrator": self.integrator,
             "tau": self.tau,

@@ -31,11 +31,13 @@ def stdlib(folder: Path | None, seed: int) -> Dataset:
 def text(folder: Path, seed: int) -> Dataset:
     """All files *.txt below the data folder, ten twelfths / a twelfth / a twelfth of them.
 
-    DataError where they are too short for a window in every split.
+    DataError where there is no such folder, or they are too short for a window in every split.
     """
+    if not folder.is_dir():
+        raise DataError(f"--data-dir must be a folder with *.txt files, got {folder}")
     files = [path.read_bytes() for path in sorted(folder.rglob("*.txt"))]
     pieces = [of[start : start + PIECE] for of in files for start in range(0, len(of), PIECE)]
-    return _split("text", pieces, seed, sum(map(len, pieces)), f" below {folder}")
+    return _split("text", pieces, seed, sum(map(len, pieces)), f", *.txt below {folder}")
 
 
 def _split(name: str, documents: Sequence[bytes], seed: int, most: int, where: str = "") -> Dataset:
@@ -72,8 +74,8 @@ def _windows(content: bytes) -> Split:
 
 
 def as_tokens(words: str) -> Tensor:
-    """A text as tokens (T,)."""
-    return torch.frombuffer(bytearray(words.encode()), dtype=torch.uint8).long()
+    """A text as tokens (T,); bytes of a command line that are not UTF-8 stay what they are."""
+    return torch.frombuffer(bytearray(words.encode(errors="surrogateescape")), dtype=torch.uint8).long()
 
 
 def as_text(tokens: Tensor) -> str:

@@ -44,7 +44,7 @@ def plan(way: str, rule: str, compression: float, args: argparse.Namespace, **op
     options |= {} if rule == "adamw" else {"update": rule}
     options |= {
         "dense": {},
-        "narrow": {"width": 8 * round(args.width * (1 - compression / 100) ** 0.5 / 8)},
+        "narrow": {"width": max(8, 8 * round(args.width * (1 - compression / 100) ** 0.5 / 8))},
         "factors": {"factors": compression},
         "dlrt": {"compression": compression},
     }[way]

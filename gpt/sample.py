@@ -1,4 +1,4 @@
-"""Let the network of a run continue a text.
+"""Let the network of a run of gpt_text.py, or of its twin, continue a text.
 
 python gpt/sample.py gpt/results/width128_depth4_compression50_muon_seed0 --prompt "def "
 """

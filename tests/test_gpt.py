@@ -114,8 +114,12 @@ def test_texts_of_ones_own_are_read_from_a_folder(tmp_path):
     parts = [len(split) * WINDOW for split in (dataset.train, dataset.validation, dataset.test)]
     assert 0.9 * whole < sum(parts) <= whole
     assert "wörter und 语言" in as_text(dataset.test.images[0])
-    with pytest.raises(DataError, match="text: every split needs more than 128 bytes, got 0 documents"):
-        text(tmp_path / "nothing", 0)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"text: every split needs more .* got 0 documents .*\*.txt below"):
+        text(tmp_path / "empty", 0)
+    for wrong in ("nowhere", "other.py"):
+        with pytest.raises(DataError, match=rf"must be a folder with \*.txt files, got .*{wrong}"):
+            text(tmp_path / wrong, 0)
 
 
 def test_the_loss_is_a_mean_over_bytes_and_so_are_accuracies():
@@ -161,6 +165,7 @@ def test_runs_leave_bits_per_byte_a_table_and_samples(quick, tmp_path, run_scrip
     for run in (tmp_path / "results").iterdir():
         result = run_script("gpt/sample.py", run, "--prompt", "the quick", "--length", 9)
         assert result.stdout.startswith("the quick")
+    assert as_text(as_tokens("\udcff")) == "\ufffd"  # a byte of a command line that is not UTF-8
     assert "--prompt must have" in run_script("gpt/sample.py", run, "--prompt", "").stderr
     low_rank = next(run for run in (tmp_path / "results").iterdir() if "compression" in run.name)
     command_line(["export", str(low_rank), "--format", "pt2", "--output", str(tmp_path / "plain.pt2")])
@@ -189,6 +194,7 @@ def test_every_way_of_the_study_is_a_run_that_its_script_takes(monkeypatch):
             assert recorded.items() <= options.record().items()
             sizes[made.name] = dlrt.compression(GPT(width=options.width)).dense_parameters
     assert len(sizes) == 9
+    assert study["plan"]("narrow", "muon", 99.0, args, epochs=5, seed=1).options["width"] >= 8
     assert 0.7 < 1 - sizes["narrow75_muon_seed1"] / sizes["dense_muon_seed1"] < 0.8
 
 
