@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dlrt.attention import Attention, pack
 from dlrt.blocks import Blocks, block_rows, features, is_linear, is_within, rows_in
-from dlrt.checks import check_compression, check_real, check_tolerance
+from dlrt.checks import check_compression, check_real, check_tolerance, check_whole
 from dlrt.convertible import LOW_RANK_TYPES, convertible_layers
 from dlrt.convolutions import SpatialLowRankConv2d
 from dlrt.costs import compression as cost_of
@@ -29,6 +29,7 @@ def to_low_rank(
     compression: float | None = None,
     spatial: bool = False,
     split: Mapping[str, int | Sequence[int]] | None = None,
+    min_rank: int = 1,
 ) -> nn.Module:
     """Make every nn.Linear and nn.Conv2d of a model, in place, its truncated SVD; give the model back.
 
@@ -53,6 +54,8 @@ def to_low_rank(
     - skip: names of the modules that stay dense, with all that they contain.
     - split: packed linear layers that become low-rank in parts, `dlrt.Blocks`: by name, or the last parts of
       it, how many equal blocks the rows of the weight are, or how many rows each has. {"qkv": 3}
+    - min_rank: which a budget leaves to every layer. That of a `dlrt.DLRT` made afterwards is 2, and it
+      raises lower ones.
 
     A warning names each layer that stays dense although it has a weight matrix: grouped convolutions, weights
     that two modules share (the head of a language model that is tied to its embedding), layers in parts whose
@@ -63,12 +66,13 @@ def to_low_rank(
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     _check(model, rank, tau, skip, compression)
     _check_inputs(inputs)
+    check_whole("min_rank", min_rank)
     rows = block_rows(model, split or {})
     if rows and all(is_within(name, skip) for name in rows):
         raise ValueError(f"split names {', '.join(rows)}, which skip leaves dense: give one of them")
     try:
         layers = convertible_layers(model, skip, rows)
-        cut = _cut(model, layers, rank, tau, inputs, compression, spatial)
+        cut = _cut(model, layers, rank, tau, inputs, compression, spatial, min_rank)
         for layer, made in zip(layers, cut, strict=True):
             become(layer, made)
     finally:
@@ -134,6 +138,7 @@ def _cut(
     inputs: Tensor | None,
     compression: float | None,
     spatial: bool,
+    min_rank: int,
 ) -> list[LowRankLayer]:
     """The layers at the ranks asked for, in the norm of the loss where there are inputs."""
     kinds = {layer: _kind(layer, spatial) for layer in layers}
@@ -145,7 +150,7 @@ def _cut(
     factors = {} if inputs is None else kronecker_factors(model, kinds, inputs)
     parts = [terms(W, factors.get(layer)) for W, layer in zip(weights, layers, strict=True)]
     if compression is not None:
-        ranks = _ranks_for(model, weights, parts, compression)
+        ranks = _ranks_for(model, weights, parts, compression, min_rank)
     made = []
     for layer, part, r in zip(layers, parts, ranks, strict=True):
         if r is None:
@@ -159,13 +164,13 @@ def _cut(
 
 
 def _ranks_for(
-    model: nn.Module, weights: list[Tensor], parts: list[Terms], compression: float
+    model: nn.Module, weights: list[Tensor], parts: list[Terms], compression: float, min_rank: int
 ) -> list[int | None]:
     """Ranks for a budget of parameters, None for a layer whose factors would cost as much as its weight."""
     cost, shapes = cost_of(model), [tuple(W.shape) for W in weights]
     others = cost.evaluation_parameters - sum(W.numel() for W in weights)
-    budget = budget_for(compression, cost.dense_parameters, others, shapes)
-    ranks = allocate_ranks(budget, [part.sigma.square().tolist() for part in parts], shapes)
+    budget = budget_for(compression, cost.dense_parameters, others, shapes, min_rank)
+    ranks = allocate_ranks(budget, [part.sigma.square().tolist() for part in parts], shapes, min_rank)
     return [
         None if r * sum(shape) >= shape[0] * shape[1] else r for r, shape in zip(ranks, shapes, strict=True)
     ]

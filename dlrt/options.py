@@ -266,8 +266,10 @@ class LowRankOptions(Options):
         "share of --epochs over which the budget falls; 0 cuts --from-checkpoint at once; by default 0.6",
         number(float, "[0, 1]"),
     )
-    cut_by: str = option(
-        "loss", "what a cut keeps: what the loss needs, or the largest", choices=("loss", "weights")
+    cut_by: str | None = option(
+        None,
+        "what a cut keeps: what the loss needs, or the largest; by default loss, weights for texts",
+        choices=("loss", "weights"),
     )
     skip: list[str] = option([], "layers that stay dense", **LAYERS)
     spatial: bool = option(
@@ -311,12 +313,7 @@ class LowRankOptions(Options):
                 f"--tau-warmup must be at most --epochs, got {self.tau_warmup:g} > {self.epochs}"
             )
         self._settle_budget()
-        if self.from_checkpoint and self.cut_by == "loss" and self.dataset in TEXTS:
-            raise OptionError("--cut-by loss is for pictures: a network for text takes --cut-by weights")
-        if self.cut_by == "weights" and not self.from_checkpoint:
-            raise OptionError(
-                "--cut-by must come with --from-checkpoint: random weights have nothing to keep"
-            )
+        self._settle_cut()
         if self.integrator != "parallel" and self.amp == "float16":
             two = "takes two gradients a step, a loss scale one"
             raise OptionError(f"--integrator {self.integrator} {two}: --amp bfloat16")
@@ -334,6 +331,16 @@ class LowRankOptions(Options):
                 "--nesterov needs more of the velocity than --integrator augmented and --s-steps above 1 "
                 "keep: leave one out"
             )
+
+    def _settle_cut(self) -> None:
+        if self.cut_by == "weights" and not self.from_checkpoint:
+            raise OptionError(
+                "--cut-by must come with --from-checkpoint: random weights have nothing to keep"
+            )
+        if self.cut_by == "loss" and self.from_checkpoint and self.dataset in TEXTS:
+            raise OptionError("--cut-by loss is for pictures: a network for text takes --cut-by weights")
+        by_weights = self.from_checkpoint and self.dataset in TEXTS
+        self.cut_by = self.cut_by or ("weights" if by_weights else "loss")
 
     def _settle_budget(self) -> None:
         if self.compression is None:

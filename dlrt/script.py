@@ -133,9 +133,9 @@ def _with_factors(model: nn.Module, options: RunOptions, dataset: Dataset, run: 
     by_loss = options.from_checkpoint and options.cut_by == "loss"
     inputs = dataset.train.images[:CALIBRATION_IMAGES].cpu() if by_loss else None
     compression = options.compression / 100 if options.ramp == 0 else None
-    ranks = {"rank": options.rank, "compression": compression, "spatial": options.spatial}
+    ranks = {"rank": options.rank, "compression": compression, "min_rank": options.min_rank}
     there = [name for name, module in model.named_modules() if isinstance(module, LowRankLayer)]
-    return to_low_rank(model, skip=[*options.skip, *there], inputs=inputs, **ranks)
+    return to_low_rank(model, skip=[*options.skip, *there], inputs=inputs, spatial=options.spatial, **ranks)
 
 
 def _name(options: RunOptions, settings: Settings) -> str:

@@ -34,14 +34,14 @@ def compared(found: pd.DataFrame) -> pd.DataFrame:
     found = found.assign(way=found["options"].map(way), rule=rule, test_accuracy=bits)
     asked = found["options"].map(lambda of: of.get("compression") or of.get("factors") or 0.0)
     summary = over_seeds(found.assign(asked=asked), ["way", "rule", "width", "depth", "asked"])
-    summary = summary.sort_values(
-        ["depth", "evaluation_parameters", "accuracy"], ascending=[True, False, True]
-    )
-    whole = summary.groupby("depth")["evaluation_parameters"].transform("max")
+    # nothing to compare with where the dense net of full width has not been trained
+    full_width = summary["width"] == summary.groupby("depth")["width"].transform("max")
+    dense = summary[full_width & (summary["way"] == "dense")].groupby("depth")
+    whole = summary["depth"].map(dense["evaluation_parameters"].max())
+    above = 100 * (summary["accuracy"] / summary["depth"].map(dense["accuracy"].min()) - 1)
+    compression = 100 * (1 - summary["evaluation_parameters"] / whole)
     spread = summary["accuracy_std"].map(lambda std: "" if math.isnan(std) else f" ± {std:.4f}")
-    best = summary[summary["evaluation_parameters"] == whole].groupby("depth")["accuracy"].min()
-    above = 100 * (summary["accuracy"] / summary["depth"].map(best) - 1)
-    return pd.DataFrame({
+    table = pd.DataFrame({
         "trained": summary["way"],
         "rule": summary["rule"],
         "width": summary["width"].map("{:.0f}".format),
@@ -50,8 +50,10 @@ def compared(found: pd.DataFrame) -> pd.DataFrame:
         "bits per byte": summary["accuracy"].map("{:.4f}".format) + spread,
         "above the best dense [%]": tables.text(above, "{:.1f}"),
         "parameters": summary["evaluation_parameters"].map("{:,.0f}".format),
-        "compression [%]": (100 * (1 - summary["evaluation_parameters"] / whole)).map("{:.1f}".format),
+        "compression [%]": tables.text(compression, "{:.1f}"),
     })  # fmt: skip
+    order = summary.assign(size=compression.round())  # a budget's runs end within a parameter or two of it
+    return table.loc[order.sort_values(["depth", "size", "accuracy"]).index]
 
 
 @tables.boundary()

@@ -48,6 +48,20 @@ def test_across_space_a_kernel_has_ranks_and_parameters_of_its_own():
         assert count.evaluation_parameters == kept
 
 
+def test_a_budget_leaves_every_layer_the_smallest_rank():
+    """Of a layer with one large singular value it would keep that one."""
+    network = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20))
+    with torch.no_grad():
+        network[0].weight += 50 * torch.ones(20, 20)
+    for smallest in (1, 2, 3):
+        cut = dlrt.to_low_rank(copy.deepcopy(network), compression=0.5, min_rank=smallest)
+        count = dlrt.compression(cut)
+        assert count.ranks["0"] == smallest
+        assert count.evaluation_compression >= 50
+    with pytest.raises(ValueError, match="min_rank must be a whole number from 1 on, got 0"):
+        dlrt.to_low_rank(network, compression=0.5, min_rank=0)
+
+
 def test_tau_bounds_the_change_of_each_weight():
     network = LeNet5()
     before = {

@@ -3,6 +3,7 @@
 import argparse
 import math
 import runpy
+import shutil
 import sysconfig
 from pathlib import Path
 
@@ -173,8 +174,20 @@ def test_runs_leave_bits_per_byte_a_table_and_samples(quick, tmp_path, run_scrip
     plain, (model, _) = torch.export.load(tmp_path / "plain.pt2").module(), load_network(low_rank)
     tokens = torch.randint(256, (5, 128))
     torch.testing.assert_close(plain(tokens), model(tokens), rtol=1e-4, atol=1e-5)
-    flags = ("--from-checkpoint", run, "--compression", 30)
-    assert "takes --cut-by weights" in run_script("gpt/gpt_text.py", *quick, *flags).stderr
+    dense = next(run for run in (tmp_path / "results").iterdir() if "dense" in run.name)
+    flags = ("--from-checkpoint", dense, "--ramp", 0, "--compression", 54, "--max-rank", "initial")
+    by_loss = run_script("gpt/gpt_text.py", *quick, *flags, "--cut-by", "loss")
+    assert "takes --cut-by weights" in by_loss.stderr
+    cut = run_script("gpt/gpt_text.py", *quick, *flags, "--name", "cut")
+    assert cut.returncode == 0, cut.stderr
+    recorded = pd.read_csv(tmp_path / "results" / "cut" / "metrics.csv").iloc[-1]
+    assert 54 <= recorded["evaluation_compression"] < 55  # no rank of 1 became 2
+    shutil.rmtree(tmp_path / "results" / "cut")
+    shutil.rmtree(dense)  # nothing to compare with
+    run_script("gpt/produce_results.py", "--results", "results", "--output-dir", "out")
+    compared = pd.read_csv(tmp_path / "out" / "table.csv")[["above the best dense [%]", "compression [%]"]]
+    assert len(compared) == 2
+    assert compared.isna().all(axis=None)
 
 
 def test_every_way_of_the_study_is_a_run_that_its_script_takes(monkeypatch):
