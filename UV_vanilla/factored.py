@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from dlrt import LowRank, LowRankConv2d, LowRankLayer, to_low_rank
+from dlrt import LowRank, LowRankLayer, to_low_rank
+from dlrt.baselines import balanced
+from dlrt.convert import replace_layers
+from dlrt.export import thin_layers
 from dlrt.models import LeNet5
 from dlrt.options import number
 
@@ -15,29 +17,6 @@ AS_IN_THE_PAPER = {
 }  # fmt: skip
 DECAY = number(float, "[1, inf)")
 OF_DECAY = "of the singular values, from each to the next"
-
-
-class VanillaLinear(nn.Module):
-    """A linear layer of weight U Vᵀ, U (out, r), V (in, r), both trained by whatever optimizer comes."""
-
-    def __init__(self, U: Tensor, V: Tensor, bias: nn.Parameter) -> None:
-        super().__init__()
-        self.U, self.V, self.bias = nn.Parameter(U), nn.Parameter(V), bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x @ self.V, self.U, self.bias)
-
-
-class VanillaConv2d(VanillaLinear):
-    """The same for the kernel of a convolution, V (in * height * width, r)."""
-
-    def __init__(self, U: Tensor, V: Tensor, bias: nn.Parameter, kernel: tuple[int, int, int]) -> None:
-        super().__init__(U, V, bias)
-        self.kernel = kernel  # (in, height, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        filters = self.V.mT.unflatten(1, self.kernel).contiguous(memory_format=torch.channels_last)
-        return F.conv2d(F.conv2d(x, filters), self.U[..., None, None], self.bias)
 
 
 def decayed_lenet5(
@@ -60,15 +39,9 @@ def decayed_lenet5(
 def vanilla_lenet5(
     shape: tuple[int, int, int] = (1, 28, 28), classes: int = 10, rank: int = 20, decay: float = 1.0
 ) -> nn.Module:
-    """The same weights as those of `decayed_lenet5`, S shared evenly between the two factors."""
+    """The same weights as those of `decayed_lenet5`, each as two thin layers, S shared evenly between them."""
     model = decayed_lenet5(shape, classes, rank, decay)
-    for name, layer in list(model.named_children()):
+    for layer in model.modules():
         if isinstance(layer, LowRankLayer):
-            root = layer.S.detach().sqrt()  # S is diagonal here
-            U, V = layer.U @ root, layer.V @ root
-            if isinstance(layer, LowRankConv2d):
-                vanilla = VanillaConv2d(U, V, layer.bias, (layer.in_channels, *layer.kernel_size))
-            else:
-                vanilla = VanillaLinear(U, V, layer.bias)
-            setattr(model, name, vanilla)
-    return model
+            layer.factors = balanced(layer.factors)
+    return replace_layers(model, thin_layers)

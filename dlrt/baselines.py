@@ -100,10 +100,14 @@ def plain_factors(model: nn.Module, compression: float, skip: Iterable[str] = ()
         more = [*ranks[:i], min(ranks[i] + 1, *layer.shape), *ranks[i + 1 :]]
         ranks = more if cost(more) <= budget else ranks
     for layer, r in zip(layers, ranks, strict=True):
-        Y = truncate(layer.factors, max_rank=r)
-        root = Y.S.sqrt()
-        layer.factors = LowRank(Y.U @ root, torch.eye(r).to(root), Y.V @ root)
+        layer.factors = balanced(truncate(layer.factors, max_rank=r))
     return replace_layers(model, as_factors)
+
+
+def balanced(Y: LowRank) -> LowRank:
+    """U √S, I, V √S for a diagonal S ≥ 0: the same matrix, its two factors of equal size."""
+    root = Y.S.sqrt()
+    return LowRank(Y.U @ root, torch.eye(Y.rank).to(root), Y.V @ root)
 
 
 def as_factors(layer: LowRankLayer) -> nn.Module:
