@@ -39,7 +39,7 @@ def decayed_lenet5(
 def vanilla_lenet5(
     shape: tuple[int, int, int] = (1, 28, 28), classes: int = 10, rank: int = 20, decay: float = 1.0
 ) -> nn.Module:
-    """The same weights as those of `decayed_lenet5`, each as two thin layers, S shared evenly between them."""
+    """The weights of `decayed_lenet5`, each as two thin layers, S shared evenly between them."""
     model = decayed_lenet5(shape, classes, rank, decay)
     for layer in model.modules():
         if isinstance(layer, LowRankLayer):

@@ -18,11 +18,11 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
-from tuned_runs import Comparison, Made
+from tuned_runs import Comparison, Made, training_batches
 
 from dlrt import DLRT, add_adapters, errors
 from dlrt.adapters import adapters
-from dlrt.data import Dataset, Split, augmented_batch
+from dlrt.data import Dataset, Split
 from dlrt.datasets import CIFAR10_CLASSES, load
 from dlrt.errors import RunError
 from dlrt.models import EfficientNetLite0, efficientnet
@@ -155,16 +155,12 @@ def train(row: str, seed: int, setting: dict, data_dir: Path, threads: int) -> M
     torch.manual_seed(seed)
     model, optimizer, after = make(row, steps, **setting)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    step = 0
-    for epoch in range(EPOCHS):
-        shuffle = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-        for x, y in split.batches(BATCH, shuffle):
-            step += 1
-            model(augmented_batch(x, dataset.shift, dataset.flip, shuffle), y).loss.backward()
-            optimizer.step()
-            after(step)
-            optimizer.zero_grad()
-            scheduler.step()
+    for step, (x, y) in enumerate(training_batches(split, dataset, seed, EPOCHS, BATCH), start=1):
+        model(x, y).loss.backward()
+        optimizer.step()
+        after(step)
+        optimizer.zero_grad()
+        scheduler.step()
     ranks = adapter_ranks(model)
     others = [p for name, p in model.named_parameters() if not re.search("lora_|adapter", name)]
     rest = sum(p.numel() for p in others if p.requires_grad and p.dim() > 1)

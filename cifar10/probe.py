@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from tuned_runs import Comparison, Made
+from tuned_runs import Comparison, Made, training_batches
 
 from dlrt import DLRT, compression, errors, to_low_rank
 from dlrt.baselines import Muon, plain_factors
-from dlrt.data import Split, augmented_batch
+from dlrt.data import Split
 from dlrt.datasets import load
 from dlrt.models import ResNet8
 from dlrt.training import evaluate
@@ -96,13 +96,11 @@ def train(name: str, seed: int, setting: dict, data_dir: Path, threads: int) -> 
     torch.manual_seed(seed)
     model, optimizer = make(row, dataset.shape, steps, setting)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for epoch in range(EPOCHS):
-        shuffle = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-        for x, y in split.batches(BATCH, shuffle):
-            optimizer.zero_grad()
-            cross_entropy(model(augmented_batch(x, dataset.shift, dataset.flip, shuffle)), y).backward()
-            optimizer.step()
-            scheduler.step()
+    for x, y in training_batches(split, dataset, seed, EPOCHS, BATCH):
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+        scheduler.step()
     cost, whole = compression(model), compression(ResNet8(dataset.shape)).dense_parameters
     return {
         "row": name,

@@ -6,7 +6,7 @@ Validation chooses. All runs go to NAME.csv as they finish, and their table to N
 import json
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import active_children, get_context
@@ -15,8 +15,10 @@ from typing import TypedDict
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from dlrt import tables
+from dlrt.data import Dataset, Split, augmented_batch
 from dlrt.options import DATA_DIR, NATURAL, HelpFormatter, Parser
 from dlrt.runs import damaged, read_table
 
@@ -111,6 +113,16 @@ class Comparison:
             "test [%]": tables.spread(mean["test_accuracy"], std["test_accuracy"]),
             "setting": [", ".join(f"{key} {value}" for key, value in its.items()) for its in settings],
         }))  # fmt: skip
+
+
+def training_batches(
+    split: Split, dataset: Dataset, seed: int, epochs: int, size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Augmented images and labels of all epochs, shuffled by the seed."""
+    for epoch in range(epochs):
+        shuffle = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+        for x, y in split.batches(size, shuffle):
+            yield augmented_batch(x, dataset.shift, dataset.flip, shuffle), y
 
 
 def recorded(path: Path, column: str = "seed") -> pd.DataFrame:
