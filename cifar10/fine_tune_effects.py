@@ -1,9 +1,10 @@
 """What fine-tuning adds at high compression: DLRT, then S and the rest trained on in bases that are frozen.
 
-    python cifar10/fine_tune_effects.py --jobs 2        about an hour on two CPU cores
+    python cifar10/fine_tune_effects.py --jobs 2                            two hours on two CPU cores
+    python cifar10/fine_tune_effects.py --networks lenet5 --epochs 20 --finetune-epochs 20 --seeds 3
 
-The paper has 20 epochs of each; `--epochs 20 --finetune-epochs 20` wants a GPU. `produce_results.py` makes
-the table of accuracy before and after.
+Beside each run stands its control, of as many epochs without freezing. The paper has 20 epochs of each, for
+which the larger networks want a GPU. `produce_results.py` makes the table of accuracy before and after.
 """
 
 from pathlib import Path
@@ -12,6 +13,7 @@ from dlrt import errors, grid
 from dlrt.options import NATURAL, RANK
 
 HERE = Path(__file__).parent
+FOLDER = "fine_tuned"  # of the runs, below that of the results
 SCRIPTS = {
     "lenet5": HERE.parent / "mnist" / "lenet5_mnist.py",
     "alexnet": HERE / "alexnet_cifar10.py",
@@ -33,11 +35,13 @@ def main() -> None:
     plans = []
     for seed in range(args.seeds):
         for network in args.networks:
-            epochs = {"epochs": args.epochs, "finetune_epochs": args.finetune_epochs}
-            options = {**grid.shared_options(args), **epochs, "seed": seed}
-            options |= {"rank": args.rank, "tau": TAUS[network], "s_steps": 10}
-            name = f"fine_tuned/{network}_seed{seed}"
-            plans.append(grid.RunSpec(name, SCRIPTS[network], options))
+            options = {**grid.shared_options(args), "seed": seed, "rank": args.rank, "s_steps": 10}
+            options |= {"tau": TAUS[network], "tau_warmup": args.epochs / 2}
+            frozen = {"epochs": args.epochs, "finetune_epochs": args.finetune_epochs}
+            control = {"epochs": args.epochs + args.finetune_epochs}
+            for kind, epochs in (("", frozen), ("_control", control)):
+                name = f"{FOLDER}/{network}{kind}_seed{seed}"
+                plans.append(grid.RunSpec(name, SCRIPTS[network], {**options, **epochs}))
     grid.make(plans, args.output_dir, args.jobs)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import study_figures
+from fine_tune_effects import FOLDER
 from study_figures import DENSE, WAYS
 
 from dlrt import tables
@@ -36,7 +37,8 @@ FINE_TUNING = (
     "{data} (the runs that are committed: a JPEG copy of it): test accuracy in % before and after fine-"
     "tuning of S and all that is dense in frozen bases, each at the epoch chosen on the validation "
     "pictures; epochs: before + after, on one schedule of the learning rate, so that part of the gain is "
-    "its fall. published: Schotthöfer et al. 2022, on CIFAR-10."
+    "its fall. not frozen: the control, as many epochs in which bases and ranks move. published: "
+    "Schotthöfer et al. 2022, on CIFAR-10."
     f"{{missing}} {tables.COUNTED}"
 )
 NETWORKS = ("ResNet20", "VGG16", "AlexNet")
@@ -88,12 +90,17 @@ def compared(found: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def fine_tuned(found: pd.DataFrame, folder: Path) -> pd.DataFrame:
-    """A row per network: the accuracy before and after fine-tuning, chosen alike among the epochs of each."""
-    rows = []
-    for run in found.itertuples():
+    """A row per network: the accuracy before and after fine-tuning, chosen alike among the epochs of each.
+
+    Beside it that of the control, which is without.
+    """
+    rows, controls = [], found[~(found["finetune_epochs"] > 0)]
+    for run in found[found["finetune_epochs"] > 0].itertuples():
         metrics = read_metrics(folder / run.run)
         parts = [metrics[metrics["frozen_bases"] == frozen].reset_index() for frozen in (False, True)]
         before, after = (part.loc[chosen_epoch(part)] for part in parts)
+        same = {"network": run.network, "seed": run.seed, "epochs": run.epochs + run.finetune_epochs}
+        control = controls[(controls[list(same)] == pd.Series(same)).all(axis=1)]
         rows.append({
             "network": run.network,
             "τ": f"{run.tau:g}",
@@ -101,16 +108,21 @@ def fine_tuned(found: pd.DataFrame, folder: Path) -> pd.DataFrame:
             "epochs": f"{run.epochs} + {run.finetune_epochs:g}",
             "before": before["test_accuracy"],
             "after": after["test_accuracy"],
+            "not frozen": control["test_accuracy"].mean(),
             "compression": after["evaluation_compression"],
+            "its compression": control["evaluation_compression"].mean(),
             "ranks (first seed)": after["ranks"],
         })  # fmt: skip
     groups = pd.DataFrame(rows).sort_values("seed").groupby(["network", "τ", "epochs"], sort=False)
-    mean, std = (getattr(groups[["before", "after"]], name)() for name in ("mean", "std"))
+    accuracies = ["before", "after", "not frozen"]
+    mean, std = (getattr(groups[accuracies], name)() for name in ("mean", "std"))
     table = mean.index.to_frame(index=False)
     table["seeds"] = groups.size().map(str).to_list()
-    for column in ("before", "after"):
+    for column in accuracies:
         table[f"{column} [%]"] = tables.spread(mean[column], std[column])
-    table["compression [%]"] = groups["compression"].mean().map("{:.2f}".format).to_list()
+    table["compression [%]"] = tables.text(groups["compression"].mean(), "{:.2f}").to_list()
+    of_control = tables.text(groups["its compression"].mean(), "{:.2f}")
+    table["not frozen: compression [%]"] = of_control.to_list()
     table["ranks (first seed)"] = groups["ranks (first seed)"].first().to_list()
     published = PUBLISHED[PUBLISHED["network"].isin(table["network"])]
     return pd.concat([table, published]).fillna("").sort_values("network", kind="stable")
@@ -122,13 +134,14 @@ def main() -> None:
     command = "python cifar10/run.py, or the training scripts beside it"
     found = tables.read(args, command, dataset="cifar10")
     data = tables.data(found)
-    tuned = found.get("finetune_epochs", pd.Series(0, found.index)) > 0
-    if tuned.any():
+    has_part = found.get("finetune_epochs", pd.Series(0, found.index)) > 0
+    tuned = has_part | found["run"].map(lambda run: FOLDER in Path(run).parts)  # or is a control
+    if has_part.any():
         effects = fine_tuned(found[tuned].assign(tau=tables.dense_or_tau(found)), args.results)
         missing = ", ".join(name for name in PUBLISHED["network"] if name not in set(effects["network"]))
         missing = missing and f" Runs of {missing} are still to come."
         caption = FINE_TUNING.format(data=data, missing=missing)
-        short = ("network", "τ", "epochs", "before [%]", "after [%]", "compression [%]")
+        short = ("network", "τ", "before [%]", "after [%]", "not frozen [%]", "compression [%]")
         tables.write(effects, args.output_dir, caption, "fine_tune_effects", short)
         print(tables.markdown(effects, caption))
     if tuned.all():

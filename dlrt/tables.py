@@ -169,8 +169,9 @@ def text(values: pd.Series, form: str, missing: str = "") -> pd.Series:
 
 
 def spread(mean: pd.Series, std: pd.Series) -> list[str]:
-    """ "98.71 ± 0.05" for every row; the mean alone where there is one run only."""
-    return [f"{m:.2f}" if pd.isna(s) else f"{m:.2f} ± {s:.2f}" for m, s in zip(mean, std, strict=True)]
+    """ "98.71 ± 0.05" for every row; the mean alone where there is one run, nothing without."""
+    between = std.map(lambda s: "" if pd.isna(s) else f" ± {s:.2f}")
+    return list(text(mean, "{:.2f}") + between)
 
 
 def layers(model: nn.Module) -> pd.DataFrame:

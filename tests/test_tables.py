@@ -173,8 +173,12 @@ def test_fine_tuning_is_shown_by_the_best_epoch_before_it_and_in_it(tmp_path, mo
     monkeypatch.syspath_prepend(ROOT / "cifar10")
     write_run(tmp_path, "a", [50, 60, 70, 65], [51.0, 61.0, 71.0, 66.0], epochs=2, finetune_epochs=2)
     write_run(tmp_path, "b", [50], [51.0])  # its record has no such option
-    row = load("cifar10/produce_results").fine_tuned(read_runs(tmp_path)[:1], tmp_path).iloc[0]
+    fine_tuned = load("cifar10/produce_results").fine_tuned
+    row = fine_tuned(read_runs(tmp_path), tmp_path).iloc[0]
     assert (row["before [%]"], row["after [%]"], row["epochs"]) == ("61.00", "71.00", "2 + 2")
+    assert row["not frozen [%]"] == ""
+    write_run(tmp_path, "c", [50, 60, 70, 75], [51.0, 61.0, 71.0, 76.0], epochs=4)  # its control
+    assert fine_tuned(read_runs(tmp_path), tmp_path)["not frozen [%]"].iloc[0] == "76.00"
 
 
 def test_every_folder_gets_the_same_figure(tmp_path):
