@@ -35,9 +35,9 @@ def main() -> None:
     args = parser.parse_args()
     low_rank, dense = (HERE.parent / "mnist" / f"mlp_mnist{end}.py" for end in ("", "_baseline"))
 
-    def plan(script: Path, width: int, what: str, seed: int, **options: Any) -> grid.RunSpec:
+    def plan(script: Path, width: int, variant: str, seed: int, **options: Any) -> grid.RunSpec:
         shared = {**grid.shared_options(args), **TRAINING, "epochs": args.epochs, "width": width}
-        return grid.RunSpec(f"width{width}_{what}_seed{seed}", script, {**shared, "seed": seed, **options})
+        return grid.RunSpec(f"width{width}_{variant}_seed{seed}", script, {**shared, "seed": seed, **options})
 
     def pruned(rank: int, lr: float, seed: int) -> grid.RunSpec:
         width = max(args.widths)

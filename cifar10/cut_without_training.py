@@ -97,8 +97,8 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 def figure(rows: pd.DataFrame) -> Figure:
     with mpl.rc_context(LOOK):
         made, axes = plt.subplots(figsize=(6.4, 3.8))
-        for number, (way, of) in enumerate((way, rows[rows["way"] == way]) for way in WAYS):
-            groups = of.groupby("asked")
+        for number, (way, cuts) in enumerate((way, rows[rows["way"] == way]) for way in WAYS):
+            groups = cuts.groupby("asked")
             mean, std = groups["accuracy"].mean(), groups["accuracy"].std()
             bars = {"yerr": std, "capsize": 3, "marker": "o", "ms": 4}
             axes.errorbar(groups["compression"].mean(), mean, label=way, **bars, **plots.style(number))
@@ -125,8 +125,8 @@ def main() -> None:
     record = folder / f"{NAME}.csv"
     rows = read_table(record, Cut) if record.exists() else pd.DataFrame(columns=list(Cut.__annotations__))
     for run in args.runs:
-        of = rows[rows["run"] == run.name]
-        done = set(zip(of["asked"], of["way"], strict=True))
+        cuts = rows[rows["run"] == run.name]
+        done = set(zip(cuts["asked"], cuts["way"], strict=True))
         missing = [at for at in product(args.compressions, WAYS) if at not in done]
         made = measure(run, missing, args.data_dir) if missing else []
         rows = pd.DataFrame([*rows.to_dict("records"), *made])

@@ -132,9 +132,9 @@ def adapter_ranks(model: nn.Module) -> list[tuple[int, tuple[int, int]]]:
     """The rank of each adapter, of AdaLoRA without what it masks, and the shape of the weight beside it."""
     if ours := adapters(model):
         return [(layer.rank, layer.shape) for layer in ours.values()]
-    theirs = [module for module in model.modules() if getattr(module, "lora_A", None)]
-    scales = [getattr(module, "lora_E", {"default": torch.ones(RANK)})["default"] for module in theirs]
-    return [(int((E != 0).sum()), m.base_layer.weight.shape) for m, E in zip(theirs, scales, strict=True)]
+    layers = [module for module in model.modules() if getattr(module, "lora_A", None)]
+    scales = [getattr(module, "lora_E", {"default": torch.ones(RANK)})["default"] for module in layers]
+    return [(int((E != 0).sum()), m.base_layer.weight.shape) for m, E in zip(layers, scales, strict=True)]
 
 
 def pictures(split: Split, dataset: Dataset, samples: int) -> Split:

@@ -61,10 +61,10 @@ def way(options: dict, low_rank: bool) -> str:
 def with_ways(found: pd.DataFrame) -> pd.DataFrame:
     """The runs, with what each is a row of, and their compression against the dense net of full width."""
     low_rank = found["ranks"] != ""
-    found = found.assign(way=[way(*of) for of in zip(found["options"], low_rank, strict=True)])
-    found["rule"] = found["options"].map(lambda of: "Muon" if of.get("update") == "muon" else "SGD")
-    of_narrow = found["options"].map(lambda of: 100 * (1 - of.get("width", 1) ** 2))
-    asked = found["options"].map(lambda of: of.get("compression") or of.get("factors"))
+    found = found.assign(way=[way(*pair) for pair in zip(found["options"], low_rank, strict=True)])
+    found["rule"] = found["options"].map(lambda options: "Muon" if options.get("update") == "muon" else "SGD")
+    of_narrow = found["options"].map(lambda options: 100 * (1 - options.get("width", 1) ** 2))
+    asked = found["options"].map(lambda options: options.get("compression") or options.get("factors"))
     found["budget"] = pd.to_numeric(asked).fillna(of_narrow.where(found["way"] == "dense, narrower"))
     whole = (found["evaluation_parameters"] / (1 - found["evaluation_compression"] / 100)).groupby(
         found["network"]

@@ -99,13 +99,13 @@ def choose_scales(network: str, args: argparse.Namespace, jobs: int) -> dict[Cho
     tried: dict[Choice, dict[float, RunSpec]] = {
         (way, rule): {} for rule in args.rules for way in WAYS if way in args.ways
     }
-    for (way, rule), of in tried.items():
+    for (way, rule), specs in tried.items():
         for scale in SCALES:
             made = plan(network, way, rule, args.compressions[0], common, scale)
-            of[scale] = replace(made, name=f"{network}/tuning/{way}_{rule}_x{scale:g}")
+            specs[scale] = replace(made, name=f"{network}/tuning/{way}_{rule}_x{scale:g}")
     results = args.output_dir
-    grid.make([made for of in tried.values() for made in of.values()], results, jobs, may_diverge=True)
-    best = {choice: grid.best_of(of, results, "validation_accuracy") for choice, of in tried.items()}
+    grid.make([made for specs in tried.values() for made in specs.values()], results, jobs, may_diverge=True)
+    best = {choice: grid.best_of(specs, results, "validation_accuracy") for choice, specs in tried.items()}
     if hopeless := [" with ".join(choice) for choice, scale in best.items() if scale is None]:
         raise RunError(f"{network}: all step sizes diverge for {', '.join(hopeless)}: add smaller ones")
     return best

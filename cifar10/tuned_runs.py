@@ -111,7 +111,9 @@ class Comparison:
             head: [f"{at:.1f}" if at < 1000 else f"{at:,.0f}" for at in mean[column]],
             "validation [%]": tables.spread(mean["validation_accuracy"], std["validation_accuracy"]),
             "test [%]": tables.spread(mean["test_accuracy"], std["test_accuracy"]),
-            "setting": [", ".join(f"{key} {value}" for key, value in its.items()) for its in settings],
+            "setting": [
+                ", ".join(f"{key} {value}" for key, value in setting.items()) for setting in settings
+            ],
         }))  # fmt: skip
 
 

@@ -94,12 +94,12 @@ def add_adapters(model: nn.Module, rank: int = 8, target: str | Iterable[str] | 
     names, chosen = _layers(model), None
     if target is not None:
         target = (target,) if isinstance(target, str) else target
-        of = {stem: [name for name in names if f".{stem}." in f".{name}."] for stem in target}
-        if unknown := [stem for stem, found in of.items() if not found]:
+        matches = {stem: [name for name in names if f".{stem}." in f".{name}."] for stem in target}
+        if unknown := [stem for stem, found in matches.items() if not found]:
             raise ValueError(
                 f"target names no layer of the model: {', '.join(unknown)}; it has {', '.join(names)}"
             )
-        chosen = {name for found in of.values() for name in found}
+        chosen = {name for found in matches.values() for name in found}
     return _adapt(model, [name for name in names if chosen is None or name in chosen], rank)
 
 
@@ -178,9 +178,9 @@ def save_lora(model: nn.Module, folder: Path | str, padded: bool = False) -> Non
     if not layers:
         raise ValueError("the model must have adapters, got none: call dlrt.add_adapters(model) first")
     around = {name: model.get_submodule(name.rpartition(".")[0]) for name in layers}
-    if of := [name for name, module in around.items() if isinstance(module, Attention | Blocks)]:
+    if packed := [name for name, module in around.items() if isinstance(module, Attention | Blocks)]:
         raise ValueError(
-            f"peft has no layers {', '.join(of)}: merge adapters of what was packed, or give it none"
+            f"peft has no layers {', '.join(packed)}: merge adapters of what was packed, or give it none"
         )
     ranks = {name: layer.rank for name, layer in layers.items()}
     largest = max(ranks.values())

@@ -40,8 +40,8 @@ class Muon(torch.optim.Optimizer):
             wrong = {name: options[name] for name in ("dampening", "maximize") if options.get(name)}
             raise ValueError(f"muon has neither dampening nor maximize here, got {wrong}: leave them out")
         weights = [module.weight for module in modules]
-        theirs = {id(weight) for weight in weights}
-        rest = [p for p in parameters if id(p) not in theirs]
+        ids = {id(weight) for weight in weights}
+        rest = [p for p in parameters if id(p) not in ids]
         share = RULES["muon"].share if update_lr is None else update_lr / (lr or 1.0)
         self.inner = optimizer_class([{"params": rest}], lr=lr, **options)
         groups = [*self.inner.param_groups, {"params": weights, "update_share": share}]
@@ -125,10 +125,10 @@ def product_decay(optimizer: torch.optim.Optimizer, model: nn.Module, decay: flo
     pairs = [module for module in model.modules() if isinstance(module, Factors)]
     factors = {id(layer.weight) for pair in pairs for layer in pair}
     for group in list(optimizer.param_groups):
-        theirs = [p for p in group["params"] if id(p) in factors]
-        if theirs:
+        factor_weights = [p for p in group["params"] if id(p) in factors]
+        if factor_weights:
             group["params"] = [p for p in group["params"] if id(p) not in factors]
-            optimizer.add_param_group({**group, "params": theirs, "weight_decay": 0.0})
+            optimizer.add_param_group({**group, "params": factor_weights, "weight_decay": 0.0})
 
     def shrink(*_) -> None:
         lr = optimizer.param_groups[0]["lr"]

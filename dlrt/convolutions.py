@@ -115,12 +115,12 @@ class LowRankConv2d(LowRankLayer):
 
     def thin_layers(self) -> tuple[nn.Conv2d, nn.Conv2d]:
         geometry = {name: getattr(self, name) for name in ("kernel_size", "stride", "padding", "dilation")}
-        here, there = (along(geometry, directions) for directions in self.directions)
-        here |= {"padding_mode": self.padding_mode, "bias": False, "device": "meta"}
+        first_options, second_options = (along(geometry, directions) for directions in self.directions)
+        first_options |= {"padding_mode": self.padding_mode, "bias": False, "device": "meta"}
         mode = self.padding_mode if any(self.directions[1]) else "zeros"  # there may be nothing to pad
-        there |= {"padding_mode": mode, "bias": self.bias is not None, "device": "meta"}
-        first = nn.Conv2d(self.in_channels, self.rank, **here)
-        return first, nn.Conv2d(self.rank, self.out_channels, **there)
+        second_options |= {"padding_mode": mode, "bias": self.bias is not None, "device": "meta"}
+        first = nn.Conv2d(self.in_channels, self.rank, **first_options)
+        return first, nn.Conv2d(self.rank, self.out_channels, **second_options)
 
     @staticmethod
     def input_rows(dense: nn.Conv2d, x: Tensor) -> Tensor:

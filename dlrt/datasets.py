@@ -130,7 +130,7 @@ def digits_in_hard_clutter(folder: Path | None, seed: int) -> Dataset:
 
 def _arrays(trained: Clutter, test: Clutter) -> Arrays:
     return tuple(
-        torch.from_numpy(its) for part in (trained, test) for its in (part.images[:, None], part.labels)
+        torch.from_numpy(array) for part in (trained, test) for array in (part.images[:, None], part.labels)
     )
 
 
@@ -155,9 +155,11 @@ def _split(
     shift and flip: what `--augment` may do to a picture, see `Dataset`.
     """
     images, labels, test_images, test_labels = arrays = tuple(map(torch.as_tensor, arrays))
-    for part, of in ((images, labels), (test_images, test_labels)):
-        if len(part) != len(of):
-            raise DataError(f"{name}: as many labels as images are needed, got {len(of)} for {len(part)}")
+    for part, part_labels in ((images, labels), (test_images, test_labels)):
+        if len(part) != len(part_labels):
+            raise DataError(
+                f"{name}: as many labels as images are needed, got {len(part_labels)} for {len(part)}"
+            )
     if len(images) <= validation:
         raise DataError(f"{name}: more than {validation} training images are needed, got {len(images)}")
     if len(test_images) == 0:
@@ -172,8 +174,8 @@ def _split(
         )
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
 
-    def split(part: Tensor, of: Tensor) -> Split:
-        return Split((part.float() / 255 - mean[:, None, None]) / std[:, None, None], of.long())
+    def split(part: Tensor, part_labels: Tensor) -> Split:
+        return Split((part.float() / 255 - mean[:, None, None]) / std[:, None, None], part_labels.long())
 
     train, held_out = order[validation:], order[:validation]
     return Dataset(
@@ -192,7 +194,7 @@ def _split(
 def _check(name: str, arrays: Arrays) -> None:
     """DataError where arrays are no pictures of one shape, or not every class has one to train on."""
     images, labels, test_images, test_labels = arrays
-    for kind, part, of in (("training", images, labels), ("test", test_images, test_labels)):
+    for kind, part, part_labels in (("training", images, labels), ("test", test_images, test_labels)):
         told = f"{name}, {kind} data"
         if part.shape[1] not in (1, 3):
             raise DataError(
@@ -204,12 +206,12 @@ def _check(name: str, arrays: Arrays) -> None:
                 f"{told}: pixels must be uint8 from 0 to 255 in images of {tuple(images.shape[1:])} as in "
                 f"training, got {part.dtype} and {tuple(part.shape[1:])}: convert them"
             )
-        if of.is_floating_point() or of.is_complex() or of.dim() != 1:
-            shape = tuple(of.shape)
+        if part_labels.is_floating_point() or part_labels.is_complex() or part_labels.dim() != 1:
+            shape = tuple(part_labels.shape)
             raise DataError(
-                f"{told}: labels must be whole numbers (N,), got {of.dtype} {shape}: convert them"
+                f"{told}: labels must be whole numbers (N,), got {part_labels.dtype} {shape}: convert them"
             )
-    classes, tested = (set(of.tolist()) for of in (labels, test_labels))
+    classes, tested = (set(part_labels.tolist()) for part_labels in (labels, test_labels))
     if classes != set(range(len(classes))):
         raise DataError(
             f"{name}: training labels must be 0, 1, 2, ... without a gap, got {len(classes)} classes from "

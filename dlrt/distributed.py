@@ -69,10 +69,10 @@ def own_part(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float]:
     left over then takes a part that counts with weight 0, so that all processes do the same.
     """
     parts = max(1, min(world_size(), len(y) // 2))
-    mine = process_rank() % parts
-    part = y.tensor_split(parts)[mine]
+    index = process_rank() % parts
+    part = y.tensor_split(parts)[index]
     weight = len(part) / len(y) if process_rank() < parts else 0.0
-    return x.tensor_split(parts)[mine], part, weight
+    return x.tensor_split(parts)[index], part, weight
 
 
 @torch.no_grad()
@@ -162,9 +162,9 @@ def on_first_process(action: Callable[[], T]) -> T:
 
 def first_process_first(action: Callable[[], T]) -> T:
     """Run an action on every process, on process 0 before the others: it may have to download."""
-    mine: list[T] = []
-    on_first_process(lambda: mine.append(action()))
-    return mine[0] if mine else action()
+    results: list[T] = []
+    on_first_process(lambda: results.append(action()))
+    return results[0] if results else action()
 
 
 def check_identical(model: nn.Module) -> None:

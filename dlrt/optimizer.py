@@ -210,7 +210,7 @@ class DLRT(torch.optim.Optimizer):
             step = self.group["allot_at"] + self.group["s_steps"] - 1  # at the latest
         now = {layer: moved.get(layer) or self._at(layer) for layer in self.layers}
         scores = direction_scores([Y_hat.S for Y_hat, _ in now.values()])
-        scores = [of[:most] for of, most in zip(scores, self.group["max_ranks"], strict=True)]
+        scores = [values[:most] for values, most in zip(scores, self.group["max_ranks"], strict=True)]
         budget = falling_budget(*self.group["budget"], step)
         ranks = allocate_ranks(budget, scores, [layer.shape for layer in now], self.group["min_rank"])
         for (layer, at), rank in zip(now.items(), ranks, strict=True):

@@ -86,7 +86,9 @@ RANK = Kind(
     "a whole number from 1 on, or a share with a point in (0, 1]",
     lambda value: NATURAL.holds(value) or (isinstance(value, float) and SHARE.holds(value)),
 )
-MAX_RANK = Kind("a whole number from 1 on, or initial", lambda its: its == "initial" or NATURAL.holds(its))
+MAX_RANK = Kind(
+    "a whole number from 1 on, or initial", lambda value: value == "initial" or NATURAL.holds(value)
+)
 PERCENT = Kind("a percentage in [1, 100), 75 and not 0.75", number(float, "[1, 100)").holds, type=float)
 FOLDER_NAME = Kind(
     "the name of one folder, at most 200 bytes of printable characters (--output-dir says where it goes)",
@@ -161,30 +163,30 @@ class Options:
 
     def __post_init__(self) -> None:
         """Check each value, and what one alone does not show."""
-        for its in fields(self):
-            value, kind = getattr(self, its.name), its.metadata["kind"]
-            if value is its.default:
+        for spec in fields(self):
+            value, kind = getattr(self, spec.name), spec.metadata["kind"]
+            if value is spec.default:
                 continue
-            if choices := its.metadata["argument"].get("choices"):
+            if choices := spec.metadata["argument"].get("choices"):
                 kind = Kind(f"one of {', '.join(choices)}", list(choices).__contains__)
-            elif isinstance(its.default, bool):
+            elif isinstance(spec.default, bool):
                 kind = Kind("True or False", lambda value: isinstance(value, bool))
             try:
-                setattr(self, its.name, getattr(kind, "check", kind)(value) if kind else value)
+                setattr(self, spec.name, getattr(kind, "check", kind)(value) if kind else value)
             except argparse.ArgumentTypeError as error:
-                raise OptionError(f"{flag(its.name)} {error}") from error
+                raise OptionError(f"{flag(spec.name)} {error}") from error
         if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
             raise OptionError("--nesterov must come with --optimizer sgd and a --momentum: leave it out")
 
     def record(self) -> dict[str, Any]:
         """What config.json says of the run: all that is part of the experiment."""
-        return {name: of for name, of in asdict(self).items() if name not in NOT_PART_OF_THE_EXPERIMENT}
+        return {name: value for name, value in asdict(self).items() if name not in NOT_PART_OF_THE_EXPERIMENT}
 
     def added(self) -> dict[str, Any]:
         """The options that a script adds to those that all have."""
         kind = next(kind for kind in type(self).__mro__ if kind in (DenseOptions, LowRankOptions))
-        common = {its.name for its in fields(kind)}
-        return {its.name: getattr(self, its.name) for its in fields(self) if its.name not in common}
+        common = {spec.name for spec in fields(kind)}
+        return {spec.name: getattr(self, spec.name) for spec in fields(self) if spec.name not in common}
 
     @classmethod
     def parser(cls, description: str, **defaults: Any) -> Parser:
@@ -198,7 +200,7 @@ class Options:
     def parse(cls: type[T], description: str, arguments: Sequence[str] | None = None, **defaults: Any) -> T:
         """The options on the command line, above a script's defaults; a mistake ends the program with 2."""
         parser, missing = cls.parser(description, **defaults), object()
-        empty = argparse.Namespace(**{its.name: missing for its in fields(cls)})
+        empty = argparse.Namespace(**{spec.name: missing for spec in fields(cls)})
         parsed = vars(parser.parse_args(arguments, empty))
         given = {name: value for name, value in parsed.items() if value is not missing}
         try:
@@ -420,14 +422,16 @@ def flag(name: str) -> str:
 
 def add_flags(parser: Parser, options: type[Options], *names: str) -> None:
     """Flags for the fields of a dataclass, or for some of them."""
-    for its in fields(options):
-        if "kind" not in its.metadata:
-            raise TypeError(f"{its.name} of {options.__name__} must be an option(default, help, kind)")
-        if not names or its.name in names:
-            default = its.default_factory() if its.default_factory is list else its.default
-            kind = {"type": its.metadata["kind"]} if its.metadata["kind"] else {}
-            argument = its.metadata["argument"]
-            parser.add_argument(flag(its.name), *its.metadata["aliases"], default=default, **kind, **argument)
+    for spec in fields(options):
+        if "kind" not in spec.metadata:
+            raise TypeError(f"{spec.name} of {options.__name__} must be an option(default, help, kind)")
+        if not names or spec.name in names:
+            default = spec.default_factory() if spec.default_factory is list else spec.default
+            kind = {"type": spec.metadata["kind"]} if spec.metadata["kind"] else {}
+            argument = spec.metadata["argument"]
+            parser.add_argument(
+                flag(spec.name), *spec.metadata["aliases"], default=default, **kind, **argument
+            )
 
 
 def as_flags(options: Mapping[str, Any]) -> list[str]:

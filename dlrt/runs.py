@@ -147,7 +147,7 @@ def _commit(folder: Path) -> str | None:
     except FileNotFoundError:  # no git here
         return None
     lines = status.decode(errors="replace").splitlines()
-    header, changes = ([line for line in lines if line.startswith("#") == of] for of in (True, False))
+    header, changes = ([line for line in lines if line.startswith("#") == marked] for marked in (True, False))
     commits = [line.split()[-1] for line in header if line.startswith("# branch.oid") and "(" not in line]
     return commits[0][:12] + ("-dirty" if changes else "") if commits else None
 

@@ -69,7 +69,7 @@ class Settings:
                 f"the second argument must be a class as torch.optim.SGD, which steps the rest, got {kind!r}"
             )
         if self.update is None:
-            self.update = next((name for of, name in UPDATE_OF.items() if issubclass(kind, of)), None)
+            self.update = next((name for base, name in UPDATE_OF.items() if issubclass(kind, base)), None)
         if self.update is None:
             raise ValueError(f"update must be given for {kind.__name__}, one of {', '.join(UPDATES)}")
         if self.update not in UPDATES:

@@ -36,7 +36,7 @@ def text(folder: Path, seed: int) -> Dataset:
     if not folder.is_dir():
         raise DataError(f"--data-dir must be a folder with *.txt files, got {folder}")
     files = [path.read_bytes() for path in sorted(folder.rglob("*.txt"))]
-    pieces = [of[start : start + PIECE] for of in files for start in range(0, len(of), PIECE)]
+    pieces = [file[start : start + PIECE] for file in files for start in range(0, len(file), PIECE)]
     return _split("text", pieces, seed, sum(map(len, pieces)), f", *.txt below {folder}")
 
 

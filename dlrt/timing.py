@@ -51,22 +51,22 @@ def in_turn(
     """
     times: list[list[float]] = [[] for _ in functions]
 
-    def unfinished(its: list[float]) -> bool:
-        enough = repeats if sum(its) < 1e3 * seconds else min(repeats, AT_LEAST)
-        return len(its) < enough
+    def unfinished(elapsed: list[float]) -> bool:
+        enough = repeats if sum(elapsed) < 1e3 * seconds else min(repeats, AT_LEAST)
+        return len(elapsed) < enough
 
     while any(map(unfinished, times)):
-        for function, its in zip(functions, times, strict=True):
-            if its is times[0] or unfinished(its):
+        for function, elapsed in zip(functions, times, strict=True):
+            if elapsed is times[0] or unfinished(elapsed):
                 wait_for(device)
                 start = time.perf_counter()
                 function()
                 wait_for(device)
-                its.append(1e3 * (time.perf_counter() - start))
+                elapsed.append(1e3 * (time.perf_counter() - start))
     return times
 
 
 def medians(functions: Sequence[Callable[[], object]], repeats: int) -> list[float]:
     """Median milliseconds of each, called in turn, after three rounds that warm up."""
     in_turn(functions, 3)
-    return [statistics.median(its) for its in in_turn(functions, repeats)]
+    return [statistics.median(elapsed) for elapsed in in_turn(functions, repeats)]

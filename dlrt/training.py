@@ -255,9 +255,9 @@ def _step(optimizer: torch.optim.Optimizer, closure: Callable[[], float], scaler
     return loss
 
 
-def _diverged(what: str, run: Run) -> FloatingPointError:
+def _diverged(reason: str, run: Run) -> FloatingPointError:
     last = run.checkpoint if run.checkpoint.exists() else "none was written yet"
-    return FloatingPointError(f"{what}; last good checkpoint: {last}; a smaller --lr may help")
+    return FloatingPointError(f"{reason}; last good checkpoint: {last}; a smaller --lr may help")
 
 
 @torch.no_grad()

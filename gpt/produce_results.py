@@ -29,10 +29,10 @@ def way(options: dict) -> str:
 
 def compared(found: pd.DataFrame) -> pd.DataFrame:
     """A row per way, rule and size, with means over the seeds."""
-    rule = found["options"].map(lambda of: of.get("update") or of["optimizer"])
+    rule = found["options"].map(lambda options: options.get("update") or options["optimizer"])
     bits = found["test_loss"] / math.log(2)
     found = found.assign(way=found["options"].map(way), rule=rule, test_accuracy=bits)
-    asked = found["options"].map(lambda of: of.get("compression") or of.get("factors") or 0.0)
+    asked = found["options"].map(lambda options: options.get("compression") or options.get("factors") or 0.0)
     summary = over_seeds(found.assign(asked=asked), ["way", "rule", "width", "depth", "asked"])
     # nothing to compare with where the dense net of full width has not been trained
     full_width = summary["width"] == summary.groupby("depth")["width"].transform("max")

@@ -67,11 +67,11 @@ def best_step_sizes(
     while missing := [choice for choice in ways if choice not in best]:
         runs = {choice: short_runs(choice, tried[choice], compression, args) for choice in missing}
         # one that diverged is not tried again
-        new = [run for of in runs.values() for run in of.values() if run.name not in made]
+        new = [run for specs in runs.values() for run in specs.values() if run.name not in made]
         grid.make(new, args.output_dir, args.jobs, may_diverge=True)
         made.update(run.name for run in new)
-        for (way, rule), of in runs.items():
-            size = grid.best_of(of, args.output_dir, "validation_loss", sign=-1)
+        for (way, rule), specs in runs.items():
+            size = grid.best_of(specs, args.output_dir, "validation_loss", sign=-1)
             if size is None:
                 raise RunError(f"every step size diverges for {way} with {rule}: add smaller ones")
             if further := beyond(tried[way, rule], size):

@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if table:
             write_records(pd.DataFrame(table), nets, layer, args)
             warn_of_changes(pd.DataFrame(table), nets[0])
-        if len(table) > len({its["file"] for its in table}):
+        if len(table) > len({record["file"] for record in table}):
             kinds = [f"{METHODS[method].__name__}\n" * (len(args.method) > 1) for method in args.method]
             headers = [f"{kind}{net.title}" for kind in kinds for net in nets]
             print(f"figure: {plots.save(figure(rows, headers), [args.output_dir], 'cams')}")

@@ -12,10 +12,10 @@ NAMES = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
 
 
 def main() -> None:
-    here = Path(__file__).parent
+    folder = Path(__file__).parent
     for name in NAMES:
-        shutil.copyfile(Path(skimage.__file__).parent / "data" / name, here / name)
-        print(here / name)
+        shutil.copyfile(Path(skimage.__file__).parent / "data" / name, folder / name)
+        print(folder / name)
 
 
 if __name__ == "__main__":

@@ -79,9 +79,9 @@ def test_at_full_rank_the_first_step_is_that_of_the_dense_weights():
     settings = {"lr": 0.1, "momentum": 0.9}
     optimizers = torch.optim.SGD(chosen, **settings), dlrt.DLRT(model, torch.optim.SGD, tau=0.0, **settings)
     for _ in range(3):
-        for its, optimizer in zip((dense, model), optimizers, strict=True):
+        for net, optimizer in zip((dense, model), optimizers, strict=True):
             optimizer.zero_grad()
-            nn.functional.cross_entropy(its(x), y).backward()
+            nn.functional.cross_entropy(net(x), y).backward()
             optimizer.step()
     merged = dlrt.merge_adapters(model)
     assert all(torch.allclose(value, dense.state_dict()[name]) for name, value in merged.state_dict().items())
@@ -110,7 +110,9 @@ def test_ranks_move_between_layers_under_one_budget_of_what_is_trained():
     train(model, steps=6, compression=0.5, ramp=3, allot_every=1, min_rank=1)
     after = dlrt.compression(model)
     assert after.evaluation_parameters <= cost.dense_parameters / 2
-    assert after.evaluation_parameters == sum(after.ranks[f"{n}.adapter"] * of for n, of in shapes.items())
+    assert after.evaluation_parameters == sum(
+        after.ranks[f"{n}.adapter"] * size for n, size in shapes.items()
+    )
     assert len(set(after.ranks.values())) > 1
 
 

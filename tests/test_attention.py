@@ -25,9 +25,9 @@ def both(packed):
 
 
 def assert_same(result, expected):
-    for y, of in zip(result, expected, strict=True):
-        assert (y is None) == (of is None)
-        assert y is None or (y.shape == of.shape and torch.allclose(y, of, atol=1e-12))
+    for y, expected_y in zip(result, expected, strict=True):
+        assert (y is None) == (expected_y is None)
+        assert y is None or (y.shape == expected_y.shape and torch.allclose(y, expected_y, atol=1e-12))
 
 
 MASKS = {

@@ -155,10 +155,11 @@ def test_networks_methods_and_targets_are_drawn_side_by_side(script, runs, pictu
         for network in networks:
             assert (tmp_path / f"out/grey.png.{target}.layercam.{network}.cam.png").is_file()
     about = {
-        its["network"]: its for its in json.loads((tmp_path / "out/config.json").read_text())["networks"]
+        entry["network"]: entry
+        for entry in json.loads((tmp_path / "out/config.json").read_text())["networks"]
     }
     assert about["dense_seed0_svd_compression60"]["evaluation_compression"] >= 60
-    assert not [name for its in about.values() for name in its["ranks"] if name == "linear"][1:]
+    assert not [name for entry in about.values() for name in entry["ranks"] if name == "linear"][1:]
     assert (tmp_path / "out/cams.pdf").is_file()
 
 
@@ -307,8 +308,8 @@ def test_the_predicted_class_is_that_of_the_logits_and_a_class_counts_once():
     maps = Maps(raw=shown, displayed=shown, logits=logits, milliseconds={})
     names, shape = ("a", "b", "c"), (1, 4, 4)
     network = networks.Network("n", None, shape, (0.0,), (1.0,), names, shape)
-    it = batch_maps.Wanted(Picture("one", Image.new("L", (4, 4))), (1,), "one")
-    row = batch_maps.numbers(it, 0, maps, maps, network, "gradcam")
+    item = batch_maps.Wanted(Picture("one", Image.new("L", (4, 4))), (1,), "one")
+    row = batch_maps.numbers(item, 0, maps, maps, network, "gradcam")
     assert row["predicted"] == names[int(logits.argmax())]
     assert batch_maps.chosen_classes(["b,1"], network, [Path("one")]) == {"one": [(1,)]}
 
@@ -439,8 +440,8 @@ def test_every_photograph_has_classes_of_imagenet_and_a_box_for_each(capsys):
     network = known.from_arch(known.DEFAULT_ARCH, "random")
     found, failed = load_pictures.pictures_of(str(ROOT / "test_images"), 9, None, network)
     assert (failed, capsys.readouterr().err) == (False, "")
-    its = {picture.name: [network.classes[number] for number in picture.classes] for picture in found}
-    assert its == {
+    classes = {picture.name: [network.classes[number] for number in picture.classes] for picture in found}
+    assert classes == {
         "astronaut.png": ["space shuttle", "crash helmet"],
         "chelsea.png": ["Egyptian cat"],
         "coffee.png": ["espresso"],

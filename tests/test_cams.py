@@ -55,7 +55,7 @@ def trained():
     """A small network trained on digits in clutter, and 200 test pictures with labels and boxes."""
     torch.manual_seed(0)
     made, test = clutter(2500, seed=0), clutter(200, seed=0, test=True)
-    x, x_test = (torch.from_numpy(its.images)[:, None] / 255 for its in (made, test))
+    x, x_test = (torch.from_numpy(part.images)[:, None] / 255 for part in (made, test))
     y = torch.from_numpy(made.labels)
     model = ConvNet().to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -121,10 +121,10 @@ def test_maps_of_a_trained_network_point_at_the_digit(trained):
         with torch.no_grad():
             assert (net(x).argmax(1).numpy() == test.labels).mean() >= 0.95
         shown = explain(net, x, of_classes([[label] for label in test.labels])).displayed
-        found = [in_boxes(its, [box], (32, 32)) for its, box in zip(shown, test.boxes, strict=True)]
-        assert np.nanmean([its["pointing"] for its in found]) >= 0.9
+        found = [in_boxes(cam, [box], (32, 32)) for cam, box in zip(shown, test.boxes, strict=True)]
+        assert np.nanmean([scores["pointing"] for scores in found]) >= 0.9
         area = np.prod(test.boxes[:, 2:] - test.boxes[:, :2], axis=1).mean() / 32**2
-        assert np.nanmean([its["energy"] for its in found]) > 2.5 * area
+        assert np.nanmean([scores["energy"] for scores in found]) > 2.5 * area
 
 
 def test_a_network_needs_what_its_map_shows_more_than_random_places(trained):
@@ -428,7 +428,7 @@ def test_the_component_of_a_method_points_to_where_its_plain_map_does(method):
     torch.manual_seed(0)
     head = nn.Linear(8 * 36, 16), nn.ReLU(), nn.Linear(16, 3)
     model, x = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), *head).eval(), torch.randn(4, 1, 8, 8)
-    smooth, plain = (explain(model, x, method=method, eigen_smooth=its) for its in (True, False))
+    smooth, plain = (explain(model, x, method=method, eigen_smooth=smoothing) for smoothing in (True, False))
     assert smooth.defined.any()
     if issubclass(METHODS[method], BaseCAM):  # SESS puts maps together that are positive already
         assert (along(plain.raw, smooth.raw) > 0).all()
@@ -437,7 +437,7 @@ def test_the_component_of_a_method_points_to_where_its_plain_map_does(method):
 def test_smoothing_by_augmentation_leaves_a_mirrored_picture_a_mirrored_map(resnet):
     model, x = resnet
     targets = of_classes([[1], [2]])
-    one, other = (explain(model, its, targets, aug_smooth=True) for its in (x, x.flip(3)))
+    one, other = (explain(model, batch, targets, aug_smooth=True) for batch in (x, x.flip(3)))
     np.testing.assert_allclose(one.raw, other.raw[..., ::-1], atol=1e-4)
     np.testing.assert_allclose(one.displayed, other.displayed[..., ::-1], atol=1e-3)
 

@@ -186,9 +186,9 @@ def test_a_class_that_a_network_does_not_have_leaves_a_picture_its_box(pictures,
     network = Network("digits", None, shape, (0.0,), (1.0,), names, shape)
     found, failed = load_pictures.pictures_of(str(pictures), 9, None, network)
     assert not failed
-    its = {picture.name: (picture.classes, picture.boxes) for picture in found}
-    assert its["cat.v1.png"] == ((), ((1, 2, 3, 4),))
-    assert its["cat.v2.png"] == ((3,), ())
+    labels = {picture.name: (picture.classes, picture.boxes) for picture in found}
+    assert labels["cat.v1.png"] == ((), ((1, 2, 3, 4),))
+    assert labels["cat.v2.png"] == ((3,), ())
     told = capsys.readouterr().err
     assert told.count("\n") == 1
     assert "digits has no class cat, dog" in told
@@ -200,8 +200,8 @@ def test_a_class_that_a_network_does_not_have_leaves_a_picture_its_box(pictures,
 )
 def test_a_map_that_is_undefined_fails_the_control_of_full_rank(defined, difference, told, tmp_path):
     rows = {"file": ["a.png", "b.png"], "target": "same"}
-    for name, its, gaps in (("dense", [True, True], [0, 0]), ("full_rank", defined, difference)):
-        table = pd.DataFrame({**rows, "defined": its, "largest_difference": gaps})
+    for name, flags, gaps in (("dense", [True, True], [0, 0]), ("full_rank", defined, difference)):
+        table = pd.DataFrame({**rows, "defined": flags, "largest_difference": gaps})
         table.to_csv(tmp_path / f"{name}.csv", index=False)
     with pytest.raises(RunError, match=told):
         check_full_rank(tmp_path, "dense", "gradcam")

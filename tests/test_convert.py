@@ -164,9 +164,9 @@ def test_layers_that_share_a_weight_stay_dense_and_it_says_so():
 class Uncalled(nn.Module):
     """A layer that is used in other ways than by its name."""
 
-    def __init__(self, how, conv):
+    def __init__(self, use, conv):
         super().__init__()
-        self.how = how
+        self.use = use
         self.layer = layer = nn.Conv2d(3, 6, 3, padding=1, stride=2) if conv else nn.Linear(8, 6)
         self.held = [layer]
         self.bound = layer.forward
@@ -186,7 +186,7 @@ class Uncalled(nn.Module):
                 x, layer.weight, layer.bias, *(getattr(layer, name) for name in geometry)
             ),
         }
-        return others[self.how](x)
+        return others[self.use](x)
 
 
 USES = ("list", "bound", "closure", "dtype", "functional")
@@ -203,9 +203,9 @@ OPTIONS = (
 def test_a_layer_that_is_used_without_being_called_trains_as_one_that_is(kind, options):
     x = torch.randn(5, 8) if kind == "linear" else torch.randn(5, 3, 6, 6)
 
-    def losses(how):
+    def losses(use):
         torch.manual_seed(1)
-        model = dlrt.to_low_rank(Uncalled(how, kind != "linear"), rank=3, spatial=kind == "spatial")
+        model = dlrt.to_low_rank(Uncalled(use, kind != "linear"), rank=3, spatial=kind == "spatial")
         optimizer = dlrt.DLRT(model, torch.optim.SGD, lr=0.05, **options)
 
         def closure():
@@ -223,8 +223,8 @@ def test_a_layer_that_is_used_without_being_called_trains_as_one_that_is(kind, o
         return found
 
     expected = losses("called")
-    for how in USES:
-        assert losses(how) == pytest.approx(expected, rel=1e-9), how
+    for use in USES:
+        assert losses(use) == pytest.approx(expected, rel=1e-9), use
 
 
 def subclass():

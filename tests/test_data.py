@@ -259,7 +259,7 @@ def test_arrays_that_are_no_data_set_are_told_in_a_line_that_fits(tmp_path, chan
 
 
 @pytest.mark.parametrize(
-    ("part", "of", "told"),
+    ("part", "labels", "told"),
     [
         (torch.zeros(0, 1, 2, 2), [], "has none for test"),
         (torch.zeros(2, 1, 2, 2), [0, 2], r"labels must lie in \[0, 2\), got 0 to 2"),
@@ -267,8 +267,8 @@ def test_arrays_that_are_no_data_set_are_told_in_a_line_that_fits(tmp_path, chan
         (torch.full((2, 1, 2, 2), torch.nan), [0, 1], "pixels must be finite"),
     ],
 )
-def test_a_data_set_made_by_hand_is_checked(part, of, told):
-    good, bad = small_split(2), Split(part, torch.tensor(of, dtype=torch.int64))
+def test_a_data_set_made_by_hand_is_checked(part, labels, told):
+    good, bad = small_split(2), Split(part, torch.tensor(labels, dtype=torch.int64))
     with pytest.raises(ValueError, match=told):
         Dataset("own", good, good, bad, 2, (0.0,), (1.0,), 1, False).check()
 

@@ -122,7 +122,7 @@ def test_a_file_without_the_arrays_of_a_data_set_says_what_is_wrong(tmp_path, pa
     sound |= {"x_test": sound["x_train"], "y_test": sound["y_train"]}
     if parts is not None:
         changed = {**sound, **parts} if parts else {}
-        np.savez(tmp_path / "own.npz", **{key: its for key, its in changed.items() if its is not None})
+        np.savez(tmp_path / "own.npz", **{key: array for key, array in changed.items() if array is not None})
     with pytest.raises(DataError, match=told):
         _read_npz(tmp_path / "own.npz")
 

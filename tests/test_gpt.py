@@ -89,12 +89,12 @@ def test_the_standard_library_is_split_by_file_and_labels_are_the_bytes_after():
     assert all(130_000 < size < 400_000 for size in sizes[1:])
     for split in (dataset.train, dataset.validation, dataset.test):
         assert torch.equal(split.images[:, 1:], split.labels[:, :-1])
-    texts = [as_text(of.images.flatten()) for of in (dataset.train, dataset.validation, dataset.test)]
+    texts = [as_text(split.images.flatten()) for split in (dataset.train, dataset.validation, dataset.test)]
     files = [
         path.read_text("utf-8", "replace") for path in Path(sysconfig.get_paths()["stdlib"]).glob("*.py")
     ]
     places = [[end in text for text in texts] for file in files if (end := file[-400:-200])]
-    assert all(sum(of) <= 1 for of in places)
+    assert all(sum(hits) <= 1 for hits in places)
     assert all(map(any, zip(*places, strict=True)))
 
 
@@ -202,7 +202,7 @@ def test_every_way_of_the_study_is_a_run_that_its_script_takes(monkeypatch):
             kind = runpy.run_path(str(made.script))["Options"]
             options = kind.parse("", as_flags(made.options), optimizer="adamw", skip=["head"])
             recorded = {
-                name: of for name, of in made.options.items() if name not in NOT_PART_OF_THE_EXPERIMENT
+                name: value for name, value in made.options.items() if name not in NOT_PART_OF_THE_EXPERIMENT
             }
             assert recorded.items() <= options.record().items()
             sizes[made.name] = dlrt.compression(GPT(width=options.width)).dense_parameters

@@ -204,18 +204,18 @@ NORMALISERS = {
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
-@pytest.mark.parametrize("what", NORMALISERS)
-def test_what_normalises_or_prunes_or_sets_a_weight_is_refused(what):
+@pytest.mark.parametrize("normaliser", NORMALISERS)
+def test_what_normalises_or_prunes_or_sets_a_weight_is_refused(normaliser):
     for layer, x in (
         (LowRankLinear(6, 5, 3), torch.randn(4, 6)),
         (LowRankConv2d(2, 5, 3, 3), torch.randn(2, 2, 4, 4)),
     ):
         expected, state = layer(x), set(layer.state_dict())
         for name in ("weight", "S", "V"):
-            if name != "weight" and what in ("assignment", "registration"):
+            if name != "weight" and normaliser in ("assignment", "registration"):
                 continue  # S is a parameter that may be set
             with pytest.raises(TypeError, match="leave this layer dense"):
-                NORMALISERS[what](layer, name)
+                NORMALISERS[normaliser](layer, name)
             assert set(layer.state_dict()) == state
             assert name != "weight" or torch.equal(layer(x), expected)
 

@@ -176,9 +176,9 @@ def test_half_precision_weights_are_decomposed_in_float32(options, dtype):
     for name, sigma in dlrt.singular_values(half).items():
         assert_near(sigma, dlrt.singular_values(single)[name], rounding)
     dense = dlrt.to_dense(copy.deepcopy(half))
-    for its in (half, dense, dlrt.export(half), dlrt.average([half, half])):
-        assert {p.dtype for p in its.parameters()} == {dtype}
-        assert_near(its(x.to(dtype)), single(x), rounding)
+    for net in (half, dense, dlrt.export(half), dlrt.average([half, half])):
+        assert {p.dtype for p in net.parameters()} == {dtype}
+        assert_near(net(x.to(dtype)), single(x), rounding)
 
 
 def test_a_step_in_half_precision_is_refused_in_one_line():

@@ -157,7 +157,9 @@ def test_every_link_of_a_page_leads_somewhere(page):
     for target, anchor in re.findall(r"\]\(([^)#\s]*)#([\w-]+)\)", page.read_text(encoding="utf-8")):
         text = (page.parent / target if target else page).read_text(encoding="utf-8")
         headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
-        assert anchor in {re.sub(r"[^\w -]", "", its).lower().replace(" ", "-") for its in headings}, anchor
+        assert anchor in {
+            re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings
+        }, anchor
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

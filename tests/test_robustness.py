@@ -145,8 +145,8 @@ def test_two_runs_into_one_folder_are_refused_and_a_killed_one_leaves_no_lock(tm
     folder = tmp_path / "a"
 
     def run():
-        mine = Run(folder)
-        mine.start({"lr": 0.1}, resume=False)
+        own_run = Run(folder)
+        own_run.start({"lr": 0.1}, resume=False)
         time.sleep(60)
 
     child = in_a_child(run)

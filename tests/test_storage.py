@@ -50,7 +50,7 @@ def trained(steps=4, spatial=False, optimizer_class=torch.optim.SGD, **options):
 
 
 def tensors_of(state):
-    return [value for its in state.values() for value in its.values() if torch.is_tensor(value)]
+    return [value for entry in state.values() for value in entry.values() if torch.is_tensor(value)]
 
 
 def assert_alone(tensors):
@@ -102,7 +102,7 @@ def test_weights_gradients_and_velocities_hold_no_more_than_they_are_at_any_step
 def test_what_is_made_of_a_network_holds_no_more_than_it_is(spatial):
     model, *_ = trained(spatial=spatial)
     assert_compact(load_factors(network(), model.state_dict()).parameters())
-    for make in (copy.deepcopy, dlrt.export, lambda its: dlrt.average([its, its])):
+    for make in (copy.deepcopy, dlrt.export, lambda net: dlrt.average([net, net])):
         assert_compact(make(model).parameters())
     assert_compact(plain_factors(network(), 0.3).parameters())
     for options in ({}, {"tau": 0.3}, {"compression": 0.5}):
@@ -124,9 +124,9 @@ def test_safetensors_takes_every_state(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     for spatial in (False, True):
         model, *_ = trained(spatial=spatial)
-        for its in (model, dlrt.export(model), dlrt.to_dense(copy.deepcopy(model))):
-            safetensors.save_file(its.state_dict(), tmp_path / "model.safetensors")
-            its.load_state_dict(safetensors.load_file(tmp_path / "model.safetensors"))
+        for net in (model, dlrt.export(model), dlrt.to_dense(copy.deepcopy(model))):
+            safetensors.save_file(net.state_dict(), tmp_path / "model.safetensors")
+            net.load_state_dict(safetensors.load_file(tmp_path / "model.safetensors"))
 
 
 def test_in_shared_memory_steps_are_in_place_and_a_rank_that_would_change_is_refused():

@@ -18,7 +18,10 @@ def groups(shift, networks=12, seed=0):
     rng = np.random.default_rng(seed)
     covariates = rng.normal(size=(2, networks)) + np.array([[2.0], [0.0]])
     noise = 0.1 * rng.normal(size=(2, networks))
-    x, y = (np.stack([0.5 * its + other, its]) for its, other in zip(covariates, noise, strict=True))
+    x, y = (
+        np.stack([0.5 * covariate + other, covariate])
+        for covariate, other in zip(covariates, noise, strict=True)
+    )
     x[0] += shift
     return x, y
 

@@ -332,7 +332,7 @@ def test_a_run_of_one_epoch_is_seen():
     rows = pd.DataFrame({"epoch": [1], "validation_accuracy": [90.0], "evaluation_compression": [50.0]})
     axes = plots.learning_curves({"one": rows, "two": pd.concat([rows, rows.assign(epoch=2)])}).axes
     plots.bands(axes[0], [rows, rows], "validation_accuracy", "mean", 0)
-    for line in (line for its in axes for line in its.lines):
+    for line in (line for panel in axes for line in panel.lines):
         assert len(line.get_xdata()) > 1 or line.get_marker() not in ("None", "", None)
 
 
@@ -341,8 +341,8 @@ def test_a_run_of_one_epoch_is_seen():
 def test_output_ends_quietly_whatever_the_terminal_encodes_and_whoever_reads(name, encoding, monkeypatch):
     read, write = os.pipe()
     stream = os.fdopen(write, "w", encoding=encoding)
-    for of in (name, f"__{name}__"):
-        monkeypatch.setattr(sys, of, stream)
+    for attribute in (name, f"__{name}__"):
+        monkeypatch.setattr(sys, attribute, stream)
     Parser().parse_args([])
     output = getattr(sys, name)
     print("τ ± 中 \ud800", file=output, flush=True)

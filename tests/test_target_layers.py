@@ -89,7 +89,7 @@ def test_every_method_explains_tokens_or_says_that_it_cannot(method, transformer
         with pytest.raises(ValueError, match="got tokens from encoder"):
             explain(model, x, method=method)
         return
-    dense, low_rank = (explain(its, x, method=method) for its in (model, _low_rank(transformer[0])))
+    dense, low_rank = (explain(net, x, method=method) for net in (model, _low_rank(transformer[0])))
     assert np.isfinite(dense.raw).all()
     assert np.ptp(dense.raw) > 0
     assert dense.raw.shape == low_rank.raw.shape
@@ -138,11 +138,13 @@ def test_the_weights_that_torchvision_publishes_fit(name, tmp_path):
     model = torchvision.models.get_model(name, weights=None, **options).eval()
     state = model.state_dict()
     if name == "densenet121":
-        state = {re.sub(r"(\.(?:norm|conv))([12]\.)", r"\1.\2", key): its for key, its in state.items()}
+        state = {re.sub(r"(\.(?:norm|conv))([12]\.)", r"\1.\2", key): value for key, value in state.items()}
     torch.save(state, tmp_path / "weights.pt")
     network = known.from_arch(name, str(tmp_path / "weights.pt"))
     assert getattr(network.model, "transform_input", False) == (name == "googlenet")
-    assert all(torch.equal(its, model.state_dict()[key]) for key, its in network.model.state_dict().items())
+    assert all(
+        torch.equal(value, model.state_dict()[key]) for key, value in network.model.state_dict().items()
+    )
 
 
 def test_a_vision_transformer_sees_the_size_that_its_positions_are_for(transformer):

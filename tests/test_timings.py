@@ -153,7 +153,7 @@ def test_functions_are_called_in_turn_within_their_time(scripts):
         lambda: order.append("low"),
     ]
     times = in_turn(calls, repeats=6, seconds=0.3)
-    assert [len(its) for its in times] == [6, 3, 6]
+    assert [len(elapsed) for elapsed in times] == [6, 3, 6]
     assert order[:9] == ["dense", "slow", "low"] * 3
     assert order[9:] == ["dense", "low"] * 3
     assert min(times[1]) >= 200  # milliseconds

@@ -312,15 +312,15 @@ def first(group, **changed):
     ("name", "wrong"),
     [
         *((name, wrong) for name in ("optimizer", "scheduler") for wrong in (None, 3, [], {}, "x", {"x": 1})),
-        *((name, lambda its: {**its, next(iter(its)): torch.zeros(())}) for name in ("model", "chosen")),
-        *(("optimizer", lambda its, value=value: first(its, lr=value)) for value in ("x", None, [])),
+        *((name, lambda part: {**part, next(iter(part)): torch.zeros(())}) for name in ("model", "chosen")),
+        *(("optimizer", lambda part, value=value: first(part, lr=value)) for value in ("x", None, [])),
         *(
-            ("optimizer", lambda its, value=value: {**its, "state": {0: {"velocity": value}}})
+            ("optimizer", lambda part, value=value: {**part, "state": {0: {"velocity": value}}})
             for value in ("x", None, [], torch.zeros(7))
         ),
-        *(("scheduler", lambda its, value=value: {**its, "last_epoch": value}) for value in ("x", None)),
-        *(("metrics", lambda its, value=value: [{**its[0], "tau": value}]) for value in ("x", [1])),
-        ("metrics", lambda its: [{"epoch": 1}]),
+        *(("scheduler", lambda part, value=value: {**part, "last_epoch": value}) for value in ("x", None)),
+        *(("metrics", lambda part, value=value: [{**part[0], "tau": value}]) for value in ("x", [1])),
+        ("metrics", lambda part: [{"epoch": 1}]),
     ],
 )
 def test_a_checkpoint_with_a_part_of_another_form_is_not_continued(dataset, tmp_path, name, wrong):

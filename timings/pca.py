@@ -63,11 +63,11 @@ def measure(shape: tuple[int, int], repeats: int, largest_svd: int) -> pd.DataFr
     twice = [function for function in functions.values() for _ in range(2)]
     taken = in_turn(twice, repeats, seconds=200)[1::2]
     rows = []
-    for name, its in zip(functions, taken, strict=True):
-        ratios = [time / reference for time, reference in zip(its, taken[0], strict=False)]
+    for name, elapsed in zip(functions, taken, strict=True):
+        ratios = [time / reference for time, reference in zip(elapsed, taken[0], strict=False)]
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        ratio = {"ratio": middle, "ratio_low": low, "ratio_high": high, "repeats": len(its)}
-        row = {"rows": shape[0], "columns": shape[1], "method": name, "ms": statistics.median(its)}
+        ratio = {"ratio": middle, "ratio_low": low, "ratio_high": high, "repeats": len(elapsed)}
+        row = {"rows": shape[0], "columns": shape[1], "method": name, "ms": statistics.median(elapsed)}
         rows.append(row | ratio)
     return pd.DataFrame(rows)
 

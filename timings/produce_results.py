@@ -90,26 +90,26 @@ def told(rank: float, ranks: np.ndarray) -> str:
 def table(rows: pd.DataFrame) -> pd.DataFrame:
     """A row for each setting: where time, FLOPs and memory break even, and how much faster it gets."""
     lines, plain = [], rows[rows["integrator"] == FACTORS].set_index(["device", "rank"])["median_ms"]
-    for (device, phase, integrator, s_steps, adaptive), of in rows.groupby(SETTING, sort=False):
-        ranks = of["rank"].to_numpy()
-        speed_up = (of["dense_median_ms"] / of["median_ms"]).to_numpy()
+    for (device, phase, integrator, s_steps, adaptive), group in rows.groupby(SETTING, sort=False):
+        ranks = group["rank"].to_numpy()
+        speed_up = (group["dense_median_ms"] / group["median_ms"]).to_numpy()
         at = {
-            name: told(break_even(ranks, (of[f"dense_{column}"] / of[column]).to_numpy()), ranks)
+            name: told(break_even(ranks, (group[f"dense_{column}"] / group[column]).to_numpy()), ranks)
             for name, column in (
                 ("break-even rank", "median_ms"),
                 ("by FLOPs", "gflops"),
                 ("by peak memory", "peak_mb"),
             )
         }
-        how = {"integrator": integrator, "rank adaptation": "", "S-steps": ""}
+        setting = {"integrator": integrator, "rank adaptation": "", "S-steps": ""}
         if integrator:
-            how["integrator"] = NAMES.get(integrator, integrator)
-            how.update({"rank adaptation": "yes" if adaptive else "no", "S-steps": str(s_steps)})
-        ratios = (of.set_index(["device", "rank"])["median_ms"] / plain).dropna()
+            setting["integrator"] = NAMES.get(integrator, integrator)
+            setting.update({"rank adaptation": "yes" if adaptive else "no", "S-steps": str(s_steps)})
+        ratios = (group.set_index(["device", "rank"])["median_ms"] / plain).dropna()
         if integrator in INTEGRATORS and len(ratios):
-            how["slower than factors"] = f"{ratios.min():.1f} to {ratios.max():.1f} x"
+            setting["slower than factors"] = f"{ratios.min():.1f} to {ratios.max():.1f} x"
         best = {"largest speed-up": f"{speed_up.max():.1f} x", "at rank": str(ranks[speed_up.argmax()])}
-        lines.append({"device": device, "phase": phase, **how, **at, **best})
+        lines.append({"device": device, "phase": phase, **setting, **at, **best})
     return pd.concat([pd.DataFrame(lines), PUBLISHED]).fillna("")
 
 
@@ -122,16 +122,20 @@ def label(integrator: str, s_steps: int, adaptive: bool) -> str:
 
 def draw_times(axes: Axes, rows: pd.DataFrame) -> None:
     """The times of some settings and of dense over the rank, in bands from quartile to quartile."""
-    for (integrator, s_steps, adaptive), of in rows.groupby(SETTING[2:], sort=False):
+    for (integrator, s_steps, adaptive), group in rows.groupby(SETTING[2:], sort=False):
         style = plots.STYLES[s_steps > 1]
         line = {"color": plots.COLOURS[[*INTEGRATORS, "", FACTORS].index(integrator)], "linestyle": style}
-        axes.plot(of["rank"], of["median_ms"], ".", label=label(integrator, s_steps, adaptive), **line)
-        axes.fill_between(of["rank"], of["lower_ms"], of["upper_ms"], color=line["color"], alpha=0.25, lw=0)
-        limit = of["dense_median_ms"] * of["gflops"] / of["dense_gflops"]
-        axes.plot(of["rank"], limit, color=line["color"], linestyle=LIMITS[s_steps > 1], lw=1.2)
-    of = rows.drop_duplicates("rank").sort_values("rank")
-    axes.plot(of["rank"], of["dense_median_ms"], color="black", lw=2, label="dense")
-    axes.fill_between(of["rank"], of["dense_lower_ms"], of["dense_upper_ms"], color="black", alpha=0.2, lw=0)
+        axes.plot(group["rank"], group["median_ms"], ".", label=label(integrator, s_steps, adaptive), **line)
+        axes.fill_between(
+            group["rank"], group["lower_ms"], group["upper_ms"], color=line["color"], alpha=0.25, lw=0
+        )
+        limit = group["dense_median_ms"] * group["gflops"] / group["dense_gflops"]
+        axes.plot(group["rank"], limit, color=line["color"], linestyle=LIMITS[s_steps > 1], lw=1.2)
+    dense = rows.drop_duplicates("rank").sort_values("rank")
+    axes.plot(dense["rank"], dense["dense_median_ms"], color="black", lw=2, label="dense")
+    axes.fill_between(
+        dense["rank"], dense["dense_lower_ms"], dense["dense_upper_ms"], color="black", alpha=0.2, lw=0
+    )
     axes.plot([], [], color="0.4", lw=1.2, linestyle=LIMITS[0], label="dense time x FLOP ratio")
     axes.set(xscale="log", yscale="log", xlabel="rank")
 
@@ -143,17 +147,18 @@ def by_device(rows: pd.DataFrame, height: float) -> tuple[Figure, list[tuple[Sub
     parts = figure.subfigures(len(devices), 1, squeeze=False)[:, 0]
     for part, (device, _) in zip(parts, devices, strict=True):
         part.suptitle(device.replace("$", r"\$"))
-    return figure, [(part, of) for part, (_, of) in zip(parts, devices, strict=True)]
+    return figure, [(part, points) for part, (_, points) in zip(parts, devices, strict=True)]
 
 
 def times(rows: pd.DataFrame) -> Figure:
     """Training, adaptive and at fixed rank, and inference."""
     with plt.rc_context(plots.LOOK):
         figure, devices = by_device(rows, height=4.6)
-        for part, of in devices:
+        for part, points in devices:
             panels = {
-                title: of[
-                    (of["phase"] == phase) & (of["adaptive"].eq(adaptive) | of["integrator"].eq(FACTORS))
+                title: points[
+                    (points["phase"] == phase)
+                    & (points["adaptive"].eq(adaptive) | points["integrator"].eq(FACTORS))
                 ]
                 for title, phase, adaptive in (
                     ("training step, adaptive rank", "training", True),
@@ -176,15 +181,15 @@ def times(rows: pd.DataFrame) -> Figure:
 def shares(rows: pd.DataFrame) -> Figure:
     """Where the time of a training step goes, stacked over the rank, for each setting."""
     rows = rows[rows["integrator"].isin(INTEGRATORS)]
-    groups = max(of.groupby(SETTING).ngroups for _, of in rows.groupby("device"))
+    groups = max(points.groupby(SETTING).ngroups for _, points in rows.groupby("device"))
     columns, lines = min(4, groups), math.ceil(groups / 4)
     with plt.rc_context({**plots.LOOK, "axes.grid": False}):
         figure, devices = by_device(rows, height=1 + 2.4 * lines)
-        for part, of in devices:
+        for part, points in devices:
             grid = part.subplots(lines, columns, sharey=True, squeeze=False)
-            settings, ranks = list(of.groupby(SETTING[2:], sort=False)), sorted(of["rank"].unique())
-            for axes, (setting, its) in zip(grid.flat, settings, strict=False):
-                values = 100 * its.set_index("rank")[list(PARTS)].rename(columns=PARTS)
+            settings, ranks = list(points.groupby(SETTING[2:], sort=False)), sorted(points["rank"].unique())
+            for axes, (setting, group) in zip(grid.flat, settings, strict=False):
+                values = 100 * group.set_index("rank")[list(PARTS)].rename(columns=PARTS)
                 values.reindex(ranks).plot.bar(
                     ax=axes, stacked=True, width=0.9, color=plots.COLOURS, legend=False
                 )

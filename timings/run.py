@@ -129,14 +129,14 @@ def measure(
     of_dense, *times = in_turn(calls, args.repeats, args.seconds, args.device)
     beside = {f"dense_{name}": value for name, value in {**quartiles(of_dense), **dense[1]}.items()}
     rows = []
-    for setting, (other, counts), its in zip(chosen, others, times, strict=True):
-        row = {**setting._asdict(), "rank": rank, "repeats": len(its)}
+    for setting, (other, counts), elapsed in zip(chosen, others, times, strict=True):
+        row = {**setting._asdict(), "rank": rank, "repeats": len(elapsed)}
         row["ranks"] = "/".join(
             map(str, (compression(other.model).ranks or compression(network).ranks).values())
         )
-        row.update({**quartiles(its, other.steps), **counts, **beside})
+        row.update({**quartiles(elapsed, other.steps), **counts, **beside})
         if isinstance(other.optimizer, DLRT):
-            watched = int(np.clip(1e3 / np.median(its), 1, args.repeats)) * other.steps  # about a second
+            watched = int(np.clip(1e3 / np.median(elapsed), 1, args.repeats)) * other.steps  # about a second
             parts = shares(other.optimizer, other.closure, watched, args.device)
             row.update({f"share_{part}": share for part, share in parts.items()})
         rows.append(row)
@@ -180,11 +180,11 @@ def make(args: argparse.Namespace) -> str:
         for rank in ranks:
             bar.set_postfix_str(f"rank {rank}")
             for phase in ("inference", "training"):
-                here = [setting for setting in among if setting.phase == phase]
-                if missing := wanted(rank, rows, here, args):
+                phase_settings = [setting for setting in among if setting.phase == phase]
+                if missing := wanted(rank, rows, phase_settings, args):
                     rows += measure(rank, missing, dense[phase], data, args)
                     run.write_metrics(rows)
-                bar.update(len(here))
+                bar.update(len(phase_settings))
     return f"{len(rows)} measurements are in {run.folder}"
 
 

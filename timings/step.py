@@ -48,7 +48,7 @@ def compare(
     closures = [evaluation(m, o, x, y) for m, o in zip(models, optimizers, strict=True)]
     steps = [1, *(ROUND for _ in others), *(1 for _ in factors)]
     training = [training_steps(*each) for each in zip(optimizers, closures, steps, strict=True)]
-    for what, functions, calls, repeats in (
+    for phase, functions, calls, repeats in (
         ("training step", training, ROUND, max(AT_LEAST, args.repeats // ROUND)),
         ("inference", [inference(model, x[: len(y)]) for model in models], 1, args.repeats),
     ):
@@ -61,8 +61,8 @@ def compare(
             rows.append({
                 "network": title,
                 "ranks": "/".join(dict.fromkeys(map(str, compression(model).ranks.values()))),
-                "what": what,
-                "S-steps": str(s_steps) if what == "training step" else "",
+                "what": phase,
+                "S-steps": str(s_steps) if phase == "training step" else "",
                 "dense [ms]": f"{times[0]:.2f}",
                 "plain factors [ms]": f"{plain:.2f}",
                 "DLRT [ms]": f"{ms:.2f}",

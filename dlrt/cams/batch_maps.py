@@ -45,7 +45,7 @@ def chosen_classes(
     for text in texts:
         if Path(text).is_file():
             labels = read_labels(Path(text), network.class_number)
-            lines = {name: [classes for classes, _ in its if classes] for name, its in labels.items()}
+            lines = {name: [classes for classes, _ in entries if classes] for name, entries in labels.items()}
         elif text.endswith(".csv"):
             raise PictureError(f"--targets: there is no {text}")
         else:
@@ -55,9 +55,9 @@ def chosen_classes(
             raise PictureError(
                 f"--targets {text} names no class for {', '.join(missing)}: add a line for each"
             )
-        for name, its in chosen.items():
-            its += lines[name]
-    return {name: list(dict.fromkeys(its)) for name, its in chosen.items()}
+        for name, targets in chosen.items():
+            targets += lines[name]
+    return {name: list(dict.fromkeys(targets)) for name, targets in chosen.items()}
 
 
 def wanted(
@@ -90,22 +90,27 @@ def explained(
     What comes back are the rows of cams.csv and those of the figure.
     """
     items = wanted(nets[0], pictures, chosen)
-    x, targets = nets[0].images([it.picture for it in items]), of_classes(it.classes for it in items)
-    table, rows = [], [figure_row(it, nets[0]) for it in items]
+    x, targets = nets[0].images([item.picture for item in items]), of_classes(item.classes for item in items)
+    table, rows = [], [figure_row(item, nets[0]) for item in items]
     for method in args.method:
         first = None
         for net, label in zip(nets, labels(nets), strict=True):
             maps = explain(net.model, x, targets, method, layer, args.aug_smooth, args.eigen_smooth, seed)
             first = first or maps
             gradients = guided_gradients(net.model, x, targets) if args.guided else [None] * len(items)
-            for index, it in enumerate(items):
-                its = numbers(it, index, maps, first, net, method)
-                name = ".".join(filter(None, [it.name, method if len(args.method) > 1 else "", label]))
-                write_map(args.output_dir / f"{name}.cam.png", it.picture, maps, index, gradients[index])
-                print(line(its, args.output_dir / f"{name}.cam.png"), flush=True)
-                table.append(its)
+            for index, item in enumerate(items):
+                record = numbers(item, index, maps, first, net, method)
+                name = ".".join(filter(None, [item.name, method if len(args.method) > 1 else "", label]))
+                write_map(args.output_dir / f"{name}.cam.png", item.picture, maps, index, gradients[index])
+                print(line(record, args.output_dir / f"{name}.cam.png"), flush=True)
+                table.append(record)
                 changed = maps.logits[index].argmax() != first.logits[index].argmax()
-                about = its["predicted"], bool(changed), its["target_probability"], its["correlation"]
+                about = (
+                    record["predicted"],
+                    bool(changed),
+                    record["target_probability"],
+                    record["correlation"],
+                )
                 rows[index].cells.append(Cell(maps.displayed[index], *about))
     return table, rows
 
@@ -115,11 +120,11 @@ def labels(nets: Sequence[Network]) -> list[str]:
     return [""] if len(nets) == 1 else [nets[0].label, ""] if len(nets) == 2 else [net.label for net in nets]
 
 
-def figure_row(it: Wanted, network: Network) -> Row:
-    image = it.picture.enlarged(LEAST).image.convert("RGB")
+def figure_row(item: Wanted, network: Network) -> Row:
+    image = item.picture.enlarged(LEAST).image.convert("RGB")
     image.thumbnail((2 * LEAST, 2 * LEAST))
-    target = " + ".join(network.classes[number] for number in it.classes)
-    return Row(np.asarray(image, dtype=np.float32) / 255, it.picture.name, target, [])
+    target = " + ".join(network.classes[number] for number in item.classes)
+    return Row(np.asarray(image, dtype=np.float32) / 255, item.picture.name, target, [])
 
 
 def write_map(path: Path, picture: Picture, maps: Maps, index: int, gradient: np.ndarray | None) -> None:
@@ -138,19 +143,19 @@ def save_png(path: Path, image: Image.Image) -> None:
     atomic_write(path, partial(image.save, format="PNG"), KEPT)
 
 
-def line(its: dict[str, object], path: Path) -> str:
+def line(record: dict[str, object], path: Path) -> str:
     """A line about a map: picture, network, prediction, what it explains, and its file."""
-    about = "map of the picture" if its["method"] in CLASSLESS else f"map of {its['target']}"
-    about += f" ({its['target_probability']:.3f})"
-    if not its["defined"]:
+    about = "map of the picture" if record["method"] in CLASSLESS else f"map of {record['target']}"
+    about += f" ({record['target_probability']:.3f})"
+    if not record["defined"]:
         about += ": undefined, nothing speaks for it, and the picture is left bare"
-    elif np.isfinite(its["correlation"]):
-        about += f", r = {its['correlation']:.3f}"
-    return f"{its['file']}: {its['predicted']} {its['probability']:.3f}, {about}; {path}"
+    elif np.isfinite(record["correlation"]):
+        about += f", r = {record['correlation']:.3f}"
+    return f"{record['file']}: {record['predicted']} {record['probability']:.3f}, {about}; {path}"
 
 
 def numbers(
-    it: Wanted, index: int, maps: Maps, first: Maps, network: Network, method: str
+    item: Wanted, index: int, maps: Maps, first: Maps, network: Network, method: str
 ) -> dict[str, object]:
     """A row of cams.csv: prediction, target, what the map is like, and times."""
     probabilities, raw = maps.probabilities[index], maps.raw[index]
@@ -158,15 +163,15 @@ def numbers(
     shown, defined = maps.displayed[index], bool(maps.defined[index])
     height, width = shown.shape
     peak = np.unravel_index(np.argmax(shown), shown.shape) if defined else (np.nan, np.nan)
-    image = it.picture.image
+    image = item.picture.image
     return {
-        "file": it.picture.name,
+        "file": item.picture.name,
         "network": network.label,
         "method": method,
         "predicted": network.classes[predicted],
         "probability": float(probabilities[predicted]),
-        "target": " + ".join(network.classes[number] for number in it.classes),
-        "target_probability": float(probabilities[list(it.classes)].sum()),
+        "target": " + ".join(network.classes[number] for number in item.classes),
+        "target_probability": float(probabilities[list(item.classes)].sum()),
         "correlation": np.nan
         if maps is first
         else float(pearson(shown[None], first.displayed[index : index + 1])[0]),

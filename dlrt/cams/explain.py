@@ -87,7 +87,7 @@ def explain(
         lists = per_picture(targets, logits)
         if method == "finercam":
             lists = finer(lists, logits)
-        summed, record = [SumOfTargets(its) for its in lists], Record(images.device)
+        summed, record = [SumOfTargets(group) for group in lists], Record(images.device)
         with _hooked(model, target, method, record) as explainer, _random_numbers(seed):
             displayed, raw = _maps(explainer, images, summed, method, record, smoothing)
     displayed = np.where(_defined(raw)[:, None, None], displayed, np.nan).astype(np.float32)
@@ -224,8 +224,8 @@ def _undisturbed(model: nn.Module, trainable: bool) -> Iterator[None]:
         yield
     finally:
         copying.remove()
-        for module, its in children:
-            module._modules.update(its)
+        for module, submodules in children:
+            module._modules.update(submodules)
         for module, training, inplace in modes:
             module.training = training
             if inplace is not None:

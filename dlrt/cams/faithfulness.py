@@ -44,7 +44,7 @@ def curves(
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """deletion and insertion (N,) of defined maps, as `faithfulness` has them; probability of the class."""
     blurred = blur(images)
-    ends = [probability(model, its, classes) for its in (images, blurred)]
+    ends = [probability(model, batch, classes) for batch in (images, blurred)]
     found = {
         "deletion": _replacing(model, images, blurred, shown, classes, ends),
         "insertion": _replacing(model, blurred, images, shown, classes, ends[::-1]),

@@ -16,9 +16,11 @@ def permutation_p(x: np.ndarray, y: np.ndarray, paired: bool) -> float:
     def difference(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
         return x.mean(axis) - y.mean(axis)
 
-    how = {"permutation_type": "samples" if paired else "independent", "vectorized": True}
+    options = {"permutation_type": "samples" if paired else "independent", "vectorized": True}
     rng = np.random.default_rng(0)
-    return float(stats.permutation_test((x, y), difference, n_resamples=PERMUTATIONS, rng=rng, **how).pvalue)
+    return float(
+        stats.permutation_test((x, y), difference, n_resamples=PERMUTATIONS, rng=rng, **options).pvalue
+    )
 
 
 def equivalence_p(x: np.ndarray, y: np.ndarray, bound: float, paired: bool) -> float:

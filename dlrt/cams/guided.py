@@ -26,7 +26,7 @@ def guided_gradients(model: nn.Module, images: Tensor, targets: Sequence[Sequenc
     images = images.detach().float().requires_grad_()
     with torch.enable_grad():
         rows = zip(targets, copy(images.clone()), strict=True)  # a first layer may work in place
-        (gradients,) = torch.autograd.grad(sum(SumOfTargets(its)(row) for its, row in rows), images)
+        (gradients,) = torch.autograd.grad(sum(SumOfTargets(group)(row) for group, row in rows), images)
     return gradients.permute(0, 2, 3, 1).cpu().numpy()
 
 

@@ -36,8 +36,8 @@ def _grid(height: int, width: int) -> tuple[sparse.csr_matrix, np.ndarray]:
     blocks = []
     for dy, dx in np.argwhere(KERNEL) - 1:
         ys, xs = (slice(max(0, -d), size - max(0, d)) for d, size in ((dy, height), (dx, width)))
-        here = index[ys, xs].ravel()
-        blocks.append((np.full(here.size, KERNEL[dy + 1, dx + 1]), here, here + dy * width + dx))
+        pixels = index[ys, xs].ravel()
+        blocks.append((np.full(pixels.size, KERNEL[dy + 1, dx + 1]), pixels, pixels + dy * width + dx))
     weight, row, column = map(np.concatenate, zip(*blocks, strict=True))
     weights = sparse.csr_matrix((weight, (row, column)), shape=(index.size, index.size))
     return weights, np.concatenate(_dissected(index))

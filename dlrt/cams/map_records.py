@@ -22,17 +22,17 @@ def warn_of_changes(table: pd.DataFrame, first: Network) -> None:
     """Say on stderr which networks predict something else than the first one."""
     once = table.drop_duplicates(["file", "network"]).set_index("file")
     expected = once.loc[once["network"] == first.label, "predicted"]
-    for label, its in once.groupby("network", sort=False):
-        changed = its.index[its["predicted"] != expected[its.index]]
+    for label, group in once.groupby("network", sort=False):
+        changed = group.index[group["predicted"] != expected[group.index]]
         if len(changed):
-            told_of = f"something else than {first.label} on {len(changed)} of {len(its)} pictures"
+            told_of = f"something else than {first.label} on {len(changed)} of {len(group)} pictures"
             print(f"warning: {label} predicts {told_of}: {', '.join(changed)}", file=sys.stderr)
 
 
 def write_records(table: pd.DataFrame, nets: Sequence[Network], layer: str, args: argparse.Namespace) -> None:
     """cams.csv and config.json; of files and folders the names alone, since records can be published."""
     save_table(args.output_dir / "cams.csv", table)
-    options = {key: its for key, its in vars(args).items() if key not in NOT_PART_OF_THE_EXPERIMENT}
+    options = {key: value for key, value in vars(args).items() if key not in NOT_PART_OF_THE_EXPERIMENT}
     options["target_layer"] = layer if args.method != ["fullgrad"] else None
     config = {
         "networks": [about(network) for network in nets],
@@ -54,6 +54,6 @@ def about(network: Network) -> dict[str, object]:
 def published(value: object) -> object:
     """An option without the folders of files that are there."""
     if isinstance(value, list):
-        return [published(its) for its in value]
+        return [published(entry) for entry in value]
     there = isinstance(value, (str, Path)) and Path(value).exists()
     return Path(value).resolve().name if there else value

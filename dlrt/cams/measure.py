@@ -65,15 +65,15 @@ def measure(
     tested = _faithfulness(network, pictures, same.displayed, asked, settings)
     rows = []
     for index, picture in enumerate(pictures):
-        mine = same.raw[index], same.displayed[index]
-        theirs = reference.raw[index], reference.displayed[index]
+        pair = same.raw[index], same.displayed[index]
+        other = reference.raw[index], reference.displayed[index]
         about = _about(network, picture, predicted[index], asked[index])
-        boxes = in_boxes(mine[1], picture.boxes, (picture.image.height, picture.image.width))
-        first = {**about, "target": "same", "class": about["reference_predicted"], **_compared(mine, theirs)}
+        boxes = in_boxes(pair[1], picture.boxes, (picture.image.height, picture.image.width))
+        first = {**about, "target": "same", "class": about["reference_predicted"], **_compared(pair, other)}
         rows.append({**first, **boxes, **{name: values[index] for name, values in tested.items()}})
         if index in own:
             second = {**about, "target": "own", "class": about["predicted"]}
-            rows.append({**second, **_compared(own[index], theirs)})
+            rows.append({**second, **_compared(own[index], other)})
     table = pd.DataFrame(rows)
     for position, (name, value) in enumerate(describe(candidate).items()):
         table.insert(position, name, value)
@@ -106,14 +106,14 @@ def _about(network: Network, picture: Picture, predicted: int, asked: int) -> di
     }
 
 
-def _compared(mine: tuple[np.ndarray, np.ndarray], theirs: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
+def _compared(pair: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
     """How alike two pairs of a raw and a displayed map are, the raw ones by columns that end in _raw."""
-    raw = similarity(mine[0], theirs[0])
+    raw = similarity(pair[0], other[0])
     return {
-        "defined": bool(np.isfinite(mine[1]).all()),
-        "largest_difference": float(np.abs(mine[1] - theirs[1]).max()),
+        "defined": bool(np.isfinite(pair[1]).all()),
+        "largest_difference": float(np.abs(pair[1] - other[1]).max()),
         **{f"{name}_raw": value for name, value in raw.items()},
-        **similarity(mine[1], theirs[1]),
+        **similarity(pair[1], other[1]),
     }
 
 
@@ -129,4 +129,4 @@ def _faithfulness(
     parts = []
     for part in batches(len(pictures), settings.batch_size):
         parts.append(faithfulness(network.model, network.images(pictures[part]), shown[part], classes[part]))
-    return {name: np.concatenate([its[name] for its in parts]) for name in MEASURES}
+    return {name: np.concatenate([scores[name] for scores in parts]) for name in MEASURES}

@@ -17,11 +17,11 @@ def add_flags(parser: Parser, run_flag: str = "--checkpoint", several: bool = Fa
     With several, --method is a list.
     """
     add = parser.add_argument
-    what = parser.add_mutually_exclusive_group()
+    source = parser.add_mutually_exclusive_group()
     run = "a run's folder, its checkpoint.pt or a name of dlrt/weights, from which all else comes as well"
-    what.add_argument(run_flag, dest="checkpoint", type=Path, metavar="RUN", help=run)
+    source.add_argument(run_flag, dest="checkpoint", type=Path, metavar="RUN", help=run)
     arch = f"a network of torchvision, or ResNet20 and its like of dlrt; by default {known.DEFAULT_ARCH}"
-    what.add_argument("--arch", metavar="NAME", help=arch)
+    source.add_argument("--arch", metavar="NAME", help=arch)
     weights = "of --arch: a file, download (torchvision's) or random; by default what there is"
     add("--weights", metavar="FILE", help=weights)
     add("--device", type=device, default=DEFAULT_DEVICE, help="where to compute")

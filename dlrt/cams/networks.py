@@ -107,11 +107,11 @@ def check_alike(nets: Sequence[Network], layer: str) -> None:
                 for net in (first, network)
             )
             raise ValueError(f"only networks of the same classes and input can be compared, got {both}")
-        its = spatial_layers(network.model, network.blank).get(layer)
-        if its != size:
+        own_size = spatial_layers(network.model, network.blank).get(layer)
+        if own_size != size:
             raise ValueError(
-                f"the layer {layer} must give maps of {size} in every network, got {its} in {network.label}: "
-                "choose a --target-layer that all have"
+                f"the layer {layer} must give maps of {size} in every network, got {own_size} in "
+                f"{network.label}: choose a --target-layer that all have"
             )
         if [net.label for net in nets].count(network.label) > 1:
             raise ValueError(f"two networks are called {network.label}: give every folder a name of its own")
@@ -157,8 +157,11 @@ def _by_reason(messages: Iterable[str]) -> list[str]:
     names: dict[str, list[str]] = {}
     for name, stays, reason in (message.partition(" stays ") for message in messages):
         names.setdefault(stays + reason, []).append(name)
-    others = {reason: f", as {len(its) - 1} others," if len(its) > 1 else "" for reason, its in names.items()}
-    return [f"{its[0]}{others[reason]}{reason}" for reason, its in names.items()]
+    others = {
+        reason: f", as {len(layers) - 1} others," if len(layers) > 1 else ""
+        for reason, layers in names.items()
+    }
+    return [f"{layers[0]}{others[reason]}{reason}" for reason, layers in names.items()]
 
 
 @functools.cache

@@ -101,9 +101,9 @@ def _figures(folder: Path, drawn: pd.DataFrame) -> str:
     figures = []
     for index, (name, pixels) in enumerate(pictures.items()):
         images = [f'<img src="{_data(pixels)}" alt="{html.escape(name)}">']
-        for network, its in enumerate(maps):
-            shown = overlay(np.float32(pixels / 255), its[index])
-            alt = "map" if np.isfinite(its[index]).all() else "undefined map"
+        for network, displayed in enumerate(maps):
+            shown = overlay(np.float32(pixels / 255), displayed[index])
+            alt = "map" if np.isfinite(displayed[index]).all() else "undefined map"
             hidden = " hidden" if network else ""
             images.append(f'<img data-network="{network}" src="{_data(shown)}" alt="{alt}"{hidden}>')
         figures.append(f"<figure>{''.join(images)}<figcaption>{html.escape(name)}</figcaption></figure>\n")

@@ -170,7 +170,7 @@ def read_labels(path: Path, number: Callable[[str], int | None]) -> Labels:
             numbers = [number(cell) for cell in rest if cell and not cell.startswith("box=")]
         except ValueError as error:
             raise PictureError(f"{path}, line {count}: {error}") from error
-        classes = tuple(dict.fromkeys(its for its in numbers if its is not None))
+        classes = tuple(dict.fromkeys(label for label in numbers if label is not None))
         labels.setdefault(name, []).append((classes, boxes))
     return labels
 
@@ -188,8 +188,8 @@ def _box(cell: str) -> Box:
 def labelled(picture: Picture, labels: Labels) -> Picture:
     """A picture with what a file of labels says about it. PictureError for a box that is not inside it."""
     lines = labels.get(picture.name, [])
-    classes = tuple(dict.fromkeys(number for its, _ in lines for number in its))
-    boxes = tuple(box for _, its in lines for box in its)
+    classes = tuple(dict.fromkeys(number for line_classes, _ in lines for number in line_classes))
+    boxes = tuple(box for _, line_boxes in lines for box in line_boxes)
     width, height = picture.image.size
     if outside := [box for box in boxes if min(box[:2]) < 0 or box[2] > width or box[3] > height]:
         raise PictureError(

@@ -47,7 +47,7 @@ def energy(maps: Maps) -> float:
     test = pictures()
     pairs = zip(maps.displayed, test.boxes, strict=True)
     boxes = (in_boxes(shown, [box], test.images.shape[1:]) for shown, box in pairs)
-    return float(np.nanmean([its["energy"] for its in boxes]))
+    return float(np.nanmean([scores["energy"] for scores in boxes]))
 
 
 def insertion_minus_deletion(network: Network, maps: Maps) -> float:
@@ -85,6 +85,6 @@ def complete(results: Path) -> list[int]:
     names = {seed: [results / f"{kind}_seed{seed}" for kind in KINDS] for seed in seeds}
     return [
         seed
-        for seed, its in names.items()
-        if all(epochs_done(run) == read_options(run).get("epochs") for run in its)
+        for seed, runs in names.items()
+        if all(epochs_done(run) == read_options(run).get("epochs") for run in runs)
     ]

@@ -22,9 +22,9 @@ def compare(rows: pd.DataFrame) -> pd.DataFrame:
     for label, (one, other) in COMPARISONS.items():
         for outcome in OUTCOMES:
             for method in METHODS:
-                its = rows[rows["method"] == method].sort_values("seed")
+                runs = rows[rows["method"] == method].sort_values("seed")
                 x, y, dense = (
-                    its.loc[its["kind"] == kind, [outcome, "accuracy"]].to_numpy(float).T
+                    runs.loc[runs["kind"] == kind, [outcome, "accuracy"]].to_numpy(float).T
                     for kind in (one, other, "dense")
                 )
                 paired, bound = label in PAIRED, dense[0].std(ddof=1)
@@ -50,14 +50,16 @@ def compare(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
-    names = {label: " − ".join(NAMES.get(kind, kind) for kind in its) for label, its in COMPARISONS.items()}
+    names = {
+        label: " − ".join(NAMES.get(kind, kind) for kind in kinds) for label, kinds in COMPARISONS.items()
+    }
 
     def p_value(p: float) -> str:
         return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
     def between(name: str, low: str, high: str) -> list[str]:
-        its = zip(table[name], table[low], table[high], strict=True)
-        return [f"{value:.3f} [{a:.3f}, {b:.3f}]" for value, a, b in its]
+        intervals = zip(table[name], table[low], table[high], strict=True)
+        return [f"{value:.3f} [{a:.3f}, {b:.3f}]" for value, a, b in intervals]
 
     return pd.DataFrame({
         "comparison": table["comparison"].map(names),
@@ -94,10 +96,10 @@ def figure(table: pd.DataFrame, seeds: int) -> Figure:
             axes.axvspan(-1, 1, color="0.9", lw=0, label="deviation between seeds of dense networks")
             axes.axvline(0, color="0.5", lw=1)
             for number, outcome in enumerate(OUTCOMES):
-                its = table[(table["comparison"] == label) & (table["outcome"] == outcome)]
-                middle, bound = its["difference"] / its["bound"], its["bound"]
-                bars = middle - its["low"] / bound, its["high"] / bound - middle
-                places = [-(4 * number + row) for row in range(len(its))]
+                results = table[(table["comparison"] == label) & (table["outcome"] == outcome)]
+                middle, bound = results["difference"] / results["bound"], results["bound"]
+                bars = middle - results["low"] / bound, results["high"] / bound - middle
+                places = [-(4 * number + row) for row in range(len(results))]
                 look = {"fmt": "o", "ms": 4, "capsize": 2, "color": plots.style(number)["color"]}
                 axes.errorbar(middle, places, xerr=bars, label=OUTCOMES[outcome], **look)
             axes.set_title(" − ".join(NAMES.get(kind, kind) for kind in kinds), fontsize=10)

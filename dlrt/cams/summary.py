@@ -71,10 +71,10 @@ def read_times(folder: Path) -> pd.DataFrame | None:
 def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     """A row per network, with means over the pictures; percentages where they are shares of pictures."""
     found = []
-    for _, its in rows.groupby("network", sort=False):
-        same = its[its["target"] == "same"]
+    for _, group in rows.groupby("network", sort=False):
+        same = group[group["target"] == "same"]
         agrees = same["predicted"] == same["reference_predicted"]
-        own = pd.concat([same[agrees], its[its["target"] == "own"]])
+        own = pd.concat([same[agrees], group[group["target"] == "own"]])
         labelled = same[same["label"].notna()]
         first = same.iloc[0]
         found.append({

@@ -25,8 +25,8 @@ class SumOfTargets:
 
 def of_classes(classes: Tensor | Iterable[int | Iterable[int]]) -> list[list[ClassifierOutputTarget]]:
     """A list of targets for each picture, from its label, or from a list of its classes."""
-    lists = (torch.as_tensor(its).flatten().tolist() for its in classes)
-    return [[ClassifierOutputTarget(number) for number in its] for its in lists]
+    lists = (torch.as_tensor(labels).flatten().tolist() for labels in classes)
+    return [[ClassifierOutputTarget(number) for number in numbers] for numbers in lists]
 
 
 def per_picture(targets: Sequence[Sequence[Target]] | None, logits: Tensor) -> list[list[Target]]:
@@ -38,10 +38,10 @@ def per_picture(targets: Sequence[Sequence[Target]] | None, logits: Tensor) -> l
     if targets is None:
         return of_classes(logits.argmax(1))
     try:
-        lists = [list(its) for its in targets]
+        lists = [list(group) for group in targets]
     except TypeError:
         lists = None
-    if lists is None or not all(map(_is_target, (target for its in lists for target in its))):
+    if lists is None or not all(map(_is_target, (target for group in lists for target in group))):
         raise ValueError(
             "targets must be None or a list of lists as [[ClassifierOutputTarget(3)], ...], one for each "
             f"picture, got {str(targets)[:80]}: dlrt.cams.targets.of_classes makes them of labels"
@@ -50,10 +50,10 @@ def per_picture(targets: Sequence[Sequence[Target]] | None, logits: Tensor) -> l
         raise ValueError(
             f"as many lists of targets as pictures are needed, got {len(lists)} for {len(logits)}"
         )
-    if empty := [number for number, its in enumerate(lists) if not its]:
+    if empty := [number for number, group in enumerate(lists) if not group]:
         raise ValueError(f"every picture needs a target, picture {empty[0]} has none")
     last = logits.shape[1] - 1
-    for number in (getattr(target, "category", 0) for its in lists for target in its):
+    for number in (getattr(target, "category", 0) for group in lists for target in group):
         if isinstance(number, bool) or not hasattr(number, "__index__") or not 0 <= number <= last:
             raise ValueError(f"a class must be a whole number in [0, {last}], got {number!r}")
     return lists
@@ -66,9 +66,9 @@ def _is_target(target: object) -> bool:
 def finer(targets: list[list[Target]], logits: Tensor) -> list[list[Target]]:
     """In place of each class the difference between it and those with the nearest logits, for FinerCAM."""
     result = []
-    for its, row in zip(targets, logits, strict=True):
+    for group, row in zip(targets, logits, strict=True):
         new = []
-        for target in its:
+        for target in group:
             if not isinstance(target, ClassifierOutputTarget):
                 new.append(target)
                 continue

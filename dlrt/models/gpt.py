@@ -26,7 +26,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm1(x)
-        q, k, v = (of(y).unflatten(2, (self.heads, -1)).transpose(1, 2) for of in (self.q, self.k, self.v))
+        q, k, v = (
+            layer(y).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        )
         y = F.scaled_dot_product_attention(rotated(q), rotated(k), v, is_causal=True)
         x = x + self.out(y.transpose(1, 2).flatten(2))
         return x + self.down(self.up(self.norm2(x)).relu().square())

@@ -21,7 +21,7 @@ class VGG16(nn.Module):
             raise ValueError(f"VGG16 needs pictures of at least 32 x 32 pixels, got {rows} x {columns}")
         layers: list[nn.Module] = []
         for stage in CHANNELS:
-            for channels in (max(1, round(width * of)) for of in stage):
+            for channels in (max(1, round(width * count)) for count in stage):
                 layers += [nn.Conv2d(before, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)]
                 layers += [nn.ReLU(inplace=True)]
                 before = channels
