@@ -20,7 +20,6 @@ SHORT = ("network", "trained", "rule", "test accuracy [%]", "below dense", "comp
 # Schotthöfer et al. 2022: after 20 epochs at 93 to 98 % compression, and after 20 more of S alone
 PUBLISHED = pd.DataFrame({
     "network": ["LeNet5", "AlexNet", "VGG16", "ResNet20"],
-    "τ": "published",
     "epochs": "20 + 20",
     "before [%]": ["44.0", "42.9", "39.5", "45.8"],
     "after [%]": ["58.7", "58.6", "67.7", "64.2"],
@@ -125,6 +124,7 @@ def fine_tuned(found: pd.DataFrame, folder: Path) -> pd.DataFrame:
     table["not frozen: compression [%]"] = of_control.to_list()
     table["ranks (first seed)"] = groups["ranks (first seed)"].first().to_list()
     published = PUBLISHED[PUBLISHED["network"].isin(table["network"])]
+    published = published.assign(network=published["network"] + ", published")
     return pd.concat([table, published]).fillna("").sort_values("network", kind="stable")
 
 
@@ -141,7 +141,7 @@ def main() -> None:
         missing = ", ".join(name for name in PUBLISHED["network"] if name not in set(effects["network"]))
         missing = missing and f" Runs of {missing} are still to come."
         caption = FINE_TUNING.format(data=data, missing=missing)
-        short = ("network", "τ", "before [%]", "after [%]", "not frozen [%]", "compression [%]")
+        short = ("network", "epochs", "before [%]", "after [%]", "not frozen [%]", "compression [%]")
         tables.write(effects, args.output_dir, caption, "fine_tune_effects", short)
         print(tables.markdown(effects, caption))
     if tuned.all():

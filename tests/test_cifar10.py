@@ -87,7 +87,7 @@ def test_the_study_goes_to_tables_figures_and_an_archive(run_script, forked_grid
     assert len(names) == 12
     assert {Path(name).name for name in names} == {"config.json", "metrics.csv"}
     tuned = pd.read_csv(tmp_path / "out" / "fine_tune_effects.csv")
-    assert list(tuned["τ"] == "published") == [False, True]
+    assert list(tuned["network"]) == ["LeNet5", "LeNet5, published"]
     metrics = pd.read_csv(tmp_path / "results" / "fine_tuned" / "lenet5_seed0" / "metrics.csv")
     shown = tuned[["before [%]", "after [%]"]].astype(float).iloc[0]
     assert list(shown) == pytest.approx(list(metrics["test_accuracy"]), abs=0.01)
