@@ -8,7 +8,7 @@ from torch import nn
 from dlrt import LowRank, LowRankLayer, to_low_rank
 from dlrt.baselines import balanced
 from dlrt.convert import replace_layers
-from dlrt.export import thin_layers
+from dlrt.export import as_thin_layers
 from dlrt.models import LeNet5
 from dlrt.options import number
 
@@ -44,4 +44,4 @@ def vanilla_lenet5(
     for layer in model.modules():
         if isinstance(layer, LowRankLayer):
             layer.factors = balanced(layer.factors)
-    return replace_layers(model, thin_layers)
+    return replace_layers(model, as_thin_layers)

@@ -139,11 +139,11 @@ def adapter_ranks(model: nn.Module) -> list[tuple[int, tuple[int, int]]]:
 
 def pictures(split: Split, dataset: Dataset, samples: int) -> Split:
     """The first of a split, normalised as the network wants them."""
-    mean, std, its_mean, its_std = (
+    mean, std, new_mean, new_std = (
         torch.tensor(numbers).view(3, 1, 1)
         for numbers in (dataset.mean, dataset.std, efficientnet.MEAN, efficientnet.STD)
     )
-    return Split((split.images[:samples] * std + mean - its_mean) / its_std, split.labels[:samples])
+    return Split((split.images[:samples] * std + mean - new_mean) / new_std, split.labels[:samples])
 
 
 def train(row: str, seed: int, setting: dict, data_dir: Path, threads: int) -> Made:

@@ -36,11 +36,11 @@ def main() -> None:
     for seed in range(args.seeds):
         for network in args.networks:
             options = {**grid.shared_options(args), "seed": seed, "rank": args.rank, "s_steps": 10}
-            options |= {"tau": TAUS[network], "tau_warmup": args.epochs / 2}
+            options |= {"tau": TAUS[network], "tau_warmup": args.epochs / 2, "integrator": "parallel"}
             frozen = {"epochs": args.epochs, "finetune_epochs": args.finetune_epochs}
             control = {"epochs": args.epochs + args.finetune_epochs}
             for kind, epochs in (("", frozen), ("_control", control)):
-                name = f"{FOLDER}/{network}{kind}_seed{seed}"
+                name = f"{FOLDER}/{network}_{args.epochs}+{args.finetune_epochs}{kind}_seed{seed}"
                 plans.append(grid.RunSpec(name, SCRIPTS[network], {**options, **epochs}))
     grid.make(plans, args.output_dir, args.jobs)
 

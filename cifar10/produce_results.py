@@ -13,7 +13,8 @@ from fine_tune_effects import FOLDER
 from study_figures import DENSE, WAYS
 
 from dlrt import tables
-from dlrt.runs import chosen_epoch, over_seeds, read_metrics
+from dlrt.errors import RunError
+from dlrt.runs import chosen_epoch, differences, over_seeds, read_metrics
 
 HERE = Path(__file__).parent
 SHORT = ("network", "trained", "rule", "test accuracy [%]", "below dense", "compression [%]")
@@ -36,8 +37,8 @@ FINE_TUNING = (
     "{data} (the runs that are committed: a JPEG copy of it): test accuracy in % before and after fine-"
     "tuning of S and all that is dense in frozen bases, each at the epoch chosen on the validation "
     "pictures; epochs: before + after, on one schedule of the learning rate, so that part of the gain is "
-    "its fall. not frozen: the control, as many epochs in which bases and ranks move. published: "
-    "Schotthöfer et al. 2022, on CIFAR-10."
+    "its fall. not frozen: the control, as many epochs in which bases and ranks move, at the epoch chosen "
+    "among all. published: Schotthöfer et al. 2022, on CIFAR-10."
     f"{{missing}} {tables.COUNTED}"
 )
 NETWORKS = ("ResNet20", "VGG16", "AlexNet")
@@ -88,18 +89,24 @@ def compared(found: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     return summary, table
 
 
-def fine_tuned(found: pd.DataFrame, folder: Path) -> pd.DataFrame:
-    """A row per network: the accuracy before and after fine-tuning, chosen alike among the epochs of each.
+def is_control(options: dict, fine_tuned: dict) -> bool:
+    """Whether a run differs from one that is fine-tuned in that alone, and has as many epochs."""
+    same_length = options["epochs"] == fine_tuned["epochs"] + fine_tuned["finetune_epochs"]
+    return same_length and not differences(options, fine_tuned, "and", "epochs", "finetune_epochs", "name")
 
-    Beside it that of the control, which is without.
+
+def fine_tuned(found: pd.DataFrame, folder: Path) -> pd.DataFrame:
+    """A row per network, tolerance and epochs: the accuracy before and after fine-tuning, and of the control.
+
+    That has as many epochs in which bases move. Epochs are chosen alike among those before and those after;
+    of the control among all.
     """
     rows, controls = [], found[~(found["finetune_epochs"] > 0)]
     for run in found[found["finetune_epochs"] > 0].itertuples():
         metrics = read_metrics(folder / run.run)
         parts = [metrics[metrics["frozen_bases"] == frozen].reset_index() for frozen in (False, True)]
         before, after = (part.loc[chosen_epoch(part)] for part in parts)
-        same = {"network": run.network, "seed": run.seed, "epochs": run.epochs + run.finetune_epochs}
-        control = controls[(controls[list(same)] == pd.Series(same)).all(axis=1)]
+        control = controls.loc[[is_control(options, run.options) for options in controls["options"]]]
         rows.append({
             "network": run.network,
             "τ": f"{run.tau:g}",
@@ -109,7 +116,7 @@ def fine_tuned(found: pd.DataFrame, folder: Path) -> pd.DataFrame:
             "after": after["test_accuracy"],
             "not frozen": control["test_accuracy"].mean(),
             "compression": after["evaluation_compression"],
-            "its compression": control["evaluation_compression"].mean(),
+            "control compression": control["evaluation_compression"].mean(),
             "ranks (first seed)": after["ranks"],
         })  # fmt: skip
     groups = pd.DataFrame(rows).sort_values("seed").groupby(["network", "τ", "epochs"], sort=False)
@@ -120,7 +127,7 @@ def fine_tuned(found: pd.DataFrame, folder: Path) -> pd.DataFrame:
     for column in accuracies:
         table[f"{column} [%]"] = tables.spread(mean[column], std[column])
     table["compression [%]"] = tables.text(groups["compression"].mean(), "{:.2f}").to_list()
-    of_control = tables.text(groups["its compression"].mean(), "{:.2f}")
+    of_control = tables.text(groups["control compression"].mean(), "{:.2f}")
     table["not frozen: compression [%]"] = of_control.to_list()
     table["ranks (first seed)"] = groups["ranks (first seed)"].first().to_list()
     published = PUBLISHED[PUBLISHED["network"].isin(table["network"])]
@@ -135,16 +142,22 @@ def main() -> None:
     found = tables.read(args, command, dataset="cifar10")
     data = tables.data(found)
     has_part = found.get("finetune_epochs", pd.Series(0, found.index)) > 0
-    tuned = has_part | found["run"].map(lambda run: FOLDER in Path(run).parts)  # or is a control
+    controls = found["run"].map(lambda run: FOLDER in (args.results.resolve() / run).parts)
+    tuned = has_part | controls
     if has_part.any():
         effects = fine_tuned(found[tuned].assign(tau=tables.dense_or_tau(found)), args.results)
         missing = ", ".join(name for name in PUBLISHED["network"] if name not in set(effects["network"]))
         missing = missing and f" Runs of {missing} are still to come."
+        without = effects.loc[(effects["not frozen [%]"] == "") & (effects["τ"] != ""), "network"]
+        if len(without):
+            missing += f" Controls of {', '.join(without)} are still to come."
         caption = FINE_TUNING.format(data=data, missing=missing)
         short = ("network", "epochs", "before [%]", "after [%]", "not frozen [%]", "compression [%]")
         tables.write(effects, args.output_dir, caption, "fine_tune_effects", short)
         print(tables.markdown(effects, caption))
     if tuned.all():
+        if not has_part.any():
+            raise RunError(f"{args.results} has controls alone: go on with cifar10/fine_tune_effects.py")
         return
     study = with_ways(found[~tuned])
     summary, table = compared(study)

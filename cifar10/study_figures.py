@@ -67,8 +67,8 @@ def over_time(found: pd.DataFrame, folder: Path) -> Figure:
     with plt.rc_context(plots.LOOK):
         figure, rows = plt.subplots(len(networks), 1, figsize=(7, 3.8 * len(networks) + 1), squeeze=False)
         for axes, network in zip(rows[:, 0], networks, strict=True):
-            panel = shown[shown["network"] == network]
-            for (name, rule), runs in panel.groupby(["way", "rule"], sort=False):
+            of_network = shown[shown["network"] == network]
+            for (name, rule), runs in of_network.groupby(["way", "rule"], sort=False):
                 metrics = [read_metrics(folder / run) for run in runs["run"]]
                 minutes = sum(rows["seconds"].cumsum() for rows in metrics) / len(metrics) / 60
                 accuracy = sum(rows["validation_accuracy"] for rows in metrics) / len(metrics)

@@ -105,7 +105,7 @@ def plain_factors(model: nn.Module, compression: float, skip: Iterable[str] = ()
 
 
 def balanced(Y: LowRank) -> LowRank:
-    """U √S, I, V √S for a diagonal S ≥ 0: the same matrix, its two factors of equal size."""
+    """U √S, I, V √S for a diagonal S ≥ 0: the same matrix, its two factors of equal norm."""
     root = Y.S.sqrt()
     return LowRank(Y.U @ root, torch.eye(Y.rank).to(root), Y.V @ root)
 

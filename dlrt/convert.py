@@ -54,8 +54,8 @@ def to_low_rank(
     - skip: names of the modules that stay dense, with all that they contain.
     - split: packed linear layers that become low-rank in parts, `dlrt.Blocks`: by name, or the last parts of
       it, how many equal blocks the rows of the weight are, or how many rows each has. {"qkv": 3}
-    - min_rank: which a budget leaves to every layer. That of a `dlrt.DLRT` made afterwards is 2, and it
-      raises lower ones.
+    - min_rank: the smallest rank that `compression` may leave to a layer. A `dlrt.DLRT` made afterwards has
+      2 by default, and raises lower ranks to its own unless its max_rank is lower.
 
     A warning names each layer that stays dense although it has a weight matrix: grouped convolutions, weights
     that two modules share (the head of a language model that is tied to its embedding), layers in parts whose

@@ -25,11 +25,11 @@ def export(model: nn.Module) -> nn.Module:
 def plain_layer(layer: LowRankLayer) -> nn.Module:
     """Two thin layers with the weights S Vᵀ and U, or a dense one where they would cost as much."""
     (m, n), r = layer.shape, layer.rank
-    return layer.to_dense() if r * (m + n) >= m * n else thin_layers(layer)
+    return layer.to_dense() if r * (m + n) >= m * n else as_thin_layers(layer)
 
 
-def thin_layers(layer: LowRankLayer) -> nn.Sequential:
-    """Two with the weights S Vᵀ and U."""
+def as_thin_layers(layer: LowRankLayer) -> nn.Sequential:
+    """Two thin layers of torch with the weights S Vᵀ and U, whatever they cost."""
     first, second = layer.thin_layers()
     U = layer.U.unflatten(0, (layer.outputs, -1)).transpose(1, 2)  # (outputs, r, rows of W for each)
     for thin, weight in ((first, layer.S @ layer.V.mT), (second, U)):

@@ -335,14 +335,16 @@ class LowRankOptions(Options):
             )
 
     def _settle_cut(self) -> None:
-        if self.cut_by == "weights" and not self.from_checkpoint:
-            raise OptionError(
-                "--cut-by must come with --from-checkpoint: random weights have nothing to keep"
-            )
-        if self.cut_by == "loss" and self.from_checkpoint and self.dataset in TEXTS:
+        if not self.from_checkpoint:
+            if self.cut_by:
+                raise OptionError(
+                    "--cut-by must come with --from-checkpoint: random weights have nothing to keep"
+                )
+            return
+        of_text = self.dataset in TEXTS
+        if self.cut_by == "loss" and of_text:
             raise OptionError("--cut-by loss is for pictures: a network for text takes --cut-by weights")
-        by_weights = self.from_checkpoint and self.dataset in TEXTS
-        self.cut_by = self.cut_by or ("weights" if by_weights else "loss")
+        self.cut_by = self.cut_by or ("weights" if of_text else "loss")
 
     def _settle_budget(self) -> None:
         if self.compression is None:

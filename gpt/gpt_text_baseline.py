@@ -24,7 +24,7 @@ class Options(DenseOptions):
 def main() -> None:
     defaults = {"epochs": 3, "batch_size": 32, "optimizer": "adamw", "lr": 3e-3, "weight_decay": 0.1}
     options = Options.parse(__doc__, skip=["head"], label_smoothing=0.0, augment=False, **defaults)
-    script.run(options, GPT, Path(__file__).parent / "results")
+    script.run(options, GPT, Path(__file__).parent / "runs")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Let the network of a run of gpt_text.py, or of its twin, continue a text.
 
 python gpt/gpt_text.py --compression 50 --update muon --update-lr 0.02 --name low_rank
-python gpt/sample.py gpt/results/low_rank --prompt "def "
+python gpt/sample.py gpt/runs/low_rank --prompt "def "
 """
 
 from pathlib import Path

@@ -88,10 +88,10 @@ def test_the_study_goes_to_tables_figures_and_an_archive(run_script, forked_grid
     assert {Path(name).name for name in names} == {"config.json", "metrics.csv"}
     tuned = pd.read_csv(tmp_path / "out" / "fine_tune_effects.csv")
     assert list(tuned["network"]) == ["LeNet5", "LeNet5, published"]
-    metrics = pd.read_csv(tmp_path / "results" / "fine_tuned" / "lenet5_seed0" / "metrics.csv")
+    metrics = pd.read_csv(tmp_path / "results" / "fine_tuned" / "lenet5_1+1_seed0" / "metrics.csv")
     shown = tuned[["before [%]", "after [%]"]].astype(float).iloc[0]
     assert list(shown) == pytest.approx(list(metrics["test_accuracy"]), abs=0.01)
-    control = pd.read_csv(tmp_path / "results" / "fine_tuned" / "lenet5_control_seed0" / "metrics.csv")
+    control = pd.read_csv(tmp_path / "results" / "fine_tuned" / "lenet5_1+1_control_seed0" / "metrics.csv")
     assert len(control) == 2
     assert not control["frozen_bases"].any()
     assert any(abs(control["test_accuracy"] - float(tuned["not frozen [%]"][0])) < 0.01)

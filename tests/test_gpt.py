@@ -181,7 +181,8 @@ def test_runs_leave_bits_per_byte_a_table_and_samples(quick, tmp_path, run_scrip
     cut = run_script("gpt/gpt_text.py", *quick, *flags, "--name", "cut")
     assert cut.returncode == 0, cut.stderr
     recorded = pd.read_csv(tmp_path / "results" / "cut" / "metrics.csv").iloc[-1]
-    assert 54 <= recorded["evaluation_compression"] < 55  # no rank of 1 became 2
+    assert 54 <= recorded["evaluation_compression"] < 55
+    assert min(map(int, recorded["ranks"].split("/"))) >= 2  # the cut keeps --min-rank
     shutil.rmtree(tmp_path / "results" / "cut")
     shutil.rmtree(dense)  # nothing to compare with
     run_script("gpt/produce_results.py", "--results", "results", "--output-dir", "out")

@@ -75,6 +75,7 @@ IMPOSSIBLE = [
         ["--ramp 0 cuts to ranks of its own: leave --rank out"],
     ),
     (["--cut-by", "weights"], ["--cut-by must come with --from-checkpoint"]),
+    (["--cut-by", "loss"], ["--cut-by must come with --from-checkpoint"]),
     (["--name", "../../x"], ["--name", "name of one folder", "--output-dir says where", "'../../x'"]),
     (["--device", "nonsense"], ["--device", "nonsense cannot be used here", "cpu always can"]),
     (["--dataset", "foo"], ["--dataset", "foo", *DATASETS]),

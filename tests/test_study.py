@@ -19,8 +19,8 @@ def groups(shift, networks=12, seed=0):
     covariates = rng.normal(size=(2, networks)) + np.array([[2.0], [0.0]])
     noise = 0.1 * rng.normal(size=(2, networks))
     x, y = (
-        np.stack([0.5 * covariate + other, covariate])
-        for covariate, other in zip(covariates, noise, strict=True)
+        np.stack([0.5 * covariate + error, covariate])
+        for covariate, error in zip(covariates, noise, strict=True)
     )
     x[0] += shift
     return x, y

@@ -178,6 +178,7 @@ def test_fine_tuning_is_shown_by_the_best_epoch_before_it_and_in_it(tmp_path, mo
     assert (row["before [%]"], row["after [%]"], row["epochs"]) == ("61.00", "71.00", "2 + 2")
     assert row["not frozen [%]"] == ""
     write_run(tmp_path, "c", [50, 60, 70, 75], [51.0, 61.0, 71.0, 76.0], epochs=4)  # its control
+    write_run(tmp_path, "d", [50, 60, 70, 75], [51.0, 61.0, 71.0, 73.0], epochs=4, lr=0.5)  # another run
     assert fine_tuned(read_runs(tmp_path), tmp_path)["not frozen [%]"].iloc[0] == "76.00"
 
 

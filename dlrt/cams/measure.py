@@ -65,15 +65,16 @@ def measure(
     tested = _faithfulness(network, pictures, same.displayed, asked, settings)
     rows = []
     for index, picture in enumerate(pictures):
-        pair = same.raw[index], same.displayed[index]
-        other = reference.raw[index], reference.displayed[index]
+        maps = same.raw[index], same.displayed[index]
+        reference_maps = reference.raw[index], reference.displayed[index]
         about = _about(network, picture, predicted[index], asked[index])
-        boxes = in_boxes(pair[1], picture.boxes, (picture.image.height, picture.image.width))
-        first = {**about, "target": "same", "class": about["reference_predicted"], **_compared(pair, other)}
+        boxes = in_boxes(maps[1], picture.boxes, (picture.image.height, picture.image.width))
+        first = {**about, "target": "same", "class": about["reference_predicted"]}
+        first |= _compared(maps, reference_maps)
         rows.append({**first, **boxes, **{name: values[index] for name, values in tested.items()}})
         if index in own:
             second = {**about, "target": "own", "class": about["predicted"]}
-            rows.append({**second, **_compared(own[index], other)})
+            rows.append({**second, **_compared(own[index], reference_maps)})
     table = pd.DataFrame(rows)
     for position, (name, value) in enumerate(describe(candidate).items()):
         table.insert(position, name, value)
@@ -106,14 +107,16 @@ def _about(network: Network, picture: Picture, predicted: int, asked: int) -> di
     }
 
 
-def _compared(pair: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
+def _compared(
+    maps: tuple[np.ndarray, np.ndarray], reference_maps: tuple[np.ndarray, np.ndarray]
+) -> dict[str, float]:
     """How alike two pairs of a raw and a displayed map are, the raw ones by columns that end in _raw."""
-    raw = similarity(pair[0], other[0])
+    (raw, displayed), (reference_raw, reference_displayed) = maps, reference_maps
     return {
-        "defined": bool(np.isfinite(pair[1]).all()),
-        "largest_difference": float(np.abs(pair[1] - other[1]).max()),
-        **{f"{name}_raw": value for name, value in raw.items()},
-        **similarity(pair[1], other[1]),
+        "defined": bool(np.isfinite(displayed).all()),
+        "largest_difference": float(np.abs(displayed - reference_displayed).max()),
+        **{f"{name}_raw": value for name, value in similarity(raw, reference_raw).items()},
+        **similarity(displayed, reference_displayed),
     }
 
 
