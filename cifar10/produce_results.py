@@ -148,9 +148,10 @@ def main() -> None:
         effects = fine_tuned(found[tuned].assign(tau=tables.dense_or_tau(found)), args.results)
         missing = ", ".join(name for name in PUBLISHED["network"] if name not in set(effects["network"]))
         missing = missing and f" Runs of {missing} are still to come."
-        without = effects.loc[(effects["not frozen [%]"] == "") & (effects["τ"] != ""), "network"]
+        without = effects[(effects["not frozen [%]"] == "") & (effects["τ"] != "")]
         if len(without):
-            missing += f" Controls of {', '.join(without)} are still to come."
+            names = ", ".join(without["network"] + " (" + without["epochs"] + ")")
+            missing += f" Controls of {names} are still to come."
         caption = FINE_TUNING.format(data=data, missing=missing)
         short = ("network", "epochs", "before [%]", "after [%]", "not frozen [%]", "compression [%]")
         tables.write(effects, args.output_dir, caption, "fine_tune_effects", short)
