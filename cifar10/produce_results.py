@@ -5,6 +5,7 @@ python cifar10/produce_results.py
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pandas as pd
@@ -135,32 +136,23 @@ def fine_tuned(found: pd.DataFrame, folder: Path) -> pd.DataFrame:
     return pd.concat([table, published]).fillna("").sort_values("network", kind="stable")
 
 
-@tables.boundary()
-def main() -> None:
-    args = tables.parse(__doc__, HERE)
-    command = "python cifar10/run.py, or the training scripts beside it"
-    found = tables.read(args, command, dataset="cifar10")
-    data = tables.data(found)
-    has_part = found.get("finetune_epochs", pd.Series(0, found.index)) > 0
-    controls = found["run"].map(lambda run: FOLDER in (args.results.resolve() / run).parts)
-    tuned = has_part | controls
-    if has_part.any():
-        effects = fine_tuned(found[tuned].assign(tau=tables.dense_or_tau(found)), args.results)
-        missing = ", ".join(name for name in PUBLISHED["network"] if name not in set(effects["network"]))
-        missing = missing and f" Runs of {missing} are still to come."
-        without = effects[(effects["not frozen [%]"] == "") & (effects["τ"] != "")]
-        if len(without):
-            names = ", ".join(without["network"] + " (" + without["epochs"] + ")")
-            missing += f" Controls of {names} are still to come."
-        caption = FINE_TUNING.format(data=data, missing=missing)
-        short = ("network", "epochs", "before [%]", "after [%]", "not frozen [%]", "compression [%]")
-        tables.write(effects, args.output_dir, caption, "fine_tune_effects", short)
-        print(tables.markdown(effects, caption))
-    if tuned.all():
-        if not has_part.any():
-            raise RunError(f"{args.results} has controls alone: go on with cifar10/fine_tune_effects.py")
-        return
-    study = with_ways(found[~tuned])
+def publish_fine_tuning(args: argparse.Namespace, found: pd.DataFrame, data: str) -> None:
+    """The table of fine-tuned runs and their controls, which says what is missing."""
+    effects = fine_tuned(found.assign(tau=tables.dense_or_tau(found)), args.results)
+    missing = ", ".join(name for name in PUBLISHED["network"] if name not in set(effects["network"]))
+    missing = missing and f" Runs of {missing} are still to come."
+    without = effects[(effects["not frozen [%]"] == "") & (effects["τ"] != "")]
+    if len(without):
+        names = ", ".join(without["network"] + " (" + without["epochs"] + ")")
+        missing += f" Controls of {names} are still to come."
+    caption = FINE_TUNING.format(data=data, missing=missing)
+    short = ("network", "epochs", "before [%]", "after [%]", "not frozen [%]", "compression [%]")
+    tables.write(effects, args.output_dir, caption, "fine_tune_effects", short)
+    print(tables.markdown(effects, caption))
+
+
+def publish_study(args: argparse.Namespace, study: pd.DataFrame, data: str) -> None:
+    """The table and the figures of the study from scratch."""
     summary, table = compared(study)
     absent = [name for name in NETWORKS if name not in set(summary["network"])]
     missing = f"Runs of {', '.join(absent)} are still to come, on a GPU. " if absent else ""
@@ -172,6 +164,22 @@ def main() -> None:
     if (ours := study[study["way"].str.startswith("DLRT, budget")].sort_values(["seed", "run"])).size:
         figures["cifar10_ranks"] = study_figures.ranks_over_training(ours.iloc[0], args.results)
     tables.publish(args, table, CAPTION.format(data=data, missing=missing), figures, SHORT)
+
+
+@tables.boundary()
+def main() -> None:
+    args = tables.parse(__doc__, HERE)
+    command = "python cifar10/run.py, or the training scripts beside it"
+    found = tables.read(args, command, dataset="cifar10")
+    data = tables.data(found)
+    has_part = found.get("finetune_epochs", pd.Series(0, found.index)) > 0
+    tuned = has_part | found["run"].map(lambda run: FOLDER in (args.results.resolve() / run).parts)
+    if has_part.any():
+        publish_fine_tuning(args, found[tuned], data)
+    elif tuned.all():
+        raise RunError(f"{args.results} has controls alone: go on with cifar10/fine_tune_effects.py")
+    if not tuned.all():
+        publish_study(args, with_ways(found[~tuned]), data)
 
 
 if __name__ == "__main__":

@@ -157,7 +157,7 @@ class Options:
     )
     seed: int = option(0, "of initial weights, validation split and order", SEED)
     name: str | None = option(None, "of the run's folder; by default made of settings and seed", FOLDER_NAME)
-    output_dir: Path | None = option(None, "of the run's folder; by default results/ beside the script", Path)
+    output_dir: Path | None = option(None, "of the run's folder; by default beside the script", Path)
     resume: bool = option(False, "continue after the last complete epoch", action="store_true")
     quiet: bool = option(False, "print the result only", action="store_true")
 

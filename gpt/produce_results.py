@@ -61,7 +61,7 @@ def compared(found: pd.DataFrame) -> pd.DataFrame:
 @tables.boundary()
 def main() -> None:
     args = tables.parse(__doc__, HERE)
-    command = "python gpt/run.py, or the training scripts beside it"
+    command = "python gpt/run.py"
     found = tables.read(args, command, dataset="stdlib", needs=("width", "depth", "optimizer"))
     tables.publish(args, compared(found), CAPTION.format(data=tables.data(found)), {}, SHORT)
 
