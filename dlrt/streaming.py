@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
+
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from dlrt.checks import check_precision, check_tolerance
+from dlrt.checks import check_tolerance
 from dlrt.integrators import Residual, augmented_bug
-from dlrt.lowrank import LowRank, truncated_svd
+from dlrt.lowrank import LowRank, rank_within, truncated_svd
 
 
 class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -21,9 +23,10 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     "frames": the whole matrix as it is now, of which an anchored step of augmented BUG is taken.
     "increments": what has changed in the matrix since the last call; the first one takes the matrix itself.
 
-    n_components is the largest rank, tau the relative tolerance (Frobenius) to which a call truncates. NaN is
-    a missing entry: the fit to the known ones of its row replaces it, and in the first call the mean of its
-    column; an increment that is missing is 0. Arrays give arrays; torch tensors give tensors on their device.
+    n_components is the largest rank. tau is the relative error (Frobenius, about the mean) of what may be
+    left out: of all samples so far, weighed by age, or of the matrix in each call. NaN is a missing entry:
+    the fit to the known ones of its row replaces it, and in a column's first call the mean of what is known
+    of it; an increment that is missing is 0. Arrays give arrays; torch tensors give tensors on their device.
     """
 
     def __init__(self, n_components=None, *, tau=None, forgetting=1.0, follow="samples"):
@@ -34,29 +37,36 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
     def fit(self, X, y=None):
         """The PCA of X alone."""
-        vars(self).pop("components_", None)
-        return self.partial_fit(X)
+        return self._update(X, first=True)
 
     def partial_fit(self, X, y=None):
         """Take new samples, the next frame, or the next increment."""
-        first, is_tensor = not hasattr(self, "components_"), isinstance(X, Tensor)
+        return self._update(X, first=not self.__sklearn_is_fitted__())
+
+    def _update(self, X, first):
+        is_tensor = isinstance(X, Tensor)
         X = self._read(X, first)
         self._check(X, first)
+        known = ~X.isnan()
         if first:
-            self._weight = self._squares = self._total = 0.0  # Σ w, Σ w², Σ w ‖x - mean‖²
-            self.n_samples_seen_ = 0
+            self._follow, self.n_samples_seen_ = self.follow, 0
+            self._weight = self._squares = self._total = self._lost = 0.0  # Σ w, w², w ‖x - mean‖², left out
+            self._seen = known.new_zeros(X.shape[1])  # columns of which a value has come
             mean, sigma, V = X.new_zeros(X.shape[1]), X.new_zeros(0), X.new_zeros(X.shape[1], 0)
-            filled = X.nanmean(dim=0).nan_to_num()
         else:
-            found = self.mean_, self.singular_values_, self.components_.T
-            mean, sigma, V = map(torch.as_tensor, found)
-            filled = X.new_zeros(()) if self.follow == "increments" else self._scores(X) @ V.mT + mean
-        X = torch.where(X.isnan(), filled, X)
+            mean, sigma, V = self._found(X)
+        if self.follow != "increments" or first:
+            seen = known.any(dim=0)
+            mean = torch.where(seen & ~self._seen.to(X.device), X.nanmean(dim=0), mean)
+            self._seen = self._seen.to(X.device) | seen
+            filled = mean if first else self._scores(X, mean, V) @ V.mT + mean
+        else:
+            filled = X.new_zeros(())
         update = self._append if self.follow == "samples" else self._move
-        mean, sigma, V = update(X, mean, sigma, V)
+        mean, sigma, V = update(torch.where(known, X, filled), mean, sigma, V)
 
         degrees = max(self._weight - self._squares / self._weight, torch.finfo(X.dtype).tiny)
-        left = max(self._total - float(sigma.square().sum()), 0.0)
+        left = max(self._total - float(sigma.double().square().sum()), 0.0)
         self.noise_variance_ = left / degrees / max(X.shape[1] - len(sigma), 1)
         self.n_components_ = self._n_features_out = len(sigma)
         found = {"mean_": mean, "singular_values_": sigma, "components_": V.mT.contiguous()}
@@ -67,29 +77,45 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     def transform(self, X):
         """The scores (m, r) of rows X (m, n); where entries are missing, those that fit the known ones."""
         check_is_fitted(self)
-        scores = self._scores(self._read(X, False))
+        rows = self._read(X, False)
+        mean, _, V = self._found(rows)
+        scores = self._scores(rows, mean, V)
         return scores if isinstance(X, Tensor) else scores.numpy()
 
     def inverse_transform(self, X):
         """The rows (m, n) of scores X (m, r)."""
         check_is_fitted(self)
-        return X @ self.components_ + self.mean_
+        scores = torch.as_tensor(X if isinstance(X, Tensor) else np.array(X, order="C"))
+        if scores.dim() != 2 or scores.shape[1] != self.n_components_:
+            raise ValueError(
+                f"scores must have the shape (rows, {self.n_components_}), got {tuple(scores.shape)}"
+            )
+        scores = scores.to(self._precision(scores))
+        mean, _, V = self._found(scores)
+        rows = scores @ V.mT + mean
+        return rows if isinstance(X, Tensor) else rows.numpy()
 
     def _append(self, X, mean, sigma, V):
-        """The SVD about the new mean of rows of weight w beside σ Vᵀ, which stands for the older ones."""
+        """The SVD about the new mean of rows of weight w beside σ Vᵀ, which stands for the older ones.
+
+        What SVDs leave out of the rows so far is orthogonal to each other, and may be tau² of all.
+        """
         m, keep = len(X), self.forgetting ** len(X)
         w = self.forgetting ** torch.arange(m - 1, -1, -1, dtype=X.dtype, device=X.device)
         new, old = float(w.sum()), keep * self._weight
         new_mean = w @ X / new
         shift = (new_mean - mean) * (new * old / (new + old)) ** 0.5  # between the means of both
         rows = torch.cat([w.sqrt()[:, None] * (X - new_mean), shift[None]])
-        self._total = keep * self._total + float(rows.square().sum())
+        total, lost = keep * self._total + float(rows.double().square().sum()), keep * self._lost
+        _, values, V = truncated_svd(torch.cat([keep**0.5 * sigma[:, None] * V.mT, rows]))
+        largest = min(self.n_samples_seen_ + m, self.n_components or X.shape[1])
+        if self.tau is not None:
+            may_go = max(self.tau**2 * total - lost, 0.0) / max(total - lost, torch.finfo(X.dtype).tiny)
+            largest = min(largest, max(1, rank_within(values, max(may_go**0.5, torch.finfo(X.dtype).eps))))
+        self._total, self._lost = total, lost + float(values[largest:].double().square().sum())
         self._weight, self._squares = old + new, keep**2 * self._squares + float(w.square().sum())
         self.n_samples_seen_ += m
-        largest = min(self.n_samples_seen_, self.n_components or X.shape[1])
-        rows = torch.cat([keep**0.5 * sigma[:, None] * V.mT, rows])
-        _, sigma, V = truncated_svd(rows, self.tau, max_rank=largest)
-        return mean + (new_mean - mean) * (new / (new + old)), sigma, V
+        return mean + (new_mean - mean) * (new / (new + old)), values[:largest], V[:, :largest]
 
     def _move(self, X, mean, sigma, V):
         """The matrix after this step; its left basis is kept, too."""
@@ -100,25 +126,34 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             Y = LowRank.from_dense(X, largest, self.tau)
             self._weight = self._squares = float(len(X))
         else:
-            Y = LowRank(torch.as_tensor(self._U), sigma.diag(), V)
+            Y = LowRank(self._U.to(X), sigma.diag(), V)
             F = X if self.follow == "increments" else Residual(X, Y)
             Y = augmented_bug(Y, F, tau=self.tau, max_rank=largest)
         self._U, before, sigma = Y.U, sigma, Y.S.diagonal()
         self.n_samples_seen_ = len(X)
         if self.follow == "increments" and len(before):  # of what Y lacks, they say nothing
-            self._total += float(sigma.square().sum() - before.square().sum())
+            self._total += float(sigma.double().square().sum() - before.double().square().sum())
             return mean + centre, sigma, Y.V
-        self._total = float(X.square().sum())
+        self._total = float(X.double().square().sum())
         return centre, sigma, Y.V
 
-    def _scores(self, X):
+    def _found(self, X):
+        """Mean, singular values and components as tensors like X."""
+        found = self.mean_, self.singular_values_, self.components_.T
+        return tuple(torch.as_tensor(value).to(X) for value in found)
+
+    def _scores(self, X, mean, V):
         """V fitted to the known entries of each row, with as much trust as the variances deserve."""
-        V, D = torch.as_tensor(self.components_).mT, X - torch.as_tensor(self.mean_)
-        known = ~X.isnan()
+        known, D = ~X.isnan(), X - mean
         scores = torch.where(known, D, 0.0) @ V
-        deviation = torch.as_tensor(self.explained_variance_).sqrt()
+        deviation = torch.as_tensor(self.singular_values_).to(X)
+        largest = float(deviation.max())
+        if not largest:
+            return scores
         info = torch.finfo(X.dtype)
-        noise = max(self.noise_variance_, info.eps * float(deviation.max()) ** 2, info.tiny)
+        degrees = max(self._weight - self._squares / self._weight, info.tiny)
+        noise = max(self.noise_variance_ * degrees / largest**2, info.eps)
+        deviation = deviation / largest
         for i in (~known.all(dim=1)).nonzero().flatten().tolist():
             B = V[known[i]] * deviation
             gram = B.mT @ B
@@ -127,33 +162,53 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         return scores
 
     def _read(self, X, reset):
-        """X as a tensor of single or double precision, finite but for NaN."""
+        """X as a tensor of single or double precision, at least the model's, finite but for NaN."""
         if not isinstance(X, Tensor):
             dtypes = [np.float64, np.float32]
-            return torch.tensor(
-                validate_data(self, X, reset=reset, dtype=dtypes, ensure_all_finite="allow-nan")
-            )
-        check_precision("data", X)
-        if X.dim() != 2 or not X.numel() or X.isinf().any():
-            raise ValueError(f"data must be a finite matrix of samples x features, got {tuple(X.shape)}")
-        if reset:
-            self.n_features_in_ = X.shape[1]
-        elif X.shape[1] != self.n_features_in_:
-            raise ValueError(f"X has {X.shape[1]} features, but it was fitted with {self.n_features_in_}")
-        return X.detach()
+            X = validate_data(self, X, reset=reset, dtype=dtypes, ensure_all_finite="allow-nan")
+            X = torch.tensor(np.ascontiguousarray(X))
+        else:
+            if X.dim() != 2 or not X.numel():
+                raise ValueError(f"data must be a matrix of samples x features, got {tuple(X.shape)}")
+            if X.is_complex():
+                raise ValueError(f"data must be real, got {X.dtype}: take real and imaginary parts apart")
+            if X.isinf().any():
+                row, column = X.isinf().nonzero()[0].tolist()
+                raise ValueError(f"data must be finite or NaN, got infinity in row {row}, column {column}")
+            if reset:
+                self.n_features_in_ = X.shape[1]
+            elif X.shape[1] != self.n_features_in_:
+                raise ValueError(f"X has {X.shape[1]} features, but it was fitted with {self.n_features_in_}")
+        return X.detach().to(self._precision(X, reset))
+
+    def _precision(self, X, reset=False):
+        """float32 of float32, float64 of all else, and at least that of the model."""
+        own = X.dtype if X.dtype == torch.float32 else torch.float64
+        return own if reset else torch.promote_types(own, torch.as_tensor(self.components_).dtype)
 
     def _check(self, X, first):
         """Raise ValueError for parameters out of range, or a matrix that is not the one that is followed."""
         check_tolerance(self.tau)
         if self.follow not in ("samples", "frames", "increments"):
             raise ValueError(f'follow must be "samples", "frames" or "increments", got {self.follow!r}')
-        if not 0 < self.forgetting <= 1:
-            raise ValueError(f"forgetting must lie in (0, 1], got {self.forgetting}: 1 never forgets")
-        if self.n_components is not None and not 1 <= self.n_components <= X.shape[1]:
-            raise ValueError(f"n_components must lie in [1, {X.shape[1]}], got {self.n_components}")
+        number = isinstance(self.forgetting, Real) and not isinstance(self.forgetting, bool)
+        if not (number and 0 < self.forgetting <= 1):
+            raise ValueError(f"forgetting must lie in (0, 1], got {self.forgetting!r}: 1 never forgets")
+        whole = isinstance(self.n_components, Integral) and not isinstance(self.n_components, bool)
+        if self.n_components is not None and not (whole and 1 <= self.n_components <= X.shape[1]):
+            raise ValueError(
+                f"n_components must be a whole number in [1, {X.shape[1]}], got {self.n_components!r}"
+            )
+        if not first and self.follow != self._follow:
+            raise ValueError(
+                f"follow must stay {self._follow!r}, got {self.follow!r}: call fit to begin anew"
+            )
         if self.follow != "samples" and not first and len(X) != self.n_samples_seen_:
             seen = self.n_samples_seen_
             raise ValueError(f"{self.follow} must keep their {seen} rows, got {len(X)}: call fit for others")
+
+    def __sklearn_is_fitted__(self):
+        return hasattr(self, "components_")
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

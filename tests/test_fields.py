@@ -94,10 +94,15 @@ def test_for_a_constant_field_two_halves_are_those_of_the_integrators(name):
     assert torch.allclose(getattr(fields, name)(Y, lambda t, Y: G, 1.0, 0.3).dense(), expected, atol=1e-12)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(40, 40), (3, 10), (10, 3)])
 @pytest.mark.parametrize(("name", "order"), [("augmented_bug", 1), ("midpoint_bug", 2)])
-def test_the_midpoint_rule_makes_bug_one_order_better(name, order):
-    """Where the field leads out of rank one and the rank follows the tolerance, errors are those of bases."""
-    W1, W2, H, B = (torch.randn(40, 40) / 40**0.5 for _ in range(4))
+def test_the_midpoint_rule_makes_bug_one_order_better(name, order, rows, columns):
+    """Where the field leads out of rank one and the rank follows the tolerance, errors are those of bases.
+
+    Also where bases of one side are full, and those of the other go on growing.
+    """
+    W1, H = (torch.randn(rows, rows) / rows**0.5 for _ in range(2))
+    W2, B = (torch.randn(columns, columns) / columns**0.5 for _ in range(2))
 
     def F(t, Y):
         U = torch.cat([W1 @ Y.U, Y.U, math.cos(2 * t) * H @ Y.U], dim=1)
@@ -107,7 +112,7 @@ def test_the_midpoint_rule_makes_bug_one_order_better(name, order):
     def slope(t, X):
         return W1 @ X + X @ W2.mT + math.cos(2 * t) * H @ X @ B.mT
 
-    start = LowRank.from_dense(torch.outer(torch.randn(40), torch.randn(40)) / 40, rank=1)
+    start = LowRank.from_dense(torch.outer(torch.randn(rows), torch.randn(columns)) / rows, rank=1)
     X, counts, errors = start.dense(), (20, 40, 80), []
     for n in range(200):
         X = fields.rk4(slope, X, n / 400, 1 / 400)

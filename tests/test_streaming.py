@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.decomposition import PCA, IncrementalPCA
+from sklearn.exceptions import NotFittedError
 from sklearn.utils.estimator_checks import check_estimator
 
 from dlrt import StreamingPCA
@@ -144,7 +145,10 @@ def test_an_increment_that_is_missing_is_none():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n_components": 13}, r"n_components must lie in \[1, 12\], got 13"),
+        ({"n_components": 13}, r"n_components must be a whole number in \[1, 12\], got 13"),
+        ({"n_components": 2.0}, r"n_components must be a whole number in \[1, 12\], got 2.0"),
+        ({"n_components": "mle"}, r"n_components must be a whole number in \[1, 12\], got 'mle'"),
+        ({"forgetting": None}, r"forgetting must lie in \(0, 1\], got None"),
         ({"tau": 1.5}, "tau"),
         ({"forgetting": 0.0}, "forgetting must lie in"),
         ({"follow": "rows"}, 'follow must be "samples"'),
@@ -161,7 +165,94 @@ def test_data_that_do_not_fit_are_named():
         model.partial_fit(data()[1:])
     with pytest.raises(ValueError, match="12"):
         model.partial_fit(torch.from_numpy(data(columns=11)))
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(ValueError, match="finite or NaN, got infinity in row 0, column 0"):
         model.partial_fit(torch.full((60, 12), torch.inf))
-    with pytest.raises(ValueError, match="float32 or float64"):
-        model.partial_fit(torch.zeros(60, 12, dtype=torch.int64))
+    with pytest.raises(ValueError, match="data must be real, got torch"):
+        model.partial_fit(torch.zeros(60, 12, dtype=torch.complex64))
+    for scores in (data(columns=3), data()[0], torch.zeros(4, 1)):
+        with pytest.raises(ValueError, match=r"scores must have the shape \(rows, 2\), got"):
+            model.inverse_transform(scores)
+
+
+@pytest.mark.parametrize(
+    ("change", "X"),
+    [
+        ({"n_components": 2.5}, data()),
+        ({"follow": "frames"}, data()),
+        ({}, np.full((3, 12), np.inf)),
+        ({}, data(columns=11)),
+    ],
+)
+@pytest.mark.parametrize("call", ["fit", "partial_fit"])
+def test_a_call_that_fails_leaves_the_model_as_it_was(call, change, X):
+    """But the fit to other data, which these do not stop."""
+    whole = data(120)
+    model, other = (StreamingPCA(3).fit(whole[:60]) for _ in range(2))
+    model.set_params(**change)
+    if call == "fit" and (X.shape[1] == 11 or "follow" in change):
+        assert model.fit(X).mean_.shape == (X.shape[1],)
+        return
+    with pytest.raises(ValueError, match=r"n_components|follow must stay 'samples'|infinity|features"):
+        getattr(model, call)(X)
+    for each in (model.set_params(n_components=3, follow="samples"), other):
+        each.partial_fit(whole[60:])
+    np.testing.assert_array_equal(model.components_, other.components_)
+    with pytest.raises(NotFittedError):
+        StreamingPCA(0).transform(data())
+
+
+def test_any_kind_of_number_and_layout_is_read():
+    """float32 where all of it is; else float64, as scikit-learn has it."""
+    X = np.round(8 * data())
+    expected = StreamingPCA(3).fit(X)
+    kinds = [X[::-1, ::-1][::-1, ::-1], X.astype(int), np.asfortranarray(X), X.tolist()]
+    kinds += [torch.from_numpy(X).int(), torch.from_numpy(X).half(), torch.from_numpy(X).bfloat16()]
+    for kind in kinds:
+        model = StreamingPCA(3).fit(kind)
+        np.testing.assert_allclose(model.components_, expected.components_, atol=1e-12)
+    single = StreamingPCA(3).fit(X.astype(np.float32))
+    assert single.transform(X.astype(np.float32)).dtype == np.float32
+    for kind in (X[::-1], torch.from_numpy(X).flip(0)):
+        np.testing.assert_allclose(single.transform(kind), expected.transform(X)[::-1], atol=1e-4)
+    np.testing.assert_allclose(single.partial_fit(X).mean_, X.mean(axis=0), atol=1e-5)
+    scores = expected.transform(X)
+    for kind in (np.asarray, torch.from_numpy):
+        assert type(expected.inverse_transform(kind(scores))) is type(kind(scores))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 300])
+def test_what_is_left_out_of_all_samples_is_within_the_tolerance(rows):
+    """However they are dealt out, also where a direction comes up in small parts."""
+    rng = np.random.default_rng(0)
+    X = data(300, 20)
+    X[150:] += 0.05 * np.outer(rng.normal(size=150), rng.normal(size=20))
+    model = StreamingPCA(tau=0.1)
+    for start in range(0, len(X), rows):
+        model.partial_fit(X[start : start + rows])
+    error = np.linalg.norm(restored(model, X) - X) / np.linalg.norm(X - X.mean(axis=0))
+    assert error <= 0.1 * (1 + 1e-9)
+    fewest = PCA(0.99).fit(X).n_components_
+    assert fewest <= model.n_components_ <= fewest + 3
+
+
+def test_what_is_missing_at_first_says_nothing_of_the_mean():
+    """Rows come one by one, far from zero, and no column is in all of them."""
+    X, rng = data(400, rank=3) + 100, np.random.default_rng(3)
+    hidden = rng.random(X.shape) < 0.2
+    hidden[0, :3] = True
+    model = StreamingPCA(3)
+    for row in np.where(hidden, np.nan, X):
+        model.partial_fit(row[None])
+    errors = (restored(model, np.where(hidden, np.nan, X)) - X)[hidden]
+    assert np.linalg.norm(errors) <= 0.2 * np.linalg.norm((X - X.mean(axis=0))[hidden])
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e15])
+def test_missing_entries_are_found_at_any_scale(scale):
+    X = data(rank=3).astype(np.float32)
+    holed = np.where(np.random.default_rng(2).random(X.shape) < 0.2, np.nan, X)
+    models = [StreamingPCA(3).fit(holed), StreamingPCA(3).fit(np.float32(scale) * holed)]
+    unscaled, scaled = (
+        model.transform(holed * np.float32(s)) / s for model, s in zip(models, (1, scale), strict=True)
+    )
+    np.testing.assert_allclose(np.abs(scaled), np.abs(unscaled), atol=1e-3)
