@@ -14,7 +14,7 @@ from dlrt.export import plain_layer
 from dlrt.layers import LowRankLayer
 from dlrt.lowrank import LowRank, truncate
 from dlrt.ranks import parameters
-from dlrt.velocity import RULES, msign
+from dlrt.velocity import RULES, msign, update_share
 
 SHARES = tuple(k / 200 for k in range(200, 0, -1))  # of the full rank
 
@@ -42,7 +42,7 @@ class Muon(torch.optim.Optimizer):
         weights = [module.weight for module in modules]
         ids = {id(weight) for weight in weights}
         rest = [p for p in parameters if id(p) not in ids]
-        share = RULES["muon"].share if update_lr is None else update_lr / (lr or 1.0)
+        share = update_share(RULES["muon"], update_lr, lr)
         self.inner = optimizer_class([{"params": rest}], lr=lr, **options)
         groups = [*self.inner.param_groups, {"params": weights, "update_share": share}]
         super().__init__(groups, self.inner.defaults)

@@ -144,6 +144,12 @@ def _cut(
     kinds = {layer: _kind(layer, spatial) for layer in layers}
     weights = [kind.as_matrix(layer.weight.detach()) for layer, kind in kinds.items()]
     check_real(*weights)
+    for layer, W in zip(layers, weights, strict=True):
+        if not (W.is_meta or W.isfinite().all()):
+            name = next(name for name, module in model.named_modules() if module is layer)
+            raise ValueError(
+                f"weights must be finite, got inf or nan in {name or type(layer).__name__}: take earlier ones"
+            )
     ranks = [_rank(W, rank) for W in weights]
     if inputs is None and compression is None:
         return [kinds[layer].from_dense(layer, r, tau) for layer, r in zip(layers, ranks, strict=True)]

@@ -38,7 +38,7 @@ def convertible_layers(
             become(module, Attention(module))  # the walk goes on in its four layers
         elif name in rows or is_conv1d(module):
             become(module, Blocks(module, rows.get(name) or [module.nf]))  # and in its blocks
-        elif type(module) in LOW_RANK_TYPES:
+        elif type(module) in LOW_RANK_TYPES and module.weight.numel():  # else there is no rank to have
             layers.append(module)
     return layers
 

@@ -68,8 +68,10 @@ def budget_between(
 ) -> tuple[int, int]:
     """How many parameters these layers have, and how many they may have at a compression, a fraction."""
     cost, shapes = compression(model), [layer.shape for layer in layers]
-    start = sum(parameters(layer.rank, layer.shape) for layer in layers)
-    others = cost.evaluation_parameters - start
+    held = sum(parameters(layer.rank, layer.shape) for layer in layers)
+    others = cost.evaluation_parameters - held
+    # lower ranks are raised to min_rank by the first decision
+    start = sum(parameters(max(layer.rank, min(min_rank, *layer.shape)), layer.shape) for layer in layers)
     end = budget_for(compression_wanted, cost.dense_parameters, others, shapes, min_rank)
     return start, min(start, end)
 

@@ -168,8 +168,19 @@ class LowRankLayer(nn.Module):
 
     @factors.setter
     def factors(self, Y: LowRank) -> None:
+        self._tell_owner()
+        self.write(Y)
+
+    def write(self, Y: LowRank) -> None:
+        """Take these factors; of their owner, who knows."""
         for parameter, data in ((self.U, Y.U), (self.S, Y.S), (self.V, Y.V)):
             replace_data(parameter, data)
+
+    def _tell_owner(self) -> None:
+        """Others write into the bases now, in which the owner has a velocity."""
+        owner = None if self.owner is None else self.owner()
+        if owner is not None:
+            owner.remember_bases(self)
 
     @property
     def trains_bases(self) -> bool:
@@ -212,9 +223,12 @@ class LowRankLayer(nn.Module):
         U, S, V = (state_dict.get(prefix + name) for name in "USV")
         known = U is not None and S is not None and V is not None
         if known and (len(U), len(V)) == self.shape:
+            self._tell_owner()
             if S.shape != self.S.shape:
-                self.factors = LowRank(
-                    *(torch.empty_like(T, device=self.S.device, dtype=self.S.dtype) for T in (U, S, V))
+                self.write(
+                    LowRank(
+                        *(torch.empty_like(T, device=self.S.device, dtype=self.S.dtype) for T in (U, S, V))
+                    )
                 )
             try:
                 check_orthonormal(prefix[:-1] or type(self).__name__, U, V)

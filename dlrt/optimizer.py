@@ -104,6 +104,7 @@ class DLRT(torch.optim.Optimizer):
         for layer in names:
             rows, columns = layer.S.shape  # differ where another DLRT has yet to truncate: bases rest
             layer.trains_bases = layer in self.layers and rows == columns
+        self._bases_before: dict[LowRankLayer, tuple[Tensor, Tensor]] = {}  # others were written since
         for layer in self.layers:
             layer.owner = weakref.ref(self)
 
@@ -135,6 +136,7 @@ class DLRT(torch.optim.Optimizer):
         the second pass.
         """
         check_owner(self.layers, self)
+        self._carry_velocities()
         integrator = self.group["integrator"]
         two_passes = integrator != "parallel" and not self.group["frozen"]
         if two_passes and closure is None:
@@ -293,8 +295,21 @@ class DLRT(torch.optim.Optimizer):
 
     def _check_truncation(self) -> None:
         check_owner(self.layers, self)
+        self._carry_velocities()
         if not self.group["frozen"]:
             check_no_gradient_waits(self.layers)
+
+    def remember_bases(self, layer: LowRankLayer) -> None:
+        """Keep the bases of a layer into which others are about to be written: its velocity is theirs."""
+        if "velocity" in self.state.get(layer.S, ()):
+            self._bases_before.setdefault(layer, (layer.U.detach().clone(), layer.V.detach().clone()))
+
+    @torch.no_grad()
+    def _carry_velocities(self) -> None:
+        """As a dense optimizer keeps its momentum where weights are loaded: by projection to their bases."""
+        while self._bases_before:
+            layer, bases = self._bases_before.popitem()
+            self._weight(layer).carry_from(*bases)
 
     def __getstate__(self) -> None:
         raise TypeError(
@@ -303,6 +318,7 @@ class DLRT(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As of any torch optimizer; the factors' group has the ranks and the progress of the integrator."""
+        self._carry_velocities()
         self.group["ranks"] = [list(layer.S.shape) for layer in self.layers]
         self.group["resting"] = [not layer.trains_bases for layer in self.layers]
         return super().state_dict()
@@ -320,7 +336,13 @@ class DLRT(torch.optim.Optimizer):
             raise ValueError(
                 f"the state has ranks {own['ranks']}, the model has {ranks}: load the model's state first"
             )
+        if ("betas" in own) != ("betas" in self.group):
+            kinds = ["SGD", "Adam or AdamW"][:: 1 if "betas" in own else -1]
+            raise ValueError(
+                f"the state must be of a DLRT with {kinds[0]}, got one with {kinds[1]}: load one of that"
+            )
         super().load_state_dict(state_dict)
+        self._bases_before.clear()
         self.inner.state = self.state
         for (layer, name), rests in zip(self.layers.items(), own["resting"], strict=True):
             check_orthonormal(name, layer.U, layer.V)

@@ -19,7 +19,7 @@ from dlrt.checks import (
     check_whole,
 )
 from dlrt.layers import LowRankLayer
-from dlrt.velocity import UPDATES, rule_of
+from dlrt.velocity import UPDATES, rule_of, update_share
 
 INTEGRATORS = ("parallel", "augmented", "bug")
 UPDATE_OF = {torch.optim.SGD: "sgd", torch.optim.Adam: "adam", torch.optim.AdamW: "adam"}
@@ -132,8 +132,7 @@ class Settings:
                 "less than Nesterov's step needs: leave nesterov out, or take neither"
             )
         rule = rule_of(self.update)
-        # with lr = 0 nothing moves, whatever the share
-        share = rule.share if self.update_lr is None else self.update_lr / (defaults["lr"] or 1.0)
+        share = update_share(rule, self.update_lr, defaults["lr"])
         most = {None: [min(layer.shape) for layer in layers], "initial": [layer.rank for layer in layers]}
         taken_over = ("nesterov", "maximize", "weight_decay", "momentum", "betas", "eps")
         return {

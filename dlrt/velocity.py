@@ -139,6 +139,17 @@ def rule_of(update: str) -> Rule:
     return RULES["sgd" if update == "adam" else update]
 
 
+def update_share(rule: Rule, update_lr: float | None, lr: float) -> float:
+    """update_lr over lr, which it follows in proportion. ValueError where lr = 0 would forget it."""
+    if update_lr is None:
+        return rule.share
+    if update_lr and not lr:
+        raise ValueError(
+            f"update_lr follows lr in proportion, so lr must be above 0, got lr {lr} and {update_lr}"
+        )
+    return update_lr / lr if update_lr else 0.0
+
+
 def rotate_squares(state: dict[str, Any], P: Tensor, Q: Tensor) -> None:
     """Write the mean of squares in the bases Û P, V̂ Q: exact for entries without mean and correlation."""
     for key in ("squares", "weights"):

@@ -111,6 +111,19 @@ class WeightStep:
             Y1 = update_bases(Y, N @ Y.V, N.T @ Y.U, -self.h)
             self._put(Y1, *(() if M is None else (M @ Y1.V, M.T @ Y1.U, galerkin(M, Y1))))
 
+    def carry_from(self, U: Tensor, V: Tensor) -> None:
+        """Carry the velocity from these bases into those that the layer has by now, by projection."""
+        layer, Y = self.layer, self.layer.factors
+        if U.shape == Y.U.shape and torch.equal(U, Y.U) and torch.equal(V, Y.V):
+            return
+        MV, MU, core = (self.state[factor].get("velocity") for factor in self._factors)
+        if MV is None:
+            self._remember(None, None, galerkin(LowRank(U, core, V), Y))
+        else:
+            M = Tangent(U, V, MV, MU, core)
+            self._remember(M @ Y.V, M.T @ Y.U, galerkin(M, Y))
+        rotate_squares(self.state[layer.S], U.mT @ Y.U, V.mT @ Y.V)
+
     def rest(self, Y_hat: LowRank, M: Velocity | None) -> None:
         """Leave the layer in these bases, and of the velocity what lies in them."""
         rank = self.kept_rank
@@ -151,7 +164,7 @@ class WeightStep:
             check_ranks_may_move(layer.S, self.name)
         for factor in self._factors:
             factor.grad = None
-        layer.factors = Y1
+        layer.write(Y1)
         self._remember(*(velocity if self.beta else ()))
 
     @property

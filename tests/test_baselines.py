@@ -19,7 +19,9 @@ def test_muon_refuses_what_it_would_not_do_and_rests_at_lr_0():
         with pytest.raises(ValueError, match="neither dampening nor maximize"):
             Muon(layer.parameters(), [layer], lr=0.1, momentum=0.9, **wrong)
     before = copy.deepcopy(layer.state_dict())
-    optimizer = Muon(layer.parameters(), [layer], lr=0.0, update_lr=0.1)
+    with pytest.raises(ValueError, match=r"lr must be above 0, got lr 0\.0 and 0\.1"):
+        Muon(layer.parameters(), [layer], lr=0.0, update_lr=0.1)
+    optimizer = Muon(layer.parameters(), [layer], lr=0.0)
     layer(torch.ones(2, 3)).sum().backward()
     optimizer.step()
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())

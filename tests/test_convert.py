@@ -1,6 +1,7 @@
 """A network converts to low rank and back, computing the same, and its parameters are counted."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -315,3 +316,23 @@ def test_inputs_that_are_no_batch_are_refused_and_nothing_has_changed(inputs, me
     with pytest.raises(ValueError, match=message):
         dlrt.to_low_rank(model, compression=0.3, inputs=inputs)
     assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize(
+    "options", [{}, {"rank": 2}, {"tau": 0.1}, {"compression": 0.5}, {"inputs": torch.ones(2, 6)}], ids=str
+)
+def test_weights_that_are_not_finite_are_told_by_name(value, options):
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    with torch.no_grad():
+        model[2].weight[0, 1] = value
+    with pytest.raises(ValueError, match="weights must be finite, got inf or nan in 2"):
+        dlrt.to_low_rank(model, **options)
+    assert type(model[0]) is nn.Linear
+
+
+def test_a_layer_of_no_size_stays_dense():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch's, of what it initialises
+        model = dlrt.to_low_rank(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 0)))
+    assert [type(layer) for layer in model] == [dlrt.LowRankLinear, nn.Linear]

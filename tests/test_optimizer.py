@@ -557,7 +557,8 @@ def test_weights_of_another_rank_under_a_velocity_are_told_before_anything_moves
     model = dlrt.to_low_rank(network(), rank=4)
     optimizer = DLRT(model, torch.optim.SGD, lr=0.1, momentum=0.9, tau=0.0)
     train(model, optimizer, [batch()])
-    model.load_state_dict(dlrt.to_low_rank(network(), rank=2).state_dict())
+    for layer in low_rank_layers(model):
+        layer.write(LowRank.from_dense(layer._matrix().detach().flatten(1), rank=2))
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(RuntimeError, match="load the optimizer's state with the model's"):
         train(model, optimizer, [batch()])
@@ -633,6 +634,35 @@ def test_a_loaded_state_brings_its_settings_along():
     other.load_state_dict(optimizer.state_dict())
     for name in ("s_steps", "min_rank", "max_ranks", "tau", "allot_every", "integrator"):
         assert other.group[name] == optimizer.group[name]
+
+
+def test_a_state_of_another_kind_of_optimizer_is_refused():
+    model = dlrt.to_low_rank(network(), rank=3)
+    kinds = (torch.optim.SGD, torch.optim.Adam)
+    states = [DLRT(model, kind, lr=0.1).state_dict() for kind in kinds]
+    for kind, state, words in zip(
+        kinds,
+        states[::-1],
+        ("with SGD, got one with Adam", "with Adam or AdamW, got one with SGD"),
+        strict=True,
+    ):
+        with pytest.raises(ValueError, match=words):
+            DLRT(model, kind, lr=0.1).load_state_dict(state)
+
+
+def test_a_step_size_of_its_own_needs_one_to_follow():
+    model = dlrt.to_low_rank(network(), rank=3)
+    with pytest.raises(ValueError, match=r"lr must be above 0, got lr 0\.0 and 0\.1"):
+        DLRT(model, torch.optim.SGD, lr=0.0, update_lr=0.1)
+
+
+def test_the_budget_of_a_network_below_its_least_ranks_is_that_of_these():
+    model = dlrt.to_low_rank(network(), rank=1)
+    optimizer = DLRT(model, torch.optim.SGD, lr=0.1, compression=0.3, ramp=10)
+    train(model, optimizer, [batch() for _ in range(12)])
+    held = dlrt.compression(model)
+    assert set(held.ranks.values()) == {2}
+    assert held.evaluation_parameters == optimizer.budget  # every layer is low-rank
 
 
 def test_truncation_between_two_decisions_keeps_the_tolerance():

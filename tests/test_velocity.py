@@ -101,6 +101,68 @@ def test_to_maximize_a_loss_is_to_minimize_its_negative(options, optimizer_class
 
 
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_after_earlier_weights_are_loaded_the_velocity_goes_on_as_the_dense_one(name, options):
+    """Back to the best weights, with the same optimizer: a torch optimizer keeps its momentum then."""
+    options, (make, x_shape, y_shape) = {"lr": 0.05, **OPTIONS[options]}, NETS[name]
+    x, y, dense = torch.randn(x_shape), torch.randn(y_shape), make()
+    model = dlrt.to_low_rank(copy.deepcopy(dense))
+    nets = {
+        dense: torch.optim.SGD(dense.parameters(), **options),
+        model: DLRT(model, torch.optim.SGD, tau=0.0, **options),
+    }
+    sign = -1 if options.get("maximize") else 1
+
+    def train(steps):
+        for net, optimizer in nets.items():
+            for _ in range(steps):
+                optimizer.zero_grad()
+                (sign * net(x).sub(y).square().mean()).backward()
+                optimizer.step()
+
+    train(3)
+    best = [copy.deepcopy(net.state_dict()) for net in nets]
+    train(9)
+    for net, state in zip(nets, best, strict=True):
+        net.load_state_dict(state)
+    train(9)
+    assert apart(dense, model) <= 1e-10
+
+
+def dense_velocity(layer, optimizer):
+    MV, core, MU = (optimizer.state[p]["velocity"] for p in (layer.U, layer.S, layer.V))
+    return Tangent(layer.U, layer.V, MV, MU, core) @ torch.eye(len(layer.V))
+
+
+@pytest.mark.parametrize("rank", [2, 3, 5])
+@pytest.mark.parametrize("way", ["load_state_dict", "factors"])
+def test_the_velocity_of_loaded_weights_is_the_tangent_projection_of_the_one_before(way, rank):
+    layer = LowRankLinear(9, 7, 3)
+    optimizer = DLRT(nn.Sequential(layer), torch.optim.SGD, lr=0.1, momentum=0.9, tau=0.0, max_rank=3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        layer(torch.randn(8, 9)).square().mean().backward()
+        optimizer.step()
+    own, M = copy.deepcopy(layer.state_dict()), dense_velocity(layer, optimizer)
+    other = LowRankLinear(9, 7, rank)
+
+    def give(factors):
+        if way == "factors":
+            layer.factors = LowRank(*(factors[name] for name in "USV"))
+        else:
+            layer.load_state_dict(factors)
+
+    give(other.state_dict())
+    give(own)
+    optimizer.state_dict()
+    assert torch.equal(dense_velocity(layer, optimizer), M)  # as if nothing had been
+    give(other.state_dict())
+    optimizer.state_dict()
+    PU, PV = (basis @ basis.mT for basis in (other.U, other.V))
+    assert torch.allclose(dense_velocity(layer, optimizer), PU @ M + M @ PV - PU @ M @ PV, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
