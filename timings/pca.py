@@ -72,14 +72,27 @@ def measure(shape: tuple[int, int], repeats: int, largest_svd: int) -> pd.DataFr
     return pd.DataFrame(rows)
 
 
+LOOKS = {  # those of the notebook, where it has the method
+    **{
+        "BUG": 0,
+        "projector splitting": 1,
+        "augmented BUG": 3,
+        "anchored BUG": 4,
+        "anchored augmented BUG": 5,
+    },
+    **{"subspace iteration": 6, "randomised SVD, q = 8": 8, "randomised SVD, q = 16": 9, "full SVD": 14},
+}
+
+
 def draw(table: pd.DataFrame) -> Figure:
     """Ratios to BUG with their quartiles: over the size of a square frame, and for the video's window."""
     with mpl.rc_context(LOOK):
         figure, (sizes, video) = plt.subplots(1, 2, figsize=(11, 4.6), width_ratios=(1.3, 1))
         square = table[table["rows"] == table["columns"]]
-        for number, (name, rows) in enumerate(square.groupby("method", sort=False)):
-            sizes.loglog(rows["rows"], rows["ratio"], marker=".", label=name, **style(number))
-            band = {"color": style(number)["color"], "alpha": 0.2, "linewidth": 0}
+        for name, rows in square.groupby("method", sort=False):
+            look = style(LOOKS[name])
+            sizes.loglog(rows["rows"], rows["ratio"], marker=".", label=name, **look)
+            band = {"color": look["color"], "alpha": 0.2, "linewidth": 0}
             sizes.fill_between(rows["rows"], rows["ratio_low"], rows["ratio_high"], **band)
         sizes.set(xlabel="n", ylabel="time / time of a BUG step", title="a frame of n x n")
         ticks = sorted(set(square["rows"]))
