@@ -11,7 +11,7 @@ tenth step, smaller batches and steps and less weight decay. The dense net is tr
 from pathlib import Path
 
 from dlrt import errors, grid
-from dlrt.options import NATURAL, TOLERANCE
+from dlrt.flags import NATURAL, TOLERANCE
 
 HERE = Path(__file__).parent
 TAUS = (0.09, 0.11, 0.13, 0.15, 0.2, 0.3, 0.4, 0.45)

@@ -9,8 +9,8 @@ from dlrt import LowRank, LowRankLayer, to_low_rank
 from dlrt.baselines import balanced
 from dlrt.convert import replace_layers
 from dlrt.export import as_thin_layers
+from dlrt.flags import number
 from dlrt.models import LeNet5
-from dlrt.options import number
 
 AS_IN_THE_PAPER = {
     "lr": 0.01, "momentum": 0.0, "schedule": "constant", "label_smoothing": 0.0, "augment": False

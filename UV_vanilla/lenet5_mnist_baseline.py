@@ -9,7 +9,8 @@ from pathlib import Path
 from factored import AS_IN_THE_PAPER, DECAY, OF_DECAY, vanilla_lenet5
 
 from dlrt import script
-from dlrt.options import NATURAL, DenseOptions, option
+from dlrt.flags import NATURAL
+from dlrt.options import DenseOptions, option
 
 
 @dataclass(kw_only=True)

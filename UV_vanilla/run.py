@@ -12,7 +12,7 @@ from pathlib import Path
 from factored import AS_IN_THE_PAPER, DECAY, OF_DECAY
 
 from dlrt import errors, grid
-from dlrt.options import POSITIVE
+from dlrt.flags import POSITIVE
 
 HERE = Path(__file__).parent
 SCRIPTS = {"dlrt": "lenet5_mnist.py", "vanilla": "lenet5_mnist_baseline.py"}

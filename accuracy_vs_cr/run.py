@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dlrt import errors, grid
-from dlrt.options import NATURAL, POSITIVE
+from dlrt.flags import NATURAL, POSITIVE
 
 HERE = Path(__file__).parent
 TAUS = (0.03, 0.05, 0.07, 0.09, 0.11, 0.13, 0.15, 0.17)

@@ -25,7 +25,8 @@ from dlrt.checkpoint import load_network, save_table
 from dlrt.data import Dataset
 from dlrt.datasets import load
 from dlrt.errors import RunError
-from dlrt.options import DATA_DIR, PERCENT, ROOT, HelpFormatter, Parser
+from dlrt.flags import PERCENT, HelpFormatter, Parser
+from dlrt.options import DATA_DIR, ROOT
 from dlrt.plots import LOOK, Figure, mpl, plt
 from dlrt.runs import read_table
 from dlrt.training import evaluate

@@ -10,7 +10,7 @@ which the larger networks want a GPU. `produce_results.py` makes the table of ac
 from pathlib import Path
 
 from dlrt import errors, grid
-from dlrt.options import NATURAL, RANK
+from dlrt.flags import NATURAL, RANK
 
 HERE = Path(__file__).parent
 FOLDER = "fine_tuned"  # of the runs, below that of the results

@@ -26,8 +26,8 @@ from tuned_runs import best_settings, recorded
 
 from dlrt import errors, grid
 from dlrt.errors import RunError
+from dlrt.flags import COUNT, PERCENT, POSITIVE
 from dlrt.grid import RunSpec
-from dlrt.options import COUNT, PERCENT, POSITIVE
 
 HERE = Path(__file__).parent
 EPOCHS = {  # of each network

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from dlrt import tables
 from dlrt.data import Dataset, Split, augmented_batch
-from dlrt.options import DATA_DIR, NATURAL, HelpFormatter, Parser
+from dlrt.flags import NATURAL, HelpFormatter, Parser
+from dlrt.options import DATA_DIR
 from dlrt.runs import damaged, read_table
 
 AGAIN = "delete it and make the runs again, with --tune"

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dlrt import script
+from dlrt.flags import POSITIVE
 from dlrt.models import VGG16
-from dlrt.options import POSITIVE, DenseOptions, option
+from dlrt.options import DenseOptions, option
 
 
 @dataclass(kw_only=True)

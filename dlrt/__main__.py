@@ -21,7 +21,7 @@ import dlrt
 from dlrt import errors, plots, tables
 from dlrt.checkpoint import atomic_write, checkpoint_of, load_checkpoint, load_network
 from dlrt.errors import RunError
-from dlrt.options import HelpFormatter, Parser
+from dlrt.flags import HelpFormatter, Parser
 from dlrt.runs import chosen_epoch
 
 FORMATS = "pt2 is torch.export's; checkpoint has the factors, and nothing that going on would need"

@@ -21,16 +21,8 @@ import torch
 from tqdm import tqdm
 
 from dlrt.errors import DIVERGED, RunError
-from dlrt.options import (
-    NATURAL,
-    NOT_PART_OF_THE_EXPERIMENT,
-    TOLERANCE,
-    HelpFormatter,
-    Options,
-    Parser,
-    add_flags,
-    as_flags,
-)
+from dlrt.flags import NATURAL, TOLERANCE, HelpFormatter, Parser
+from dlrt.options import NOT_PART_OF_THE_EXPERIMENT, Options, add_flags, as_flags
 from dlrt.runs import best_lrs, epochs_done, read_metrics, read_options, read_runs, same_option
 
 SHARED = ("dataset", "data_dir", "device")  # options of a grid that every one of its runs gets

@@ -23,9 +23,10 @@ from dlrt.convert import to_low_rank
 from dlrt.data import Dataset
 from dlrt.datasets import TEXTS, load
 from dlrt.errors import OptionError, RunError, one_line
+from dlrt.flags import flag
 from dlrt.layers import LowRankLayer
 from dlrt.optimizer import DLRT
-from dlrt.options import OPTIMIZERS, DenseOptions, RunOptions, flag
+from dlrt.options import OPTIMIZERS, DenseOptions, RunOptions
 from dlrt.runs import Run, chosen_epoch
 from dlrt.training import fit
 

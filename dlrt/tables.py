@@ -15,7 +15,8 @@ from torch import nn
 from dlrt import errors, plots
 from dlrt.costs import compression, singular_values
 from dlrt.errors import RunError, one_line
-from dlrt.options import ROOT, HelpFormatter, Parser
+from dlrt.flags import HelpFormatter, Parser
+from dlrt.options import ROOT
 from dlrt.plots import Figure
 from dlrt.ranks import parameters
 from dlrt.runs import read_runs

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from dlrt import script
 from dlrt.datasets import TEXTS
+from dlrt.flags import NATURAL
 from dlrt.models import GPT
-from dlrt.options import NATURAL, LowRankOptions, option
+from dlrt.options import LowRankOptions, option
 
 
 @dataclass(kw_only=True)

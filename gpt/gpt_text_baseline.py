@@ -10,8 +10,9 @@ from pathlib import Path
 
 from dlrt import script
 from dlrt.datasets import TEXTS
+from dlrt.flags import NATURAL
 from dlrt.models import GPT
-from dlrt.options import NATURAL, DenseOptions, option
+from dlrt.options import DenseOptions, option
 
 
 @dataclass(kw_only=True)

@@ -19,8 +19,8 @@ from gpt_text import Options
 
 from dlrt import errors, grid
 from dlrt.errors import RunError
+from dlrt.flags import NATURAL, PERCENT
 from dlrt.grid import RunSpec
-from dlrt.options import NATURAL, PERCENT
 
 HERE = Path(__file__).parent
 RULES = {

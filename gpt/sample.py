@@ -11,8 +11,8 @@ import torch
 from dlrt import errors
 from dlrt.checkpoint import load_network
 from dlrt.errors import RunError
+from dlrt.flags import COUNT, NATURAL, HelpFormatter, Parser
 from dlrt.models import GPT
-from dlrt.options import COUNT, NATURAL, HelpFormatter, Parser
 from dlrt.text import as_text, as_tokens
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dlrt import script
+from dlrt.flags import NATURAL
 from dlrt.models import MLP
-from dlrt.options import NATURAL, LowRankOptions, option
+from dlrt.options import LowRankOptions, option
 
 
 @dataclass(kw_only=True)

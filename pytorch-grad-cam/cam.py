@@ -28,7 +28,7 @@ from dlrt.cams.load_pictures import batches, readable
 from dlrt.cams.map_records import warn_of_changes, write_records
 from dlrt.cams.pictures import files
 from dlrt.errors import LEFT_OUT, RunError
-from dlrt.options import NATURAL, HelpFormatter, Parser
+from dlrt.flags import NATURAL, HelpFormatter, Parser
 
 FIGURE_ROWS = 12
 

@@ -27,7 +27,8 @@ from dlrt.cams.page import write_page
 from dlrt.checkpoint import save_table
 from dlrt.datasets import DATASETS
 from dlrt.errors import LEFT_OUT, DataError, RunError
-from dlrt.options import DATA_DIR, FOLDER_NAME, NATURAL, SHARE, TOLERANCE, HelpFormatter, Parser
+from dlrt.flags import FOLDER_NAME, NATURAL, SHARE, TOLERANCE, HelpFormatter, Parser
+from dlrt.options import DATA_DIR
 from dlrt.runs import Run
 
 

@@ -12,7 +12,7 @@ from dlrt import errors
 from dlrt.cams import network_flags
 from dlrt.cams.map_times import map_times
 from dlrt.errors import RunError
-from dlrt.options import NATURAL, HelpFormatter, Parser, number
+from dlrt.flags import NATURAL, HelpFormatter, Parser, number
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from dlrt.cams.randomised import cascade
 from dlrt.cams.targets import of_classes
 from dlrt.checkpoint import save_table
 from dlrt.errors import RunError
-from dlrt.options import NATURAL, HelpFormatter, Parser
+from dlrt.flags import NATURAL, HelpFormatter, Parser
 from dlrt.plots import LOOK, Figure, mpl, plt
 
 

@@ -12,7 +12,8 @@ from dlrt import datasets, script, velocity
 from dlrt.checkpoint import load_network
 from dlrt.datasets import _read_npz, _split
 from dlrt.errors import DataError
-from dlrt.options import NATURAL, DenseOptions, LowRankOptions, option
+from dlrt.flags import NATURAL
+from dlrt.options import DenseOptions, LowRankOptions, option
 from dlrt.runs import Run
 from dlrt.velocity import Rule
 

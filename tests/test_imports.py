@@ -10,7 +10,7 @@ import dlrt
 ROOT = Path(__file__).parents[1]
 ORDER = [
     ["checks", "cluttered_digits", "timing", "hooks", "errors"],
-    ["lowrank", "plots"],
+    ["lowrank", "plots", "flags"],
     ["ranks", "integrators", "layers", "blocks"],
     ["thin_convolutions"],
     ["velocity", "curvature", "fields", "attention", "convolutions", "streaming"],

@@ -16,7 +16,8 @@ import torch
 
 from dlrt import errors, grid, plots, runs, tables
 from dlrt.errors import RunError
-from dlrt.options import FOLDER_NAME, ROOT, Parser
+from dlrt.flags import FOLDER_NAME, Parser
+from dlrt.options import ROOT
 from dlrt.runs import read_runs
 
 

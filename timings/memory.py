@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from dlrt import tables, to_low_rank
+from dlrt.flags import device
 from dlrt.models import MLP, VGG16, LeNet5
-from dlrt.options import DEFAULT_DEVICE, device
+from dlrt.options import DEFAULT_DEVICE
 
 WARM_UP = 2  # momentum exists after the first step
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler tells of every start and stop

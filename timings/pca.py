@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from dlrt import LowRank
+from dlrt.flags import NATURAL, HelpFormatter, Parser
 from dlrt.integrators import Residual, augmented_bug, bug, projector_splitting, times
 from dlrt.lowrank import qr
-from dlrt.options import NATURAL, HelpFormatter, Parser
 from dlrt.plots import LOOK, Figure, mpl, plt, save, style
 from dlrt.timing import in_turn
 

@@ -32,8 +32,9 @@ from tqdm import tqdm
 from dlrt import DLRT, compression, errors
 from dlrt.baselines import as_factors
 from dlrt.convert import replace_layers
+from dlrt.flags import NATURAL, POSITIVE, device
 from dlrt.models import MLP
-from dlrt.options import DEFAULT_DEVICE, NATURAL, POSITIVE, device
+from dlrt.options import DEFAULT_DEVICE
 from dlrt.runs import Run, read_metrics
 from dlrt.settings import INTEGRATORS
 from dlrt.timing import Timing, in_turn

@@ -8,7 +8,8 @@ from pathlib import Path
 from dlrt.cams import METHODS, default_layer, known, networks, spatial_layers
 from dlrt.cams.explain import target_maps
 from dlrt.cams.networks import Network
-from dlrt.options import DEFAULT_DEVICE, NATURAL, PERCENT, RANK, TOLERANCE, Parser, device
+from dlrt.flags import NATURAL, PERCENT, RANK, TOLERANCE, Parser, device
+from dlrt.options import DEFAULT_DEVICE
 
 
 def add_flags(parser: Parser, run_flag: str = "--checkpoint", several: bool = False) -> None:

@@ -15,7 +15,7 @@ from dlrt import errors
 from dlrt.cams import known
 from dlrt.cams.study import FROM_DENSE, KINDS, METHODS, complete, maps_of, measure
 from dlrt.checkpoint import save_table
-from dlrt.options import HelpFormatter, Parser
+from dlrt.flags import HelpFormatter, Parser
 
 HERE = Path(__file__).parent
 

@@ -12,7 +12,8 @@ import pandas as pd
 from dlrt import tables
 from dlrt.cams.study_results import caption, compare, figure, readable
 from dlrt.errors import RunError
-from dlrt.options import ROOT, HelpFormatter, Parser
+from dlrt.flags import HelpFormatter, Parser
+from dlrt.options import ROOT
 
 SHORT = ("comparison", "outcome", "method", "difference", "p", "verdict")
 HERE = Path(__file__).parent

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dlrt import errors, grid
+from dlrt.flags import COUNT
 from dlrt.grid import RunSpec
-from dlrt.options import COUNT
 
 HERE = Path(__file__).parent
 BASELINE, LOW_RANK = HERE.parent / "convnet_clutter_baseline.py", HERE.parent / "convnet_clutter.py"
