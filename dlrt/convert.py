@@ -148,7 +148,8 @@ def _cut(
         if not (W.is_meta or W.isfinite().all()):
             name = next(name for name, module in model.named_modules() if module is layer)
             raise ValueError(
-                f"weights must be finite, got inf or nan in {name or type(layer).__name__}: take earlier ones"
+                f"weights must be finite, got inf or nan in {name or type(layer).__name__}: load those from "
+                "before the training diverged"
             )
     ranks = [_rank(W, rank) for W in weights]
     if inputs is None and compression is None:

@@ -172,12 +172,12 @@ class LowRankLayer(nn.Module):
         self.write(Y)
 
     def write(self, Y: LowRank) -> None:
-        """Take these factors; of their owner, who knows."""
+        """The setter for the owner itself, whose velocity goes along."""
         for parameter, data in ((self.U, Y.U), (self.S, Y.S), (self.V, Y.V)):
             replace_data(parameter, data)
 
     def _tell_owner(self) -> None:
-        """Others write into the bases now, in which the owner has a velocity."""
+        """Before others write into the bases, in which the owner has a velocity; only the layer sees it."""
         owner = None if self.owner is None else self.owner()
         if owner is not None:
             owner.remember_bases(self)

@@ -104,7 +104,8 @@ class DLRT(torch.optim.Optimizer):
         for layer in names:
             rows, columns = layer.S.shape  # differ where another DLRT has yet to truncate: bases rest
             layer.trains_bases = layer in self.layers and rows == columns
-        self._bases_before: dict[LowRankLayer, tuple[Tensor, Tensor]] = {}  # others were written since
+        self._bases_before: dict[LowRankLayer, tuple[Tensor, Tensor]] = {}  # of velocities that are to follow
+        self._state_is_new = False  # loaded, and no step since
         for layer in self.layers:
             layer.owner = weakref.ref(self)
 
@@ -300,16 +301,21 @@ class DLRT(torch.optim.Optimizer):
             check_no_gradient_waits(self.layers)
 
     def remember_bases(self, layer: LowRankLayer) -> None:
-        """Keep the bases of a layer into which others are about to be written: its velocity is theirs."""
-        if "velocity" in self.state.get(layer.S, ()):
+        """Keep the bases of a layer into which others are about to be written: its velocity is theirs.
+
+        Not where the optimizer's state was loaded just before: then the model's follows, to which it belongs.
+        """
+        past = self.state.get(layer.S, ())
+        if not self._state_is_new and ("velocity" in past or "squares" in past):
             self._bases_before.setdefault(layer, (layer.U.detach().clone(), layer.V.detach().clone()))
 
     @torch.no_grad()
     def _carry_velocities(self) -> None:
         """As a dense optimizer keeps its momentum where weights are loaded: by projection to their bases."""
-        while self._bases_before:
-            layer, bases = self._bases_before.popitem()
-            self._weight(layer).carry_from(*bases)
+        self._state_is_new = False
+        for layer in list(self._bases_before):
+            self._weight(layer).carry_from(*self._bases_before[layer])
+            del self._bases_before[layer]
 
     def __getstate__(self) -> None:
         raise TypeError(
@@ -318,7 +324,8 @@ class DLRT(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As of any torch optimizer; the factors' group has the ranks and the progress of the integrator."""
-        self._carry_velocities()
+        if not self._state_is_new:
+            self._carry_velocities()
         self.group["ranks"] = [list(layer.S.shape) for layer in self.layers]
         self.group["resting"] = [not layer.trains_bases for layer in self.layers]
         return super().state_dict()
@@ -339,10 +346,11 @@ class DLRT(torch.optim.Optimizer):
         if ("betas" in own) != ("betas" in self.group):
             kinds = ["SGD", "Adam or AdamW"][:: 1 if "betas" in own else -1]
             raise ValueError(
-                f"the state must be of a DLRT with {kinds[0]}, got one with {kinds[1]}: load one of that"
+                f"the state must be of a DLRT with {kinds[0]}, got one with {kinds[1]}: make one with that"
             )
         super().load_state_dict(state_dict)
         self._bases_before.clear()
+        self._state_is_new = True
         self.inner.state = self.state
         for (layer, name), rests in zip(self.layers.items(), own["resting"], strict=True):
             check_orthonormal(name, layer.U, layer.V)

@@ -16,13 +16,22 @@ Names = Mapping[LowRankLayer, str]
 
 
 def check_owner(layers: Names, optimizer: torch.optim.Optimizer) -> None:
-    """RuntimeError where a layer is another DLRT's by now: velocity and progress here are not its own."""
+    """RuntimeError where a layer is another DLRT's by now, or its factors are other parameters.
+
+    Velocity and progress here are not its own then.
+    """
+    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for layer, name in layers.items():
         owner = getattr(layer, "owner", None)
         if owner is None or owner() is not optimizer:
             raise RuntimeError(
                 f"{name} must belong to the DLRT that steps, but was converted or given to a later DLRT: "
                 "step that one, or make a new one"
+            )
+        if id(layer.S) not in own:
+            raise RuntimeError(
+                f"{name} must have the parameters of which the DLRT was made, got others, as from "
+                "load_state_dict(assign=True): leave assign out, or make a new DLRT"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Integral, Real
 
 import numpy as np
@@ -37,11 +38,21 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
     def fit(self, X, y=None):
         """The PCA of X alone."""
-        return self._update(X, first=True)
+        return self._whole_or_not(X, first=True)
 
     def partial_fit(self, X, y=None):
         """Take new samples, the next frame, or the next increment."""
-        return self._update(X, first=not self.__sklearn_is_fitted__())
+        return self._whole_or_not(X, first=not self.__sklearn_is_fitted__())
+
+    def _whole_or_not(self, X, first):
+        """A call that fails leaves the model as it was."""
+        before = dict(vars(self))
+        try:
+            return self._update(X, first)
+        except BaseException:
+            vars(self).clear()
+            vars(self).update(before)
+            raise
 
     def _update(self, X, first):
         is_tensor = isinstance(X, Tensor)
@@ -98,7 +109,8 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     def _append(self, X, mean, sigma, V):
         """The SVD about the new mean of rows of weight w beside σ Vᵀ, which stands for the older ones.
 
-        What SVDs leave out of the rows so far is orthogonal to each other, and may be tau² of all.
+        The parts that successive SVDs drop are orthogonal, so their squares add up: `_lost` is their sum, and
+        at most tau² of `_total`.
         """
         m, keep = len(X), self.forgetting ** len(X)
         w = self.forgetting ** torch.arange(m - 1, -1, -1, dtype=X.dtype, device=X.device)
@@ -106,6 +118,7 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         new_mean = w @ X / new
         shift = (new_mean - mean) * (new * old / (new + old)) ** 0.5  # between the means of both
         rows = torch.cat([w.sqrt()[:, None] * (X - new_mean), shift[None]])
+        self._check_size(rows)
         total, lost = keep * self._total + float(rows.double().square().sum()), keep * self._lost
         _, values, V = truncated_svd(torch.cat([keep**0.5 * sigma[:, None] * V.mT, rows]))
         largest = min(self.n_samples_seen_ + m, self.n_components or X.shape[1])
@@ -121,6 +134,7 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         """The matrix after this step; its left basis is kept, too."""
         centre = X.mean(dim=0)
         X = X - centre
+        self._check_size(X)
         largest = min(*X.shape, self.n_components or len(X))
         if not len(sigma):
             Y = LowRank.from_dense(X, largest, self.tau)
@@ -149,7 +163,7 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         deviation = torch.as_tensor(self.singular_values_).to(X)
         largest = float(deviation.max())
         if not largest:
-            return scores
+            return torch.zeros_like(scores)
         info = torch.finfo(X.dtype)
         degrees = max(self._weight - self._squares / self._weight, info.tiny)
         noise = max(self.noise_variance_ * degrees / largest**2, info.eps)
@@ -206,6 +220,13 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         if self.follow != "samples" and not first and len(X) != self.n_samples_seen_:
             seen = self.n_samples_seen_
             raise ValueError(f"{self.follow} must keep their {seen} rows, got {len(X)}: call fit for others")
+
+    @staticmethod
+    def _check_size(rows):
+        """Raise ValueError where the squares of centred data overflow."""
+        if not math.isfinite(float(torch.linalg.vector_norm(rows.double()))):
+            most = float(rows.abs().max())
+            raise ValueError(f"the squares of the data must be finite, got entries of {most:.2g}: scale them")
 
     def __sklearn_is_fitted__(self):
         return hasattr(self, "components_")

@@ -114,14 +114,16 @@ class WeightStep:
     def carry_from(self, U: Tensor, V: Tensor) -> None:
         """Carry the velocity from these bases into those that the layer has by now, by projection."""
         layer, Y = self.layer, self.layer.factors
+        U, V = U.to(Y.U), V.to(Y.V)
         if U.shape == Y.U.shape and torch.equal(U, Y.U) and torch.equal(V, Y.V):
             return
-        MV, MU, core = (self.state[factor].get("velocity") for factor in self._factors)
-        if MV is None:
-            self._remember(None, None, galerkin(LowRank(U, core, V), Y))
-        else:
+        past = (self.state[factor].get("velocity") for factor in self._factors)
+        MV, MU, core = (product if product is None else product.to(Y.S) for product in past)
+        if MV is not None:
             M = Tangent(U, V, MV, MU, core)
             self._remember(M @ Y.V, M.T @ Y.U, galerkin(M, Y))
+        elif core is not None:  # bases rest
+            self._remember(None, None, galerkin(LowRank(U, core, V), Y))
         rotate_squares(self.state[layer.S], U.mT @ Y.U, V.mT @ Y.V)
 
     def rest(self, Y_hat: LowRank, M: Velocity | None) -> None:

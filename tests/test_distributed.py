@@ -256,7 +256,8 @@ def test_the_networks_of_the_readme_communicate_less_than_dense_ones(both):
     lines = both[0]["printed"].splitlines()
     assert [line.split()[1] for line in lines] == ["LeNet5", "MLP"]
     for line in lines:
-        assert float(line.split("fewer ")[1].split()[0]) > 1
+        assert float(line.split("fewer bytes ")[1].split()[0]) > 1
+        assert "low-rank messages 1 " in line
 
 
 def test_running_statistics_are_averaged(both):

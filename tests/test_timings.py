@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -29,7 +30,7 @@ KEY = ["phase", "integrator", "s_steps", "adaptive", "rank"]
 @pytest.fixture(scope="module")
 def scripts():
     """The modules of the folder by name; scripts in one folder import each other."""
-    names = ("networks", "measure", "memory", "run", "produce_results", "step")
+    names = ("networks", "measure", "memory", "run", "produce_results", "step", "growth", "at_scale")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
         yield argparse.Namespace(**{name: importlib.import_module(name) for name in names})
@@ -258,6 +259,60 @@ def test_a_bad_flag_costs_one_line(scripts, flags, message, tmp_path, capsys):
     printed = capsys.readouterr().err
     assert message in printed
     assert printed.count("\n") == 1
+
+
+def test_growth_has_a_row_for_every_size_and_no_dense_net_that_is_too_large(scripts, tmp_path, capsys):
+    flags = ["--width", 32, "--widths", 16, 64, "--depths", 1, 2, "--ranks", 2, 8, "--repeats", 1]
+    call(scripts.growth, *flags, "--largest-dense", 4 * 32**2, "--output-dir", tmp_path)
+    table = pd.read_csv(tmp_path / "growth.csv")
+    sizes = [("width", 16, 4, 16), ("width", 64, 4, 16), ("depth", 32, 1, 16), ("depth", 32, 2, 16)]
+    sizes += [("rank", 32, 4, 2), ("rank", 32, 4, 8)]
+    assert list(table[["along", "width", "depth", "rank"]].itertuples(index=False, name=None)) == sizes
+    assert list(table["dense [ms]"].isna()) == [width == 64 for _, width, _, _ in sizes]
+    assert (tmp_path / "growth.png").stat().st_size
+    assert capsys.readouterr().out.count("dlrt ms") == len(sizes)
+
+
+def test_growth_is_the_power_of_its_last_points(scripts):
+    widths = [1, 2, 4, 8]
+    rows = pd.DataFrame({"axis": "width", "width": widths, "dlrt ms": [9, *(3 * w**1.5 for w in widths[1:])]})
+    rows["dlrt mb"] = [7, *(5 / w for w in widths[1:])]
+    assert scripts.growth.exponents(rows, "width") == "width^1.50 and width^-1.00"
+
+
+def test_operations_of_an_update_grow_with_the_third_power_of_all_sizes(scripts):
+    torch.manual_seed(0)
+    whole, smaller = (scripts.at_scale.update(2048, 1024, 128, smaller=by) for by in (1, 2))
+    assert smaller == pytest.approx(whole, rel=0.05)
+    assert 2 * 8 < whole / (3072 * 128**2) < 2 * 14  # Gram-Schmidt, Cholesky QR, rotation, velocity
+
+
+def test_what_is_held_and_summed_at_scale_falls_with_the_rank(scripts, tmp_path, capsys):
+    call(scripts.at_scale, "--ranks", 64, 256, "--output-dir", tmp_path)
+    dense, low, higher = pd.read_csv(tmp_path / "at_scale.csv").to_dict("records")
+    assert dense["parameters"] == "6.74 billion"
+    for column in ("held [GB]", "to be summed [GB]", "passes [TFLOP]"):
+        assert low[column] < higher[column] < dense[column]
+    assert 0 == dense["on top [%]"] < low["on top [%]"] < higher["on top [%]"]
+    with pytest.raises(SystemExit):
+        call(scripts.at_scale, "--ranks", 5000, "--output-dir", tmp_path)
+    assert "--ranks must be at most the width, 4096, got 5000" in capsys.readouterr().err
+
+
+def test_layers_of_other_libraries_are_timed_where_they_are_installed(scripts, tmp_path, capsys):
+    flags = ["--peers", "--repeats", 1, "--runs", 2, "--width", 16, "--ranks", 2, "--networks", "mlp"]
+    if all(find_spec(name) for name in ("peft", "tltorch")):
+        call(scripts.step, *flags, "--output-dir", tmp_path)
+        assert set(pd.read_csv(tmp_path / "step.csv")["peer"]) == {"lora"}
+    else:
+        with pytest.raises(SystemExit):
+            call(scripts.step, *flags, "--output-dir", tmp_path)
+        assert "pip install peft tensorly-torch" in capsys.readouterr().err
+
+
+def test_a_ratio_is_the_median_of_the_runs_with_its_spread(scripts):
+    assert scripts.step.ratio([2.0, 3.0, 8.0], [1.0, 2.0, 2.0]) == "2.00 x (1.50 to 4.00)"
+    assert scripts.step.ratio([3.0], [2.0]) == "1.50 x"
 
 
 def test_two_folders_of_one_device_are_not_mixed(results, scripts, tmp_path):

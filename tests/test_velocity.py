@@ -134,15 +134,20 @@ def dense_velocity(layer, optimizer):
     return Tangent(layer.U, layer.V, MV, MU, core) @ torch.eye(len(layer.V))
 
 
-@pytest.mark.parametrize("rank", [2, 3, 5])
-@pytest.mark.parametrize("way", ["load_state_dict", "factors"])
-def test_the_velocity_of_loaded_weights_is_the_tangent_projection_of_the_one_before(way, rank):
+def trained_layer(kind=torch.optim.SGD, **options):
     layer = LowRankLinear(9, 7, 3)
-    optimizer = DLRT(nn.Sequential(layer), torch.optim.SGD, lr=0.1, momentum=0.9, tau=0.0, max_rank=3)
+    optimizer = DLRT(nn.Sequential(layer), kind, lr=0.01, tau=0.0, max_rank=3, **options)
     for _ in range(3):
         optimizer.zero_grad()
         layer(torch.randn(8, 9)).square().mean().backward()
         optimizer.step()
+    return layer, optimizer
+
+
+@pytest.mark.parametrize("rank", [2, 3, 5])
+@pytest.mark.parametrize("way", ["load_state_dict", "factors"])
+def test_the_velocity_of_loaded_weights_is_the_tangent_projection_of_the_one_before(way, rank):
+    layer, optimizer = trained_layer(momentum=0.9)
     own, M = copy.deepcopy(layer.state_dict()), dense_velocity(layer, optimizer)
     other = LowRankLinear(9, 7, rank)
 
@@ -160,6 +165,68 @@ def test_the_velocity_of_loaded_weights_is_the_tangent_projection_of_the_one_bef
     optimizer.state_dict()
     PU, PV = (basis @ basis.mT for basis in (other.U, other.V))
     assert torch.allclose(dense_velocity(layer, optimizer), PU @ M + M @ PV - PU @ M @ PV, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_of_the_velocity_of_resting_bases_that_part_goes_on_which_loaded_ones_hold(frozen):
+    layer, optimizer = trained_layer(momentum=0.9, s_steps=5)
+    if frozen:
+        optimizer.freeze_bases()
+    assert not layer.trains_bases
+    core, U, V = optimizer.state[layer.S]["velocity"], layer.U.detach().clone(), layer.V.detach().clone()
+    other = LowRankLinear(9, 7, layer.rank)
+    layer.load_state_dict(other.state_dict())
+    optimizer.state_dict()
+    expected = other.U.mT @ U @ core @ V.mT @ other.V
+    assert torch.allclose(optimizer.state[layer.S]["velocity"], expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.99), (0.0, 0.99)])
+def test_mean_squares_follow_loaded_weights_as_they_follow_the_bases(betas):
+    layer, optimizer = trained_layer(torch.optim.Adam, betas=betas)
+    squares, U, V = optimizer.state[layer.S]["squares"], layer.U.detach().clone(), layer.V.detach().clone()
+    other = LowRankLinear(9, 7, 2)
+    layer.load_state_dict(other.state_dict())
+    optimizer.state_dict()
+    expected = (other.U.mT @ U).square() @ squares @ (V.mT @ other.V).square()
+    assert torch.allclose(optimizer.state[layer.S]["squares"], expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", [("layer", "optimizer"), ("optimizer", "layer")])
+def test_states_of_layer_and_optimizer_may_be_loaded_in_either_order(order):
+    layer, optimizer = trained_layer(momentum=0.9)
+    M = dense_velocity(layer, optimizer)
+    states = {"layer": copy.deepcopy(layer.state_dict()), "optimizer": copy.deepcopy(optimizer.state_dict())}
+    again, other = trained_layer(momentum=0.9)
+    for name in order:
+        {"layer": again, "optimizer": other}[name].load_state_dict(states[name])
+    for each, its in ((layer, optimizer), (again, other)):
+        its.zero_grad()
+        each(torch.ones(2, 9)).square().mean().backward()
+        its.step()
+    assert not torch.equal(dense_velocity(layer, optimizer), M)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in layer.state_dict().items())
+
+
+def test_a_velocity_follows_a_model_that_changes_its_type_as_well():
+    layer, optimizer = trained_layer(momentum=0.9)
+    before = dense_velocity(layer, optimizer)
+    own = copy.deepcopy(layer.state_dict())
+    layer.load_state_dict(LowRankLinear(9, 7, 3).state_dict())
+    layer.float()
+    layer.load_state_dict(own)
+    layer(torch.ones(2, 9, dtype=torch.float32)).sum().backward()
+    optimizer.step()
+    assert layer.S.dtype == torch.float32
+    assert torch.isfinite(before).all()
+
+
+def test_factors_that_are_replaced_by_others_are_told():
+    layer, optimizer = trained_layer(momentum=0.9)
+    layer.load_state_dict(LowRankLinear(9, 7, 3).state_dict(), assign=True)
+    layer(torch.ones(2, 9)).sum().backward()
+    with pytest.raises(RuntimeError, match="must have the parameters of which the DLRT was made"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("name", NETS)

@@ -1,48 +1,86 @@
-"""How many bytes a training step gives to be summed over the processes, against data-parallel dense training.
+"""What a process gives to be summed in a training step: messages and bytes, against dense training.
 
     torchrun --nproc-per-node 2 timings/communication.py      about a minute on two CPU cores
 
-Counted where they are handed over, for one step of each network; dense training hands over every gradient.
-The table goes to communication.csv and communication.md.
+Counted where they are handed over, for one step of each network. Dense training is torch's
+DistributedDataParallel, which sums in buckets that close at 25 MB, the first at 1 MB, while the backward pass
+goes on. DLRT, with the default integrator and bases updated in every step, sums all gradients in one message.
+The number of processes changes neither. The table goes to communication.csv and communication.md.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pandas as pd
 import torch
+import torch.distributed as dist
 from networks import LENET5_RANKS, low_rank, make_parser, mlp_ranks, parse
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 
 from dlrt import DLRT, distributed, tables
 from dlrt.models import MLP, LeNet5
 
 
-def bytes_of(model: nn.Module) -> int:
-    """How many bytes this process hands over to be summed after a backward pass: those of all gradients."""
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """The bytes of every message that this process hands over to be summed, within the block."""
+    messages, all_reduce = [], dist.all_reduce
+
+    def counting(tensor: torch.Tensor, *args, **options):
+        messages.append(tensor.nbytes)
+        return all_reduce(tensor, *args, **options)
+
+    dist.all_reduce = counting
+    try:
+        yield messages
+    finally:
+        dist.all_reduce = all_reduce
+
+
+def backward(model: nn.Module) -> None:
+    """The backward pass of this process's share of a batch."""
     x, y, weight = distributed.own_part(torch.randn(32, 1, 28, 28), torch.randint(0, 10, (32,)))
     (weight * cross_entropy(model(x), y)).backward()
-    distributed.reduce_gradients(model)
-    return sum(parameter.grad.nbytes for parameter in model.parameters() if parameter.grad is not None)
+
+
+def dense_messages(model: nn.Module) -> list[int]:
+    """Bytes of each message of DistributedDataParallel in a step."""
+    parallel = DistributedDataParallel(model)
+    parallel.register_comm_hook(None, allreduce_hook)  # in Python, so that it is counted
+    backward(parallel)  # after which the buckets are made anew
+    with counted() as messages:
+        backward(parallel)
+    return messages
+
+
+def low_rank_messages(model: nn.Module) -> list[int]:
+    """Bytes of each message in a step of DLRT that takes one pass."""
+    DLRT(model, torch.optim.SGD, lr=1e-4, tau=0.0)
+    backward(model)
+    with counted() as messages:
+        distributed.reduce_gradients(model)
+    return messages
 
 
 def compare(
     title: str, network: Callable[[], nn.Module], ranks: list[dict[str, int]]
 ) -> list[dict[str, str]]:
-    """A row for each choice of ranks, the same whatever the integrator; process 0 prints it as well."""
-    dense, rows = bytes_of(network()), []
+    """A row for each choice of ranks; process 0 prints it as well."""
+    dense, rows = dense_messages(network()), []
     for chosen in ranks:
-        text = "/".join(dict.fromkeys(map(str, chosen.values())))
-        model = low_rank(network(), chosen)
-        DLRT(model, torch.optim.SGD, lr=1e-4, tau=0.0)
-        sent = bytes_of(model)
-        row = {
+        sent = low_rank_messages(low_rank(network(), chosen))
+        rows.append({
             "network": title,
-            "ranks": text,
-            "dense": f"{dense / 1e6:.3f} MB",
-            "low-rank": f"{sent / 1e6:.3f} MB",
-        }
-        rows.append(row | {"fewer": f"{dense / sent:.2f} x"})
+            "ranks": "/".join(dict.fromkeys(map(str, chosen.values()))),
+            "dense": f"{sum(dense) / 1e6:.3f} MB",
+            "dense messages": str(len(dense)),
+            "low-rank": f"{sum(sent) / 1e6:.3f} MB",
+            "low-rank messages": str(len(sent)),
+            "fewer bytes": f"{sum(dense) / sum(sent):.2f} x",
+        })  # fmt: skip
         if distributed.process_rank() == 0:
             print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
     return rows

@@ -15,7 +15,7 @@ from functools import partial
 import pandas as pd
 import torch
 from measure import device_name, evaluation
-from networks import LENET5_RANKS, RESTING, low_rank, make_parser, mlp_ranks, parse, resting_dlrt
+from networks import LENET5_RANKS, low_rank, make_parser, mlp_ranks, parse, resting
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -73,10 +73,7 @@ def measure(network: Callable[[], nn.Module], data: tuple, integrator: str | Non
 
     def prepare() -> Callable[[], None]:
         model = network().to(device)
-        if integrator is None:
-            optimizer = torch.optim.SGD(model.parameters(), **RESTING)
-        else:
-            optimizer = resting_dlrt(model, integrator)
+        optimizer = resting(model, integrator)
         inputs, labels = x.to(device, copy=True), y.to(device, copy=True)
 
         closure = evaluation(model, optimizer, inputs, labels)

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from dlrt import DLRT, LowRank, LowRankConv2d, LowRankLinear
-from dlrt.options import NATURAL, HelpFormatter, Parser
+from dlrt.flags import NATURAL, HelpFormatter, Parser
+from dlrt.layers import LowRankLayer
 
 FACTORS = "factors"  # in the place of an integrator: plain factors U Vᵀ, with SGD
 LENET5_RANKS = {"conv1": 10, "conv2": 23, "fc1": 62}
@@ -18,10 +19,7 @@ RESTING = {"lr": 1e-4, "momentum": 0.9}  # of SGD: a step takes its time and cha
 
 
 def low_rank(model: nn.Module, ranks: dict[str, int]) -> nn.Module:
-    """Random low-rank layers in the places named; one too small for its rank gets its full rank.
-
-    Their singular values fall to a tenth: where many are equal, LAPACK's SVD may fail and be repeated.
-    """
+    """Random low-rank layers in the places named; one too small for its rank gets its full rank."""
     for name, rank in ranks.items():
         dense = getattr(model, name)
         rank = min(rank, *dense.weight.flatten(1).shape)
@@ -29,17 +27,29 @@ def low_rank(model: nn.Module, ranks: dict[str, int]) -> nn.Module:
             layer = LowRankConv2d(dense.in_channels, dense.out_channels, dense.kernel_size, rank)
         else:
             layer = LowRankLinear(dense.in_features, dense.out_features, rank)
-        sigma = torch.logspace(0, -1, rank)
-        S = sigma * torch.linalg.vector_norm(layer.S.detach()) / torch.linalg.vector_norm(sigma)
-        layer.factors = LowRank(layer.U, S.diag(), layer.V)
-        setattr(model, name, layer)
+        setattr(model, name, decaying(layer))
     return model
+
+
+def decaying(layer: LowRankLayer) -> LowRankLayer:
+    """The layer with singular values that fall to a tenth: of many equal ones LAPACK's SVD may fail."""
+    sigma = torch.logspace(0, -1, layer.rank)
+    S = sigma * torch.linalg.vector_norm(layer.S.detach()) / torch.linalg.vector_norm(sigma)
+    layer.factors = LowRank(layer.U, S.diag(), layer.V)
+    return layer
 
 
 def resting_dlrt(model: nn.Module, integrator: str, s_steps: int = 1, **bounds: float) -> DLRT:
     """DLRT of so small a step and tolerance that all ranks stay what they are, adaptive as they are."""
     bounds = {"tau": 1e-3, "min_rank": 1, **bounds}
     return DLRT(model, torch.optim.SGD, integrator=integrator, s_steps=s_steps, **bounds, **RESTING)
+
+
+def resting(model: nn.Module, integrator: str | None, s_steps: int = 1) -> torch.optim.Optimizer:
+    """DLRT with that integrator, or torch's SGD of a network without low-rank layers."""
+    if integrator is None:
+        return torch.optim.SGD(model.parameters(), **RESTING)
+    return resting_dlrt(model, integrator, s_steps)
 
 
 def mlp_ranks(rank: int) -> dict[str, int]:
