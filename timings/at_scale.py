@@ -98,7 +98,7 @@ def main() -> None:
         f"{args.tokens} tokens on each GPU. What every GPU holds (weights, gradients, velocity), gives to be "
         "summed and computes in a step, without activations and attention scores."
     )
-    tables.write(found, args.output_dir, caption, "at_scale")
+    tables.write(found, args.output_dir, caption, "at_scale", [*found.columns.drop("parameters")])
     print(tables.markdown(found, caption))
 
 

@@ -97,9 +97,9 @@ def main() -> None:
     choices = [mlp_ranks(rank) for rank in args.ranks]
     rows += compare(f"MLP {args.width}", lambda: MLP(width=args.width), choices)
     if distributed.process_rank() == 0:
-        tables.write(
-            pd.DataFrame(rows), args.output_dir, "Given to be summed in a step, float32.", "communication"
-        )
+        short = ("network", "ranks", "dense", "low-rank", "low-rank messages", "fewer bytes")
+        about = "Given to be summed in a step, float32."
+        tables.write(pd.DataFrame(rows), args.output_dir, about, "communication", short)
     distributed.stop()
 
 
