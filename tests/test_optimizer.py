@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dlrt
 from dlrt import DLRT, LowRank, LowRankConv2d, LowRankLinear, integrators
@@ -741,3 +742,32 @@ def test_frozen_layers_alone_are_refused():
         layer.S.requires_grad_(False)
     with pytest.raises(ValueError, match="must be trainable, got frozen ones alone: unfreeze an S"):
         DLRT(model, torch.optim.SGD, lr=0.1)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts how often the host waits for a number of the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        waits = (torch.ops.aten._local_scalar_dense, torch.ops.aten.is_nonzero, torch.ops.aten.equal)
+        self.count += function.overloadpacket in waits
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"nesterov": True}, {"update": "muon"}], ids=str)
+def test_between_two_decisions_the_host_waits_once_for_a_step_and_at_most_twice_for_a_basis(options):
+    """Whether the gradients are finite, and whether one pass of Gram-Schmidt is accurate, or two are."""
+    model = dlrt.to_low_rank(nn.Sequential(nn.Linear(300, 260), nn.Linear(260, 280)), rank=20)
+    optimizer = DLRT(model, torch.optim.SGD, lr=0.01, momentum=0.9, tau=0.01, **options)
+    reads = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        model(torch.randn(64, 300)).square().mean().backward()
+        with HostReads() as counted:
+            optimizer.step()
+        reads.append(counted.count)
+    layers = len(low_rank_layers(model))
+    between = reads[1:10]  # ranks are decided in the first step and in the eleventh
+    assert 1 + 2 * layers <= min(between) <= max(between) <= 1 + 2 * 2 * layers
+    assert min(reads[0], reads[10]) > max(between)
