@@ -29,6 +29,7 @@ def check_owner(layers: Names, optimizer: torch.optim.Optimizer) -> None:
                 "step that one, or make a new one"
             )
         if id(layer.S) not in own:
+            check_factors(name, layer.S)  # a shard is told as one
             raise RuntimeError(
                 f"{name} must have the parameters of which the DLRT was made, got others, as from "
                 "load_state_dict(assign=True): leave assign out, or make a new DLRT"
