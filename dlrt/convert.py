@@ -115,6 +115,16 @@ def _check_inputs(inputs: Tensor | None) -> None:
         raise ValueError("inputs must be finite, got inf or nan: leave out the samples that are damaged")
 
 
+def _check_weights(model: nn.Module, weights: dict[nn.Module, Tensor]) -> None:
+    for name, module in model.named_modules():
+        W = weights.get(module)
+        if W is not None and not W.is_meta and not W.isfinite().all():
+            raise ValueError(
+                f"weights must be finite, got inf or nan in {name or type(module).__name__}: load those from "
+                "before the training diverged"
+            )
+
+
 def _rank(W: Tensor, rank: int | float | None) -> int:
     """What a rank means for this weight."""
     largest = min(W.shape)
@@ -144,13 +154,7 @@ def _cut(
     kinds = {layer: _kind(layer, spatial) for layer in layers}
     weights = [kind.as_matrix(layer.weight.detach()) for layer, kind in kinds.items()]
     check_real(*weights)
-    for layer, W in zip(layers, weights, strict=True):
-        if not (W.is_meta or W.isfinite().all()):
-            name = next(name for name, module in model.named_modules() if module is layer)
-            raise ValueError(
-                f"weights must be finite, got inf or nan in {name or type(layer).__name__}: load those from "
-                "before the training diverged"
-            )
+    _check_weights(model, dict(zip(layers, weights, strict=True)))
     ranks = [_rank(W, rank) for W in weights]
     if inputs is None and compression is None:
         return [kinds[layer].from_dense(layer, r, tau) for layer, r in zip(layers, ranks, strict=True)]

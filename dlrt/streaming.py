@@ -38,14 +38,14 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
     def fit(self, X, y=None):
         """The PCA of X alone."""
-        return self._whole_or_not(X, first=True)
+        return self._whole_update(X, first=True)
 
     def partial_fit(self, X, y=None):
         """Take new samples, the next frame, or the next increment."""
-        return self._whole_or_not(X, first=not self.__sklearn_is_fitted__())
+        return self._whole_update(X, first=not self.__sklearn_is_fitted__())
 
-    def _whole_or_not(self, X, first):
-        """A call that fails leaves the model as it was."""
+    def _whole_update(self, X, first):
+        """An update of which a failure leaves the model as it was."""
         before = dict(vars(self))
         try:
             return self._update(X, first)
@@ -76,7 +76,7 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         update = self._append if self.follow == "samples" else self._move
         mean, sigma, V = update(torch.where(known, X, filled), mean, sigma, V)
 
-        degrees = max(self._weight - self._squares / self._weight, torch.finfo(X.dtype).tiny)
+        degrees = self._degrees(X)
         left = max(self._total - float(sigma.double().square().sum()), 0.0)
         self.noise_variance_ = left / degrees / max(X.shape[1] - len(sigma), 1)
         self.n_components_ = self._n_features_out = len(sigma)
@@ -151,6 +151,10 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         self._total = float(X.double().square().sum())
         return centre, sigma, Y.V
 
+    def _degrees(self, X):
+        """By how much squares are divided for a variance: of weights that are all 1, one less than rows."""
+        return max(self._weight - self._squares / self._weight, torch.finfo(X.dtype).tiny)
+
     def _found(self, X):
         """Mean, singular values and components as tensors like X."""
         found = self.mean_, self.singular_values_, self.components_.T
@@ -164,9 +168,7 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         largest = float(deviation.max())
         if not largest:
             return torch.zeros_like(scores)
-        info = torch.finfo(X.dtype)
-        degrees = max(self._weight - self._squares / self._weight, info.tiny)
-        noise = max(self.noise_variance_ * degrees / largest**2, info.eps)
+        noise = max(self.noise_variance_ * self._degrees(X) / largest**2, torch.finfo(X.dtype).eps)
         deviation = deviation / largest
         for i in (~known.all(dim=1)).nonzero().flatten().tolist():
             B = V[known[i]] * deviation

@@ -132,7 +132,7 @@ def main() -> None:
     args = parse(parser)
     for name in ("widths", "depths", "ranks"):
         if len(getattr(args, name)) < 2:
-            parser.error(f"--{name} must be at least two, of which one sees how cost grows, got one")
+            parser.error(f"--{name} must be two or more, between which cost grows, got one")
     torch.manual_seed(0)
     rows = []
     for axis, sizes in sweeps(args).items():
