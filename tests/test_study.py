@@ -125,3 +125,26 @@ def test_a_network_is_as_its_twin_and_what_is_measured_is_kept(run_script, tmp_p
     np.testing.assert_allclose(measured["difference"], 0, atol=1e-6)
     assert measured["energy"].between(0, 1).all()
     assert (measured["parameters"] == 3_940).all()
+
+
+def test_networks_of_several_seeds_are_compared_with_the_first_kind_of_other_seeds(run_script, tmp_path):
+    """Equal networks differ by nothing; a run without weights keeps its rows; one network has no other."""
+    flags = ["--dataset", "hard_clutter", "--epochs", 1, "--width", 0.25, "--quiet", "--output-dir", "runs"]
+    run_script("pytorch-grad-cam/convnet_clutter_baseline.py", *flags, "--name", "dense_seed0")
+    flags = ["--results", "runs", "--kinds", "dense", "twin", "--count", 20, "--output-dir", "out"]
+    done = run_script("pytorch-grad-cam/study/cifar10.py", *flags)
+    assert done.returncode == 1
+    assert "two finished runs dense_seedN" in done.stderr
+    for name in ("dense_seed1", "twin_seed0", "twin_seed1"):
+        shutil.copytree(tmp_path / "runs/dense_seed0", tmp_path / "runs" / name)
+    run_script("pytorch-grad-cam/study/cifar10.py", *flags)
+    rows = pd.read_csv(tmp_path / "out/cifar10_measured.csv")
+    assert len(rows) == 4 * 3
+    np.testing.assert_allclose(rows["difference"], 0, atol=1e-6)
+    rows["difference"] = np.where((rows["kind"] == "twin") & (rows["seed"] == 1), 0.5, 0.0)
+    rows.to_csv(tmp_path / "out/cifar10_measured.csv", index=False)
+    (tmp_path / "runs/twin_seed1/checkpoint.pt").unlink()
+    run_script("pytorch-grad-cam/study/cifar10.py", *flags)
+    table = pd.read_csv(tmp_path / "out/cifar10.csv").set_index("network")
+    assert table.loc["twin", "1 − r, Grad-CAM"] == "0.250 ± 0.354"
+    assert list(table["seeds"]) == [2, 2]

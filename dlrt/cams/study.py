@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import functools
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dlrt.cams import Maps, explain, known
 from dlrt.cams.compare import in_boxes, pearson
 from dlrt.cams.faithfulness import curves
 from dlrt.cams.networks import Network
 from dlrt.cams.targets import of_classes
-from dlrt.cluttered_digits import HARD, Clutter, held_out
+from dlrt.cluttered_digits import HARD, held_out
+from dlrt.datasets import load
 from dlrt.runs import chosen_epoch, epochs_done, read_metrics, read_options
 
 METHODS = ("gradcam", "layercam", "eigencam")
@@ -22,20 +24,36 @@ FROM_DENSE = ("continued", "compressed")
 PICTURES = 100
 
 
-@functools.cache
-def pictures() -> Clutter:
-    """The first test pictures."""
+@dataclass(frozen=True)
+class Sample:
+    """Pictures (N, C, H, W) in [0, 1], their classes (N,), and, if known, boxes (N, 4) of what is shown."""
+
+    images: Tensor
+    labels: np.ndarray
+    boxes: np.ndarray | None = None
+
+    def inputs(self, network: Network) -> Tensor:
+        mean, std = (torch.tensor(values)[:, None, None] for values in (network.mean, network.std))
+        return (self.images - mean) / std
+
+
+def clutter() -> Sample:
+    """The first test pictures of the hard cluttered digits."""
     test = held_out(HARD)
-    return Clutter(test.images[:PICTURES], test.labels[:PICTURES], test.boxes[:PICTURES])
+    images = torch.from_numpy(test.images[:PICTURES])[:, None] / 255
+    return Sample(images, test.labels[:PICTURES], test.boxes[:PICTURES])
 
 
-def inputs(network: Network) -> torch.Tensor:
-    images = torch.from_numpy(pictures().images)[:, None] / 255
-    return (images - network.mean[0]) / network.std[0]
+def of_dataset(name: str, count: int, data_dir: Path) -> Sample:
+    """The first test pictures of a data set; DataError where it is not there."""
+    data = load(name, data_dir, seed=0)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
+    return Sample(data.test.images[:count] * std + mean, data.test.labels[:count].numpy())
 
 
-def maps_of(network: Network, method: str) -> Maps:
-    return explain(network.model, inputs(network), of_classes(pictures().labels), method)
+def maps_of(network: Network, sample: Sample, method: str) -> Maps:
+    """Maps of the true classes."""
+    return explain(network.model, sample.inputs(network), of_classes(sample.labels), method)
 
 
 def difference(one: Maps, other: Maps) -> float:
@@ -43,38 +61,39 @@ def difference(one: Maps, other: Maps) -> float:
     return float(1 - np.nanmean(pearson(one.raw, other.raw)))
 
 
-def energy(maps: Maps) -> float:
-    test = pictures()
-    pairs = zip(maps.displayed, test.boxes, strict=True)
-    boxes = (in_boxes(shown, [box], test.images.shape[1:]) for shown, box in pairs)
+def energy(maps: Maps, sample: Sample) -> float:
+    """The share of the displayed maps that lies in the boxes; NaN where there are none."""
+    if sample.boxes is None:
+        return float("nan")
+    pairs = zip(maps.displayed, sample.boxes, strict=True)
+    boxes = (in_boxes(shown, [box], sample.images.shape[2:]) for shown, box in pairs)
     return float(np.nanmean([scores["energy"] for scores in boxes]))
 
 
-def insertion_minus_deletion(network: Network, maps: Maps) -> float:
+def insertion_minus_deletion(network: Network, maps: Maps, sample: Sample) -> float:
     """Divided by the probability of the true class; of the defined maps."""
     kept = maps.defined
-    x, shown = inputs(network)[torch.from_numpy(kept)], maps.displayed[kept]
-    classes = pictures().labels[kept].tolist()
-    found, p = curves(network.model, x, shown, classes)
+    x, shown = sample.inputs(network)[torch.from_numpy(kept)], maps.displayed[kept]
+    found, p = curves(network.model, x, shown, sample.labels[kept].tolist())
     return float((found["insertion"] - found["deletion"]).mean() / p.mean())
 
 
-def measure(folder: Path, references: dict[str, list[Maps]]) -> list[dict[str, object]]:
+def measure(folder: Path, references: dict[str, list[Maps]], sample: Sample) -> list[dict[str, object]]:
     """A row per method, of the network of a run; references are the maps to compare with, by method."""
     network, metrics = known.from_run(folder), read_metrics(folder)
     chosen = metrics.loc[chosen_epoch(metrics)]
     kind, seed = folder.name.split("_seed")
-    random = insertion_minus_deletion(network, maps_of(network, "randomcam"))
+    random = insertion_minus_deletion(network, maps_of(network, sample, "randomcam"), sample)
     rows = []
     for method in METHODS:
-        maps = maps_of(network, method)
+        maps = maps_of(network, sample, method)
         rows.append({
             "kind": kind, "seed": int(seed), "method": method,
             "accuracy": chosen["test_accuracy"], "parameters": int(chosen["evaluation_parameters"]),
             "undefined": int((~maps.defined).sum()),
             "difference": np.mean([difference(maps, other) for other in references[method]]),
-            "energy": energy(maps),
-            "faithfulness": insertion_minus_deletion(network, maps) - random,
+            "energy": energy(maps, sample),
+            "faithfulness": insertion_minus_deletion(network, maps, sample) - random,
         })  # fmt: skip
     return rows
 
@@ -82,9 +101,9 @@ def measure(folder: Path, references: dict[str, list[Maps]]) -> list[dict[str, o
 def complete(results: Path) -> list[int]:
     """The seeds of which all networks are trained to the end."""
     seeds = sorted(int(path.name.split("_seed")[1]) for path in results.glob(f"{KINDS[-1]}_seed*"))
-    names = {seed: [results / f"{kind}_seed{seed}" for kind in KINDS] for seed in seeds}
-    return [
-        seed
-        for seed, runs in names.items()
-        if all(epochs_done(run) == read_options(run).get("epochs") for run in runs)
-    ]
+    return [seed for seed in seeds if all(finished(results / f"{kind}_seed{seed}") for kind in KINDS)]
+
+
+def finished(run: Path) -> bool:
+    """Whether a run is trained to the end, and has its weights."""
+    return (run / "checkpoint.pt").is_file() and epochs_done(run) == read_options(run).get("epochs")

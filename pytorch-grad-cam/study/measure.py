@@ -13,7 +13,7 @@ import pandas as pd
 
 from dlrt import errors
 from dlrt.cams import known
-from dlrt.cams.study import FROM_DENSE, KINDS, METHODS, complete, maps_of, measure
+from dlrt.cams.study import FROM_DENSE, KINDS, METHODS, clutter, complete, maps_of, measure
 from dlrt.checkpoint import save_table
 from dlrt.flags import HelpFormatter, Parser
 
@@ -30,14 +30,15 @@ def main() -> None:
     rows = pd.read_csv(args.output).to_dict("records") if args.output.exists() else []
     there = {f"{row['kind']}_seed{row['seed']}" for row in rows}
     nets = [known.from_run(path) for path in sorted(args.results.glob("reference_seed*"))]
-    references = {method: [maps_of(network, method) for network in nets] for method in METHODS}
+    sample = clutter()
+    references = {method: [maps_of(network, sample, method) for network in nets] for method in METHODS}
     for seed in complete(args.results):
         dense = known.from_run(args.results / f"dense_seed{seed}")
-        start = {method: [maps_of(dense, method)] for method in METHODS}
+        start = {method: [maps_of(dense, sample, method)] for method in METHODS}
         for kind in KINDS:
             name = f"{kind}_seed{seed}"
             if name not in there:
-                rows += measure(args.results / name, start if kind in FROM_DENSE else references)
+                rows += measure(args.results / name, start if kind in FROM_DENSE else references, sample)
                 print(name, flush=True)
     save_table(args.output, pd.DataFrame(rows))
 
