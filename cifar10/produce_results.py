@@ -70,7 +70,8 @@ def with_ways(found: pd.DataFrame) -> pd.DataFrame:
     whole = (found["evaluation_parameters"] / (1 - found["evaluation_compression"] / 100)).groupby(
         found["network"]
     ).transform("max")  # fmt: skip
-    found["evaluation_compression"] = 100 * (1 - found["evaluation_parameters"] / whole)
+    for phase in ("evaluation", "training"):
+        found[f"{phase}_compression"] = 100 * (1 - found[f"{phase}_parameters"] / whole)
     return found
 
 

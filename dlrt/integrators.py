@@ -14,7 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dlrt.lowrank import LowRank, complement, qr, truncate
+from dlrt.augmented import augmented, formed
+from dlrt.lowrank import LowRank, qr, truncate
 
 
 class Operator(Protocol):
@@ -161,12 +162,12 @@ def parallel_step(
 
     F is given by FV (m, s) and FtU (n, r), and core (r, s) stands for Uᵀ F V where a weight has terms of its
     own in there. direction(D, Ŷ) turns the small matrix D into the one along which S moves, for Ŷ = Y in
-    those bases (see `velocity`); without it that is D itself.
+    those bases (see `velocity`); without it that is D itself. Bases are an
+    `AugmentedBasis` each, of which `truncate` forms what it keeps.
     """
-    Y_hat, D = augment(Y, FV, FtU, core)
-    return LowRank(
-        Y_hat.U, Y_hat.S + h * (D if direction is None else direction(D, Y_hat)), Y_hat.V
-    ), D  # S-step
+    Y_hat, D = _augment(Y, FV, FtU, core)
+    S1 = Y_hat.S + h * (D if direction is None else direction(D, Y_hat))  # S-step
+    return LowRank(Y_hat.U, S1, Y_hat.V), D
 
 
 def augment(Y: LowRank, FV: Tensor, FtU: Tensor, core: Tensor | None = None) -> tuple[LowRank, Tensor]:
@@ -175,9 +176,14 @@ def augment(Y: LowRank, FV: Tensor, FtU: Tensor, core: Tensor | None = None) -> 
     span Û = span[U, K1], since K1 = U S + h F V; likewise V̂. So Û diag(S, 0) V̂ᵀ = U S Vᵀ exactly. D and
     core are those of `parallel_step`.
     """
-    U1, C, R = complement(Y.U, FV)  # K-step: F V = U C + U1 R
-    V1, _, Rt = complement(Y.V, FtU)  # L-step
-    U_hat, V_hat = torch.cat([Y.U, U1], dim=1), torch.cat([Y.V, V1], dim=1)
+    Y_hat, D = _augment(Y, FV, FtU, core)
+    return LowRank(formed(Y_hat.U), Y_hat.S, formed(Y_hat.V)), D
+
+
+def _augment(Y: LowRank, FV: Tensor, FtU: Tensor, core: Tensor | None) -> tuple[LowRank, Tensor]:
+    """`augment`, whose bases are not formed."""
+    U_hat, C, R = augmented(Y.U, FV)  # K-step: F V = U C + U1 R
+    V_hat, _, Rt = augmented(Y.V, FtU)  # L-step
     Y_hat = LowRank(U_hat, pad(Y.S, (U_hat.shape[1], V_hat.shape[1])), V_hat)
     D = pad(C if core is None else core, Y_hat.S.shape)
     r, s = Y.S.shape

@@ -1,4 +1,4 @@
-"""A matrix held as U S Vᵀ, and what every integrator is made of: truncation, and a larger basis."""
+"""A matrix held as U S Vᵀ, and its truncation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class LowRank:
     space cannot grow beyond m columns. ValueError for shapes that do not fit, TypeError for complex numbers.
     """
 
-    U: Tensor
+    U: Tensor  # from `integrators.parallel_step` to the cut an AugmentedBasis, and V likewise
     S: Tensor
     V: Tensor
 
@@ -26,7 +26,7 @@ class LowRank:
         shapes = [tuple(factor.shape) for factor in (self.U, self.S, self.V)]
         if any(len(shape) != 2 for shape in shapes) or (shapes[0][1], shapes[2][1]) != shapes[1]:
             raise ValueError(f"U S Vᵀ needs shapes (m, k), (k, l), (n, l), got {', '.join(map(str, shapes))}")
-        check_real(self.U, self.S, self.V)
+        check_real(self.S, *(basis for basis in (self.U, self.V) if isinstance(basis, Tensor)))
 
     @property
     def rank(self) -> int:
@@ -113,7 +113,7 @@ def truncate(Y: LowRank, tau: float | None = None, min_rank: int = 1, max_rank: 
     `truncated_svd`.
     """
     P, sigma, Q = truncated_svd(Y.S, tau, min_rank, max_rank)
-    return LowRank(rotate(Y.U, P), sigma.diag(), rotate(Y.V, Q))
+    return LowRank(Y.U @ P, sigma.diag(), Y.V @ Q)
 
 
 def leading_subspace(S: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,89 +128,3 @@ def leading_subspace(S: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     P, _ = qr(S[:, :rank])
     Q, S1t = qr(S.mT @ P)
     return P, S1t.mT, Q
-
-
-def complement(U: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U1 (m, p), C (k, r), R (p, r) with A = U C + U1 R and [U U1] orthonormal, for U (m, k), A (m, r).
-
-    p = min(r, m - k). U is orthonormal already, so only A is factorised. Where A is long and large that is
-    block Gram-Schmidt against U and a Cholesky QR, all of it matrix products; both twice where once is not
-    accurate (Yamamoto et al. 2015). Where A adds fewer than p directions, or some hardly, its Gram matrix is
-    not definite: then Householder's QR takes the first Cholesky's place, and adds arbitrary directions.
-    ValueError for half precision.
-    """
-    check_precision("matrices", A)
-    m, r = A.shape
-    outside = m - U.shape[1]
-    if 5 * r < 2 * m and m * r > 4096 and r <= outside:  # elsewhere LAPACK's QR is as fast
-        found = _gram_schmidt(U, A) or _gram_schmidt(U, A, noisy=True)
-        if found:
-            return found
-    # as many directions as there are outside U complete it, whatever A is
-    scale = A.abs().amax(0).clamp(min=torch.finfo(A.dtype).tiny)
-    U1 = qr(torch.cat([U, (A / scale)[:, :outside]], dim=1))[0][:, U.shape[1] :]
-    return U1, U.mT @ A, U1.mT @ A
-
-
-def _gram_schmidt(U: Tensor, A: Tensor, noisy: bool = False) -> tuple[Tensor, Tensor, Tensor] | None:
-    """U1, C, R of `complement`, or None where two passes are not accurate; noisy: the first by `noisy_qr`."""
-    entries = A.abs()
-    scale = (entries.amax(0) if noisy else entries.max()).clamp(min=torch.finfo(A.dtype).tiny)
-    B = A / scale  # its squares do not overflow
-    C = U.mT @ B
-    B.addmm_(U, C, alpha=-1)
-    if noisy:
-        U1, R = noisy_qr(B)
-    else:
-        R, inverse = _cholesky(B)
-        if _accurate(C, R, inverse):
-            return B @ inverse, C * scale, R * scale
-        U1 = torch.linalg.solve_triangular(R, B, upper=True, left=False)  # U1 R = B although R is inaccurate
-    again = U.mT @ U1
-    U1.addmm_(U, again, alpha=-1)
-    R1, inverse = _cholesky(U1)
-    if not _accurate(again, R1, inverse):
-        return None
-    return U1 @ inverse, (C + again @ R) * scale, R1 @ R * scale
-
-
-def _cholesky(B: Tensor) -> tuple[Tensor, Tensor]:
-    """R and R⁻¹ for B = Q R, of the Gram matrix: inexact where columns are nearly dependent, or NaN."""
-    R, failed = torch.linalg.cholesky_ex(B.mT @ B, upper=True)
-    R = R.where(failed == 0, torch.nan)  # else it holds what is left of the Gram matrix
-    return R, torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
-
-
-def _accurate(C: Tensor, R: Tensor, inverse: Tensor) -> bool:
-    """Whether U1 = B R⁻¹ is orthonormal, and orthogonal to U, to 3e-3 √r in float32; not where it is NaN.
-
-    Mostly it is ten to a hundred times better, and `rotate` takes the error back. With columns of B scaled
-    to length 1, U1ᵀ U1 - I is at most about 8 ‖R⁻¹‖² rounding errors. Uᵀ U1 is at most about 12 ‖R⁻¹‖ max
-    ‖c‖ / ‖b‖ of them, for columns c of C and b of B: what projection cancels. (Frobenius norms; the factors
-    were measured over random matrices, r from 3 to 320.)
-    """
-    finfo, length = torch.finfo(R.dtype), torch.linalg.vector_norm(R, dim=0)
-    exact = length.amin() > (finfo.tiny / finfo.eps) ** 0.5  # smaller squares have lost digits
-    grown = torch.linalg.matrix_norm(length.unsqueeze(1) * inverse)
-    cancelled = (torch.linalg.vector_norm(C, dim=0) / length).amax()
-    return bool(exact & (grown * torch.maximum(grown, cancelled) < 3e3 * len(R) ** 0.5))
-
-
-def noisy_qr(A: Tensor) -> tuple[Tensor, Tensor]:
-    """Householder's QR of A (columns of order 1) with rounding errors added: what A lacks becomes random."""
-    generator = torch.Generator(A.device).manual_seed(0)  # the same in all processes
-    noise = torch.randn(A.shape, dtype=A.dtype, device=A.device, generator=generator)
-    return qr(A.add(noise, alpha=4 * torch.finfo(A.dtype).eps))
-
-
-def rotate(U: Tensor, P: Tensor, polish: bool = True) -> Tensor:
-    """U P, orthonormal, for orthonormal U (m, k) and P (k, r).
-
-    Rounding would add up over thousands of steps; with `polish` one Newton-Schulz step, U (3 I - Uᵀ U) / 2,
-    squares the error away.
-    """
-    B = U @ P
-    if not polish:
-        return B
-    gram = B.mT @ B
-    return B @ torch.eye(len(gram), dtype=gram.dtype, device=gram.device).mul_(1.5).sub_(gram, alpha=0.5)

@@ -20,7 +20,6 @@ from dlrt.velocity import Velocity
 from dlrt.weight_step import WeightStep
 
 Moved = tuple[LowRank, Velocity | None]
-POLISH_EVERY = 10  # steps, after which rounding errors of the bases are taken back
 
 
 class DLRT(torch.optim.Optimizer):
@@ -247,8 +246,7 @@ class DLRT(torch.optim.Optimizer):
                     f"the SVD of S fails in {self.layers[layer]}: {error}"
                 ) from error
             S1 = sigma.diag()
-        polish = decides or self.group["steps"] % POLISH_EVERY == 0
-        weight.cut(Y_hat, M, P, S1, Q, polish)
+        weight.cut(Y_hat, M, P, S1, Q)
 
     def _max_rank(self, layer: LowRankLayer) -> int:
         return self.group["max_ranks"][list(self.layers).index(layer)]

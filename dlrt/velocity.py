@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlrt.augmented import AugmentedBasis
 from dlrt.integrators import pad
 from dlrt.lowrank import LowRank, svd
 
@@ -54,8 +55,13 @@ def coefficients(M: Velocity, Y_hat: LowRank) -> Tensor:
     r, s = M.core.shape
     D = pad(M.core, Y_hat.S.shape)
     if Y_hat.S.shape != (r, s):
-        D[:r, s:], D[r:, :s] = M.MU.mT @ Y_hat.V[:, s:], Y_hat.U[:, r:].mT @ M.MV
+        D[:r, s:], D[r:, :s] = _added_times(Y_hat.V, M.MU).mT, _added_times(Y_hat.U, M.MV)
     return D
+
+
+def _added_times(basis: Tensor | AugmentedBasis, X: Tensor) -> Tensor:
+    """U1ᵀ X for a basis [U U1], where U has as many columns as X."""
+    return basis[:, X.shape[1] :].mT @ X if isinstance(basis, Tensor) else basis.added_times(X)
 
 
 def carried(M: Velocity, Y_hat: LowRank, P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:

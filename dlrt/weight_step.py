@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlrt.augmented import formed
 from dlrt.distributed import check_ranks_may_move
 from dlrt.integrators import Direction, augment, galerkin, parallel_step, update_bases
 from dlrt.layers import LowRankLayer
-from dlrt.lowrank import LowRank, rotate
+from dlrt.lowrank import LowRank
 from dlrt.velocity import Tangent, Velocity, adam, carried, coefficients, rotate_squares, rule_of
 
 
@@ -129,6 +130,7 @@ class WeightStep:
     def rest(self, Y_hat: LowRank, M: Velocity | None) -> None:
         """Leave the layer in these bases, and of the velocity what lies in them."""
         rank = self.kept_rank
+        Y_hat = LowRank(formed(Y_hat.U), Y_hat.S, formed(Y_hat.V))
         self._put(Y_hat, None, None, None if M is None else coefficients(M, Y_hat))
         self.state[self.layer.S]["rank"] = rank
         self.layer.trains_bases = False
@@ -137,11 +139,11 @@ class WeightStep:
         """Take new coefficients in the present bases, to which the velocity belongs."""
         self._put(Y1, *(self.state[factor].get("velocity") for factor in self._factors))
 
-    def cut(self, Y_hat: LowRank, M: Velocity | None, P: Tensor, S1: Tensor, Q: Tensor, polish: bool) -> None:
+    def cut(self, Y_hat: LowRank, M: Velocity | None, P: Tensor, S1: Tensor, Q: Tensor) -> None:
         """Leave the layer at Û P S1 Qᵀ V̂ᵀ, and the velocity in its tangent space; then its bases train."""
         rotate_squares(self.state[self.layer.S], P, Q)
         along = carried(M, Y_hat, P, Q) if M is not None and self.beta else ()
-        self._put(LowRank(rotate(Y_hat.U, P, polish), S1, rotate(Y_hat.V, Q, polish)), *along)
+        self._put(LowRank(Y_hat.U @ P, S1, Y_hat.V @ Q), *along)
         self.layer.trains_bases = True
 
     def _along(self) -> tuple[Tangent, Tangent, Direction]:

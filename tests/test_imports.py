@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     ["checks", "cluttered_digits", "timing", "hooks", "errors"],
     ["lowrank", "plots", "flags"],
-    ["ranks", "integrators", "layers", "blocks"],
+    ["augmented", "ranks", "layers", "blocks"],
+    ["integrators"],
     ["thin_convolutions"],
     ["velocity", "curvature", "fields", "attention", "convolutions", "streaming"],
     ["adapters", "convertible"],

@@ -757,7 +757,7 @@ class HostReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("options", [{}, {"nesterov": True}, {"update": "muon"}], ids=str)
 def test_between_two_decisions_the_host_waits_once_for_a_step_and_at_most_twice_for_a_basis(options):
-    """Whether the gradients are finite, and whether one pass of Gram-Schmidt is accurate, or two are."""
+    """Whether the gradients are finite, and whether one Gram matrix is accurate, or a second is."""
     model = dlrt.to_low_rank(nn.Sequential(nn.Linear(300, 260), nn.Linear(260, 280)), rank=20)
     optimizer = DLRT(model, torch.optim.SGD, lr=0.01, momentum=0.9, tau=0.01, **options)
     reads = []

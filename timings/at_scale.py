@@ -55,7 +55,7 @@ def update(m: int, n: int, rank: int, smaller: int = SMALLER) -> float:
     counted = 0
     for _ in range(ROUND):
         optimizer.zero_grad()
-        layer(torch.randn(2 * rank, n)).square().mean().backward()
+        (layer(torch.randn(2 * rank, n)) * torch.randn(2 * rank, m)).mean().backward()  # of any direction
         counted += flops(optimizer.step)
     return smaller**3 * counted / ROUND
 
