@@ -22,7 +22,12 @@ MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3  # of pixels in [0, 1], for the w
 
 
 def padded(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """x padded for ceil(size / stride) outputs, as TensorFlow does it: an odd pixel goes right or below."""
+    """x padded for ceil(size / stride) outputs, as TensorFlow does it: an odd pixel goes right or below.
+
+    A convolution with stride 1 may pad itself, on both sides alike, which saves a copy.
+    """
+    if any(conv.padding):
+        return x
     kernel, stride = conv.kernel_size[0], conv.stride[0]
     height, width = (max(kernel - 1 - (size - 1) % stride, 0) for size in x.shape[2:])
     return F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
@@ -40,7 +45,8 @@ class Block(nn.Module):
         inner = before * expansion
         if expansion > 1:
             self.expand_conv, self.bn0 = nn.Conv2d(before, inner, 1, bias=False), norm(inner)
-        self.depthwise_conv = nn.Conv2d(inner, inner, kernel, stride, groups=inner, bias=False)
+        padding = kernel // 2 if stride == 1 else 0
+        self.depthwise_conv = nn.Conv2d(inner, inner, kernel, stride, padding, groups=inner, bias=False)
         self.bn1, self.relu = norm(inner), nn.ReLU6()
         self.project_conv, self.bn2 = nn.Conv2d(inner, channels, 1, bias=False), norm(channels)
         self.expands, self.keeps_shape = expansion > 1, stride == 1 and before == channels
