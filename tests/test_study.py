@@ -148,3 +148,9 @@ def test_networks_of_several_seeds_are_compared_with_the_first_kind_of_other_see
     table = pd.read_csv(tmp_path / "out/cifar10.csv").set_index("network")
     assert table.loc["twin", "1 − r, Grad-CAM"] == "0.250 ± 0.354"
     assert list(table["seeds"]) == [2, 2]
+    (tmp_path / "out/cifar10_measured.csv").write_text("nothing", encoding="utf-8")
+    done = run_script("pytorch-grad-cam/study/cifar10.py", *flags)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert (
+        "cifar10_measured.csv is lost or damaged: restore it, or delete it and measure again" in done.stderr
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -16,12 +17,31 @@ from dlrt.cams.networks import Network
 from dlrt.cams.targets import of_classes
 from dlrt.cluttered_digits import HARD, held_out
 from dlrt.datasets import load
-from dlrt.runs import chosen_epoch, epochs_done, read_metrics, read_options
+from dlrt.runs import chosen_epoch, epochs_done, read_metrics, read_options, read_table
 
 METHODS = ("gradcam", "layercam", "eigencam")
 KINDS = ("dense", "lowrank", "narrow", "continued", "compressed")
 FROM_DENSE = ("continued", "compressed")
 PICTURES = 100
+
+
+class Measured(TypedDict):
+    """What a row of a table of measurements must say, for one that goes on."""
+
+    kind: str
+    seed: int
+    method: str
+    accuracy: float
+    parameters: int
+    difference: float
+    faithfulness: float
+
+
+def kept(path: Path) -> list[dict[str, object]]:
+    """The rows that were measured before; RunError where their table is damaged."""
+    return (
+        read_table(path, Measured, "delete it and measure again").to_dict("records") if path.exists() else []
+    )
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import pandas as pd
 
 from dlrt import errors, tables
 from dlrt.cams import known
-from dlrt.cams.study import METHODS, Sample, finished, maps_of, measure, of_dataset
+from dlrt.cams.study import METHODS, Sample, finished, kept, maps_of, measure, of_dataset
 from dlrt.cams.study_results import METHODS as TITLES
 from dlrt.checkpoint import load_network, save_table
 from dlrt.errors import RunError
@@ -53,7 +53,7 @@ def trained(folder: Path, kinds: list[str]) -> dict[str, dict[int, Path]]:
     return found
 
 
-def measured(runs: dict[str, dict[int, Path]], sample: Sample) -> pd.DataFrame:
+def measured(runs: dict[str, dict[int, Path]], sample: Sample) -> list[dict[str, object]]:
     """A row per network and method."""
     dense, *_ = runs.values()
     networks = {seed: known.from_run(path) for seed, path in dense.items()}
@@ -70,7 +70,7 @@ def measured(runs: dict[str, dict[int, Path]], sample: Sample) -> pd.DataFrame:
             }
             rows += measure(path, others, sample)
             print(path.name, flush=True)
-    return pd.DataFrame(rows)
+    return rows
 
 
 def table(rows: pd.DataFrame, kinds: list[str]) -> pd.DataFrame:
@@ -111,15 +111,13 @@ def main() -> None:
     add("--data-dir", type=Path, default=DATA_DIR, help="or set DLRT_DATA")
     add("--output-dir", type=Path, default=HERE, help="of the measurements and the table")
     args = parser.parse_args()
-    found = trained(args.results, args.kinds)
+    found, path = trained(args.results, args.kinds), args.output_dir / "cifar10_measured.csv"
+    before = kept(path)
     _, about = load_network(next(iter(found[args.kinds[0]].values())))
-    rows = measured(found, of_dataset(about["dataset"], args.count, args.data_dir))
+    new = measured(found, of_dataset(about["dataset"], args.count, args.data_dir))
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    path = args.output_dir / "cifar10_measured.csv"
-    if path.exists():
-        kept = pd.read_csv(path)
-        names = rows["kind"] + rows["seed"].astype(str)
-        rows = pd.concat([kept[~(kept["kind"] + kept["seed"].astype(str)).isin(names)], rows])
+    again = {(row["kind"], row["seed"]) for row in new}
+    rows = pd.DataFrame([*(row for row in before if (row["kind"], row["seed"]) not in again), *new])
     rows = rows.sort_values(["kind", "seed"], kind="stable")
     save_table(path, rows)
     data, first = tables.DATA.get(about["dataset"], about["dataset"]), KINDS.get(args.kinds[0], args.kinds[0])

@@ -13,7 +13,7 @@ import pandas as pd
 
 from dlrt import errors
 from dlrt.cams import known
-from dlrt.cams.study import FROM_DENSE, KINDS, METHODS, clutter, complete, maps_of, measure
+from dlrt.cams.study import FROM_DENSE, KINDS, METHODS, clutter, complete, kept, maps_of, measure
 from dlrt.checkpoint import save_table
 from dlrt.flags import HelpFormatter, Parser
 
@@ -27,7 +27,7 @@ def main() -> None:
     add("--results", type=Path, default=HERE / "results", help="the folder with the runs")
     add("--output", type=Path, default=HERE / "measurements.csv", help="the table, which is continued")
     args = parser.parse_args()
-    rows = pd.read_csv(args.output).to_dict("records") if args.output.exists() else []
+    rows = kept(args.output)
     there = {f"{row['kind']}_seed{row['seed']}" for row in rows}
     nets = [known.from_run(path) for path in sorted(args.results.glob("reference_seed*"))]
     sample = clutter()
