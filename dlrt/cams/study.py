@@ -92,9 +92,9 @@ def energy(maps: Maps, sample: Sample) -> float:
 
 def insertion_minus_deletion(network: Network, maps: Maps, sample: Sample) -> float:
     """Divided by the probability of the true class; of the defined maps."""
-    kept = maps.defined
-    x, shown = sample.inputs(network)[torch.from_numpy(kept)], maps.displayed[kept]
-    found, p = curves(network.model, x, shown, sample.labels[kept].tolist())
+    defined = maps.defined
+    x, shown = sample.inputs(network)[torch.from_numpy(defined)], maps.displayed[defined]
+    found, p = curves(network.model, x, shown, sample.labels[defined].tolist())
     return float((found["insertion"] - found["deletion"]).mean() / p.mean())
 
 
