@@ -125,25 +125,21 @@ def stop(number: int, frame: FrameType | None) -> None:
 
 
 def make(network: str, epochs: int, jobs: int, args: argparse.Namespace) -> None:
-    """All runs of a network, budget by budget and seed by seed."""
+    """All runs of a network, budget by budget and seed by seed; those that cut dense nets come after them."""
     scales = choose_scales(network, args, jobs) if args.tune else {}
+    choices = [(way, rule) for rule in args.rules for way in WAYS if way in args.ways]
 
     for compression in args.compressions:
+        runs, then = [], []
         for seed in range(args.seeds):
             common = {**grid.shared_options(args), "epochs": epochs, "seed": seed}
-            made = {
-                (way, rule): plan(network, way, rule, compression, common, scales.get((way, rule), 1.0))
-                for rule in args.rules
-                for way in WAYS
-                if way in args.ways
-            }
-            then = cuts(network, compression, common, args.output_dir) if "cut" in args.ways else []
+            runs += [plan(network, *choice, compression, common, scales.get(choice, 1.0)) for choice in choices]
             if "published" in args.ways and compression == args.compressions[0]:
-                then.append(published(network, common))
-            if then:  # some of them begin with dense weights
-                first = [made.pop(choice) for choice in list(made) if choice[0] == "dense"]
-                grid.make(first, args.output_dir, jobs, may_diverge=True, then=then)
-            grid.make([*made.values(), *then], args.output_dir, jobs, may_diverge=True)
+                runs.append(published(network, common))
+            if "cut" in args.ways:
+                then += cuts(network, compression, common, args.output_dir)
+        grid.make(runs, args.output_dir, jobs, may_diverge=True, then=then)
+        grid.make(then, args.output_dir, jobs, may_diverge=True)
 
 
 @errors.boundary("the same command goes on")

@@ -93,21 +93,24 @@ def _by_gram_matrix(U: Tensor, N: Tensor, A: Tensor, errors: float) -> tuple[Aug
     """[U N, U1], and R with A = U N C + U1 R; and whether U1 is orthonormal to 8 √r times so many errors.
 
     Rounding errors, that is; mostly it is ten to a hundred times better. With columns of A - U N C scaled to
-    length 1, U1ᵀ U1 - I is at most about 8 (1 + c²) ‖R⁻¹‖² of them, and Nᵀ Uᵀ U1 less, where c is the largest
-    ratio of a column of C to one of A - U N C: what subtraction cancels. (Frobenius norms; measured over
-    random matrices, r from 3 to 320.)
+    length 1, U1ᵀ U1 - I is at most about 8 c ‖R⁻¹‖² of them, and Nᵀ Uᵀ U1 less, where c is the largest ratio of
+    ‖a‖² of a column of A to that of A - U N C: what subtraction cancels. (Frobenius norms; measured over random
+    matrices, r from 3 to 320.)
     """
     C = N @ (U.mT @ A)
-    R, failed = torch.linalg.cholesky_ex((A.mT @ A).addmm_(C.mT, C, alpha=-1), upper=True)
-    R = R.where(failed == 0, torch.nan)  # else it holds what is left of the Gram matrix
+    gram = A.mT @ A
+    outside = gram.addmm(C.mT, C, alpha=-1)
+    R, failed = torch.linalg.cholesky_ex(outside, upper=True)
     eye = torch.eye(len(R), dtype=R.dtype, device=R.device)
     inverse = torch.linalg.solve_triangular(R, eye, upper=True)
-    finfo, length = torch.finfo(R.dtype), torch.linalg.vector_norm(R, dim=0)
-    exact = length.amin() > (finfo.tiny / finfo.eps) ** 0.5  # smaller squares have lost digits
-    grown = torch.linalg.matrix_norm(length.unsqueeze(1) * inverse)
-    cancelled = (torch.linalg.vector_norm(C, dim=0) / length).amax()
-    accurate = exact & (grown.square() * (1 + cancelled.square()) < errors * len(R) ** 0.5)
-    return AugmentedBasis(U, N, A, C, inverse), R, bool(accurate)
+    squares = outside.diagonal()
+    grown = squares @ inverse.square().sum(1) * (gram.diagonal() / squares).amax()
+    grown, least, fails = torch.stack([grown, squares.amin(), failed.to(R.dtype)]).tolist()
+    finfo = torch.finfo(R.dtype)
+    exact = not fails and least > finfo.tiny / finfo.eps  # smaller squares have lost digits
+    if fails:
+        R = torch.full_like(R, torch.nan)  # instead of what is left of the Gram matrix
+    return AugmentedBasis(U, N, A, C, inverse), R, exact and grown < errors * len(R) ** 0.5
 
 
 def _orthogonalised(basis: AugmentedBasis, R: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

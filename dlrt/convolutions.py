@@ -73,6 +73,10 @@ class LowRankConv2d(LowRankLayer):
         inner_padding = self.padding if pads_itself else (0, 0)
         self._channels_last = False  # whether outputs are so, whatever inputs are
         self._geometry = {"stride": stride, "padding": inner_padding, "dilation": self.dilation}
+        geometry = {"size": self.kernel_size, **self._geometry}
+        first, second = (along(geometry, directions) for directions in self.directions)
+        # the two convolutions that y = x V Sᵀ Uᵀ consists of
+        self.thin = Thin(self.in_channels, **first), Thin(self.out_channels, **second)
 
     @classmethod
     def in_place_of(cls, conv: nn.Conv2d) -> LowRankConv2d:
@@ -106,13 +110,6 @@ class LowRankConv2d(LowRankLayer):
     def _memory_format(self) -> torch.memory_format:
         return torch.channels_last if self._channels_last else torch.contiguous_format
 
-    @property
-    def thin(self) -> tuple[Thin, Thin]:
-        """The two convolutions that y = x V Sᵀ Uᵀ consists of."""
-        geometry = {"size": self.kernel_size, **self._geometry}
-        first, second = (along(geometry, directions) for directions in self.directions)
-        return Thin(self.in_channels, **first), Thin(self.out_channels, **second)
-
     def thin_layers(self) -> tuple[nn.Conv2d, nn.Conv2d]:
         geometry = {name: getattr(self, name) for name in ("kernel_size", "stride", "padding", "dilation")}
         first_options, second_options = (along(geometry, directions) for directions in self.directions)
@@ -135,8 +132,10 @@ class LowRankConv2d(LowRankLayer):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 3:
             return self.forward(x[None])[0]
-        as_channels_last = self._channels_last or is_channels_last(x)
-        x = with_gradient_laid_out(x)
+        is_laid_out = is_channels_last(x)
+        as_channels_last = self._channels_last or is_laid_out
+        if not is_laid_out or self._pads_before or self._every != (1, 1):
+            x = with_gradient_laid_out(x)
         if self._pads_before:
             x = padded(self, x)
         if self._every != (1, 1):

@@ -54,6 +54,7 @@ class LinearMap(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # of a, which would be zeros
         ctx.save_for_backward(*inputs[:4], output[1])
 
     @staticmethod
@@ -195,15 +196,16 @@ class LowRankLayer(nn.Module):
             basis.grad = None
 
     def forward(self, x: Tensor) -> Tensor:
-        (m, n), r = self.shape, self.rank
+        U, S, V = self.U, self.S, self.V
+        m, n, r = U.shape[0], V.shape[0], min(S.shape)
         if r * (m + n) >= m * n:  # then one dense map costs less than two thin ones
             return self.dense_map(x, self.weight)
         if not self._trains_bases or not torch.is_grad_enabled() or torch.compiler.is_exporting():
-            return self.plain_map(x, self.U.detach(), self.S, self.V.detach())
+            return self.plain_map(x, U.detach(), S, V.detach())
         device = x.device.type
         if x.dtype == torch.float32 and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))  # so that it waits for the backward pass as such
-        return self.map(x, self.U, self.S, self.V)
+        return self.map(x, U, S, V)
 
     def _matrix(self) -> Tensor:
         """U S Vᵀ (m, n), through which the factors get their gradients."""
@@ -312,7 +314,7 @@ def rows_of(x: Tensor, channels: int) -> Tensor:
 
 def in_type_of(g: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """For backward passes: under autocast g may be bfloat16 or float16, and the factors never are."""
-    return tuple(tensor.to(g.dtype) for tensor in tensors)
+    return tuple(tensor if tensor.dtype == g.dtype else tensor.to(g.dtype) for tensor in tensors)
 
 
 def take_over(layer: LowRankLayer, dense: nn.Module) -> LowRankLayer:

@@ -23,9 +23,10 @@ class LowRank:
     V: Tensor
 
     def __post_init__(self) -> None:
-        shapes = [tuple(factor.shape) for factor in (self.U, self.S, self.V)]
-        if any(len(shape) != 2 for shape in shapes) or (shapes[0][1], shapes[2][1]) != shapes[1]:
-            raise ValueError(f"U S Vᵀ needs shapes (m, k), (k, l), (n, l), got {', '.join(map(str, shapes))}")
+        U, S, V = shapes = self.U.shape, self.S.shape, self.V.shape
+        if not (len(U) == len(S) == len(V) == 2 and U[1] == S[0] and V[1] == S[1]):
+            came = ", ".join(str(tuple(shape)) for shape in shapes)
+            raise ValueError(f"U S Vᵀ needs shapes (m, k), (k, l), (n, l), got {came}")
         check_real(self.S, *(basis for basis in (self.U, self.V) if isinstance(basis, Tensor)))
 
     @property

@@ -61,9 +61,9 @@ def check_finite(layers: Names, groups: Sequence[dict[str, Any]]) -> None:
     trained = [p for group in groups for p in group["params"] if p.grad is not None]
     trained = [p for p in trained if p.grad.layout == torch.strided]
     # the sum is not finite where an entry is not, and takes a tenth of the time that isfinite() takes
-    sums = [p.grad.sum() for p in trained]
     device = next(iter(layers)).S.device
-    if not sums or torch.stack([total.to(device).isfinite() for total in sums]).all():
+    sums = [p.grad.sum().to(device, torch.float32) for p in trained]
+    if not sums or torch.stack(sums).isfinite().all():
         return
     names = {p: name for layer, name in layers.items() for p in (layer.U, layer.S, layer.V)}
     for p in sorted(trained, key=lambda p: p not in names):

@@ -47,13 +47,12 @@ class Thin(NamedTuple):
         return U.unflatten(0, (self.channels, *self.size)).permute(0, 3, 1, 2)
 
     def convolve(self, x: Tensor, filters: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.conv2d(x, laid_out_as(x, filters), bias, self.stride, self.padding, self.dilation)
+        return F.conv2d(x, filters, bias, self.stride, self.padding, self.dilation)
 
     def backward(self, g: Tensor, x: Tensor, filters: Tensor, of_x: bool, of_filters: bool) -> list[Tensor]:
         """The gradients for x and filters of `convolve`, where wanted, from the gradient g for its output."""
         geometry = (self.stride, self.padding, self.dilation, False, [0, 0], 1, [of_x, of_filters, False])
-        g, filters = laid_out_as(x, g), laid_out_as(x, filters)
-        return torch.ops.aten.convolution_backward(g, x, filters, None, *geometry)[:2]
+        return torch.ops.aten.convolution_backward(laid_out_as(x, g), x, filters, None, *geometry)[:2]
 
 
 def laid_out_as(x: Tensor, other: Tensor) -> Tensor:
@@ -71,7 +70,10 @@ def channels_last(x: Tensor) -> Tensor:
 
     vmap knows no `contiguous` with a memory format, and torch fails at other strides of such sizes.
     """
-    rows = x.permute(0, 2, 3, 1).contiguous()
+    rows = x.permute(0, 2, 3, 1)
+    if 1 not in rows.shape and rows.is_contiguous():
+        return x
+    rows = rows.contiguous()
     return rows.flatten().view(rows.shape).permute(0, 3, 1, 2)
 
 
@@ -104,6 +106,7 @@ class ConvolutionMap(torch.autograd.Function):
     def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         ctx.first, ctx.second = inputs[5:]
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # of a, which would be zeros
         ctx.save_for_backward(*inputs[:4], output[1])
 
     @staticmethod
@@ -115,7 +118,8 @@ class ConvolutionMap(torch.autograd.Function):
         # the filters of U make b = g U of g; their own gradient is gᵀ x V = G V
         b, GV = second.backward(g, a, second.outward(U), of_x or of_V, of_U or of_S)
         GV = GV.permute(0, 2, 3, 1).flatten(0, 2) if of_U or of_S else None
-        x_grad = first.backward(b, x, first.inward(V @ S.mT), True, False)[0] if of_x else None
-        GtU = first.backward(b, x, first.inward(V), False, True)[1].flatten(1).mT if of_V else None
+        # of filters V Sᵀ comes the gradient for x; their own is xᵀ b = Gᵀ U, whatever they are
+        x_grad, GtU = first.backward(b, x, first.inward(V @ S.mT), of_x, of_V)
+        GtU = GtU.flatten(1).mT if of_V else None
         S_grad, g_sum = U.mT @ GV if of_S else None, total(g) if of_bias else None
         return x_grad, GV if of_U else None, S_grad, GtU, g_sum, None, None

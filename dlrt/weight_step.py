@@ -59,7 +59,7 @@ class WeightStep:
         """∇_W L, by what the backward pass has left in .grad; λ W = U (λ S) Vᵀ adds to core alone."""
         layer, group, Y = self.layer, self.group, self.layer.factors
         decay = 0.0 if group["decoupled"] else group["weight_decay"]
-        core = (-layer.S.grad if group["maximize"] else layer.S.grad) + decay * Y.S
+        core = (-layer.S.grad if group["maximize"] else layer.S.grad).add(Y.S, alpha=decay)
         if not layer.trains_bases:
             return Tangent(Y.U, Y.V, None, None, core)
         GV, GU = (torch.zeros_like(B) if B.grad is None else B.grad for B in (layer.U, layer.V))
@@ -142,8 +142,11 @@ class WeightStep:
     def cut(self, Y_hat: LowRank, M: Velocity | None, P: Tensor, S1: Tensor, Q: Tensor) -> None:
         """Leave the layer at Û P S1 Qᵀ V̂ᵀ, and the velocity in its tangent space; then its bases train."""
         rotate_squares(self.state[self.layer.S], P, Q)
-        along = carried(M, Y_hat, P, Q) if M is not None and self.beta else ()
-        self._put(LowRank(Y_hat.U @ P, S1, Y_hat.V @ Q), *along)
+        if M is not None and self.beta:
+            U, V, *velocity = carried(M, Y_hat, P, Q)
+        else:
+            U, V, *velocity = Y_hat.U @ P, Y_hat.V @ Q
+        self._put(LowRank(U, S1, V), *velocity)
         self.layer.trains_bases = True
 
     def _along(self) -> tuple[Tangent, Tangent, Direction]:
@@ -181,4 +184,4 @@ class WeightStep:
         for factor, product in zip(self._factors, (MV, MU, core), strict=True):
             self.state[factor].pop("velocity", None)
             if product is not None:
-                self.state[factor]["velocity"] = product
+                self.state[factor]["velocity"] = product.contiguous()

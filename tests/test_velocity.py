@@ -318,12 +318,13 @@ def test_the_velocity_is_carried_by_the_orthogonal_projection(inside, rank):
     along = A if inside else torch.randn(9, 7)
     Y_hat, D = parallel_step(Y, along @ Y.V, along.mT @ Y.U, 1.0, M.core)
     P, Q = (torch.linalg.qr(torch.randn(k, rank)).Q for k in Y_hat.S.shape)
-    Y1 = LowRank(Y_hat.U @ P, torch.eye(rank), Y_hat.V @ Q)
-    MV, MU, core = carried(M, Y_hat, P, Q)
-    assert torch.allclose(dense(Tangent(Y1.U, Y1.V, MV, MU, core)), projected(dense(M), Y1), atol=1e-13)
+    U, V, *products = moved = carried(M, Y_hat, P, Q)
+    assert torch.allclose(U, Y_hat.U @ P) and torch.allclose(V, Y_hat.V @ Q)
+    Y1 = LowRank(U, torch.eye(rank), V)
+    assert torch.allclose(dense(Tangent(U, V, *products)), projected(dense(M), Y1), atol=1e-13)
     if inside:
         by_coefficients = carried(LowRank(Y_hat.U, D, Y_hat.V), Y_hat, P, Q)
-        for one, other in zip(by_coefficients, (MV, MU, core), strict=True):
+        for one, other in zip(by_coefficients, moved, strict=True):
             assert torch.allclose(one, other, atol=1e-13)
 
 
