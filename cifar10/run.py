@@ -133,7 +133,8 @@ def make(network: str, epochs: int, jobs: int, args: argparse.Namespace) -> None
         runs, then = [], []
         for seed in range(args.seeds):
             common = {**grid.shared_options(args), "epochs": epochs, "seed": seed}
-            runs += [plan(network, *choice, compression, common, scales.get(choice, 1.0)) for choice in choices]
+            for choice in choices:
+                runs.append(plan(network, *choice, compression, common, scales.get(choice, 1.0)))
             if "published" in args.ways and compression == args.compressions[0]:
                 runs.append(published(network, common))
             if "cut" in args.ways:

@@ -60,10 +60,8 @@ def check_finite(layers: Names, groups: Sequence[dict[str, Any]]) -> None:
             raise FloatingPointError(f"lr must be finite, got {group['lr']}: look at the scheduler")
     trained = [p for group in groups for p in group["params"] if p.grad is not None]
     trained = [p for p in trained if p.grad.layout == torch.strided]
-    # the sum is not finite where an entry is not, and takes a tenth of the time that isfinite() takes
-    device = next(iter(layers)).S.device
-    sums = [p.grad.sum().to(device, torch.float32) for p in trained]
-    if not sums or torch.stack(sums).isfinite().all():
+    # the norm is not finite where an entry is not, and takes a tenth of the time that isfinite() takes
+    if torch.nn.utils.get_total_norm([p.grad for p in trained]).isfinite():
         return
     names = {p: name for layer, name in layers.items() for p in (layer.U, layer.S, layer.V)}
     for p in sorted(trained, key=lambda p: p not in names):

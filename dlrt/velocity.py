@@ -65,7 +65,7 @@ def _added_times(basis: Tensor | AugmentedBasis, X: Tensor) -> Tensor:
 
 
 def carried(M: Velocity, Y_hat: LowRank, P: Tensor, Q: Tensor) -> tuple[Tensor, ...]:
-    """The bases Û P and V̂ Q; MV, MU and core of the tangent part of M in them: small matrices and thin ones."""
+    """The bases Û P and V̂ Q, and MV, MU and core of the tangent part of M in them."""
     D = coefficients(M, Y_hat)
     core = P.mT @ D @ Q
     if isinstance(M, LowRank):

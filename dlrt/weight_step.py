@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -49,28 +50,28 @@ class WeightStep:
     @property
     def velocity(self) -> Velocity | None:
         """M of the last step; of a layer whose bases rest, in these alone."""
-        U, V, S = self._factors
-        MV, MU, core = (self.state[factor].get("velocity") for factor in (U, V, S))
+        U, V, _ = self._factors
+        MV, MU, core = (self.state[factor].get("velocity") for factor in self._factors)
         if core is None:
             return None
         return LowRank(U, core, V) if MV is None else Tangent(U, V, MV, MU, core)
 
     def gradient(self) -> Tangent:
         """∇_W L, by what the backward pass has left in .grad; λ W = U (λ S) Vᵀ adds to core alone."""
-        layer, group, Y = self.layer, self.group, self.layer.factors
+        group, (U, V, S) = self.group, self._factors
         decay = 0.0 if group["decoupled"] else group["weight_decay"]
-        core = (-layer.S.grad if group["maximize"] else layer.S.grad).add(Y.S, alpha=decay)
-        if not layer.trains_bases:
-            return Tangent(Y.U, Y.V, None, None, core)
-        GV, GU = (torch.zeros_like(B) if B.grad is None else B.grad for B in (layer.U, layer.V))
-        return Tangent(Y.U, Y.V, *((-GV, -GU) if group["maximize"] else (GV, GU)), core)
+        core = (-S.grad if group["maximize"] else S.grad).add(S, alpha=decay)
+        if not self.layer.trains_bases:
+            return Tangent(U, V, None, None, core)
+        GV, GU = (torch.zeros_like(B) if B.grad is None else B.grad for B in (U, V))
+        return Tangent(U, V, *((-GV, -GU) if group["maximize"] else (GV, GU)), core)
 
     def accelerate(self, G: Tangent, keep: bool = True) -> tuple[Tangent, Tangent]:
         """The velocity M = β M + G, as torch's SGD has it, and what the step goes along: M, or G + β M.
 
         Without `keep` the optimizer's state stays what it is.
         """
-        layer, beta = self.layer, self.beta
+        beta, (U, V, S) = self.beta, self._factors
         if not beta:
             return G, G
         gain = 1 - beta if self.group["update"] == "adam" else 1.0
@@ -81,7 +82,7 @@ class WeightStep:
                 return None if g is None else gain * g
             return past.to(g, copy=not keep).mul_(beta).add_(g, alpha=gain)
 
-        M = replace(G, MV=mixed(G.MV, layer.U), MU=mixed(G.MU, layer.V), core=mixed(G.core, layer.S))
+        M = replace(G, MV=mixed(G.MV, U), MU=mixed(G.MU, V), core=mixed(G.core, S))
         if keep:
             self._remember(M.MV, M.MU, M.core)
         if not self.group["nesterov"]:
@@ -151,30 +152,31 @@ class WeightStep:
 
     def _along(self) -> tuple[Tangent, Tangent, Direction]:
         """Velocity, what the step goes along, and the rule; the gradient is used up."""
-        G, group, state = self.gradient(), self.group, self.state[self.layer.S]
+        U, V, S = self._factors
+        G, group, state = self.gradient(), self.group, self.state[S]
         M, N = self.accelerate(G)
-        self.layer.U.grad = self.layer.V.grad = None
+        U.grad = V.grad = None
         if group["update"] == "adam":
             return M, N, lambda D, Y_hat: adam(D, coefficients(G, Y_hat), state, group["betas"], group["eps"])
         rule = rule_of(group["update"])
         return M, N, lambda D, Y_hat: rule(D)
 
     def _decayed(self) -> LowRank:
-        group, Y = self.group, self.layer.factors
+        group, (U, V, S) = self.group, self._factors
         shrink = 1 - group["lr"] * group["weight_decay"] if group["decoupled"] else 1
-        return LowRank(Y.U, shrink * Y.S, Y.V)
+        return LowRank(U, shrink * S, V)
 
     def _put(self, Y1: LowRank, *velocity: Tensor | None) -> None:
         """Give the layer new factors, and their velocity; old gradients are not theirs."""
-        layer = self.layer
-        if Y1.S.shape != layer.S.shape:
-            check_ranks_may_move(layer.S, self.name)
+        *_, S = self._factors
+        if Y1.S.shape != S.shape:
+            check_ranks_may_move(S, self.name)
         for factor in self._factors:
             factor.grad = None
-        layer.write(Y1)
+        self.layer.write(Y1)
         self._remember(*(velocity if self.beta else ()))
 
-    @property
+    @cached_property
     def _factors(self) -> tuple[torch.nn.Parameter, ...]:
         return self.layer.U, self.layer.V, self.layer.S
 

@@ -319,7 +319,8 @@ def test_the_velocity_is_carried_by_the_orthogonal_projection(inside, rank):
     Y_hat, D = parallel_step(Y, along @ Y.V, along.mT @ Y.U, 1.0, M.core)
     P, Q = (torch.linalg.qr(torch.randn(k, rank)).Q for k in Y_hat.S.shape)
     U, V, *products = moved = carried(M, Y_hat, P, Q)
-    assert torch.allclose(U, Y_hat.U @ P) and torch.allclose(V, Y_hat.V @ Q)
+    assert torch.allclose(U, Y_hat.U @ P)
+    assert torch.allclose(V, Y_hat.V @ Q)
     Y1 = LowRank(U, torch.eye(rank), V)
     assert torch.allclose(dense(Tangent(U, V, *products)), projected(dense(M), Y1), atol=1e-13)
     if inside:
