@@ -8,7 +8,8 @@ that budget with kernels as matrices and spatially separable, each with SGD and 
 net cut to the budget and trained on for a third of the epochs; and DLRT as published. Step sizes are those
 that validation chose for each way on a smaller network (probe.csv), and with `--tune EPOCHS` a half, a
 quarter and an eighth of them are tried as well, in short runs of seed 0. (Separable kernels with SGD take
-that of matrices, cuts half of it, the published method 0.2.) The first budget comes first, seed by seed.
+that of matrices, cuts half of it, the published method 0.2.) The first budget comes first, seed by seed, and
+cuts of trained nets after all its seeds.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ def stop(number: int, frame: FrameType | None) -> None:
 def make(network: str, epochs: int, jobs: int, args: argparse.Namespace) -> None:
     """All runs of a network, budget by budget and seed by seed; those that cut dense nets come after them."""
     scales = choose_scales(network, args, jobs) if args.tune else {}
-    choices = [(way, rule) for rule in args.rules for way in WAYS if way in args.ways]
+    choices = [(way, rule) for rule in RULES if rule in args.rules for way in WAYS if way in args.ways]
 
     for compression in args.compressions:
         runs, then = [], []

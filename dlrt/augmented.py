@@ -100,16 +100,17 @@ def _by_gram_matrix(U: Tensor, N: Tensor, A: Tensor, errors: float) -> tuple[Aug
     """
     C = N @ (U.mT @ A)
     gram = A.mT @ A
-    outside = gram.addmm(C.mT, C, alpha=-1)
-    R, failed = torch.linalg.cholesky_ex(outside, upper=True)
+    schur = gram.addmm(C.mT, C, alpha=-1)  # the Gram matrix of A - U N C
+    R, info = torch.linalg.cholesky_ex(schur, upper=True)
     eye = torch.eye(len(R), dtype=R.dtype, device=R.device)
     inverse = torch.linalg.solve_triangular(R, eye, upper=True)
-    squares = outside.diagonal()
-    grown = squares @ inverse.square().sum(1) * (gram.diagonal() / squares).amax()
-    grown, least, fails = torch.stack([grown, squares.amin(), failed.to(R.dtype)]).tolist()
+    squares = schur.diagonal()
+    growth = squares @ inverse.square().sum(1) * (gram.diagonal() / squares).amax()
+    # one read, for which the host waits
+    grown, least, failed = torch.stack([growth, squares.amin(), info.to(R.dtype)]).tolist()
     finfo = torch.finfo(R.dtype)
-    exact = not fails and least > finfo.tiny / finfo.eps  # smaller squares have lost digits
-    if fails:
+    exact = not failed and least > finfo.tiny / finfo.eps  # smaller squares have lost digits
+    if failed:
         R = torch.full_like(R, torch.nan)  # instead of what is left of the Gram matrix
     return AugmentedBasis(U, N, A, C, inverse), R, exact and grown < errors * len(R) ** 0.5
 

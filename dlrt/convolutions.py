@@ -134,7 +134,8 @@ class LowRankConv2d(LowRankLayer):
             return self.forward(x[None])[0]
         is_laid_out = is_channels_last(x)
         as_channels_last = self._channels_last or is_laid_out
-        if not is_laid_out or self._pads_before or self._every != (1, 1):
+        # a convolution gives the gradient the format of channels-last pictures, if not in double precision
+        if not is_laid_out or self._pads_before or self._every != (1, 1) or x.dtype == torch.float64:
             x = with_gradient_laid_out(x)
         if self._pads_before:
             x = padded(self, x)

@@ -166,7 +166,7 @@ def parallel_step(
     `AugmentedBasis` each, of which `truncate` forms what it keeps.
     """
     Y_hat, D = _augment(Y, FV, FtU, core)
-    S1 = Y_hat.S.add(D if direction is None else direction(D, Y_hat), alpha=h)  # S-step
+    S1 = Y_hat.S + h * (D if direction is None else direction(D, Y_hat))  # S-step
     return LowRank(Y_hat.U, S1, Y_hat.V), D
 
 

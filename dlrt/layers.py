@@ -59,7 +59,9 @@ class LinearMap(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g: Tensor, _) -> tuple[Tensor | None, ...]:
+    def backward(ctx, g: Tensor | None, _) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return (None,) * 5
         of_x, of_U, of_S, of_V, of_bias = ctx.needs_input_grad
         x, U, S, V, a = in_type_of(g, ctx.saved_tensors)
         b = g @ U

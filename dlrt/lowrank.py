@@ -23,8 +23,8 @@ class LowRank:
     V: Tensor
 
     def __post_init__(self) -> None:
-        U, S, V = shapes = self.U.shape, self.S.shape, self.V.shape
-        if not (len(U) == len(S) == len(V) == 2 and U[1] == S[0] and V[1] == S[1]):
+        of_U, of_S, of_V = shapes = self.U.shape, self.S.shape, self.V.shape
+        if not (len(of_U) == len(of_S) == len(of_V) == 2 and (of_U[1], of_V[1]) == of_S):
             came = ", ".join(str(tuple(shape)) for shape in shapes)
             raise ValueError(f"U S Vᵀ needs shapes (m, k), (k, l), (n, l), got {came}")
         check_real(self.S, *(basis for basis in (self.U, self.V) if isinstance(basis, Tensor)))

@@ -47,17 +47,23 @@ class Thin(NamedTuple):
         return U.unflatten(0, (self.channels, *self.size)).permute(0, 3, 1, 2)
 
     def convolve(self, x: Tensor, filters: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.conv2d(x, filters, bias, self.stride, self.padding, self.dilation)
+        return F.conv2d(x, beside(x, filters), bias, self.stride, self.padding, self.dilation)
 
     def backward(self, g: Tensor, x: Tensor, filters: Tensor, of_x: bool, of_filters: bool) -> list[Tensor]:
         """The gradients for x and filters of `convolve`, where wanted, from the gradient g for its output."""
         geometry = (self.stride, self.padding, self.dilation, False, [0, 0], 1, [of_x, of_filters, False])
-        return torch.ops.aten.convolution_backward(laid_out_as(x, g), x, filters, None, *geometry)[:2]
+        g, filters = laid_out_as(x, g), beside(x, filters)
+        return torch.ops.aten.convolution_backward(g, x, filters, None, *geometry)[:2]
 
 
 def laid_out_as(x: Tensor, other: Tensor) -> Tensor:
     """A tensor in the memory format of the pictures x."""
     return channels_last(other) if is_channels_last(x) else other.contiguous()
+
+
+def beside(x: Tensor, filters: Tensor) -> Tensor:
+    """Filters for pictures x. Torch lays them out as x; but on a GPU x as filters that are channels-last."""
+    return filters if is_channels_last(x) else filters.contiguous()
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -71,7 +77,7 @@ def channels_last(x: Tensor) -> Tensor:
     vmap knows no `contiguous` with a memory format, and torch fails at other strides of such sizes.
     """
     rows = x.permute(0, 2, 3, 1)
-    if 1 not in rows.shape and rows.is_contiguous():
+    if rows.is_contiguous() and 1 not in rows.shape:
         return x
     rows = rows.contiguous()
     return rows.flatten().view(rows.shape).permute(0, 3, 1, 2)
@@ -111,15 +117,20 @@ class ConvolutionMap(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g: Tensor, _) -> tuple[Tensor | None, ...]:
+    def backward(ctx, g: Tensor | None, _) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return (None,) * 7
         of_x, of_U, of_S, of_V, of_bias, *_ = ctx.needs_input_grad
         x, U, S, V, a = in_type_of(g, ctx.saved_tensors)
         first, second = ctx.first, ctx.second
         # the filters of U make b = g U of g; their own gradient is gᵀ x V = G V
         b, GV = second.backward(g, a, second.outward(U), of_x or of_V, of_U or of_S)
         GV = GV.permute(0, 2, 3, 1).flatten(0, 2) if of_U or of_S else None
-        # of filters V Sᵀ comes the gradient for x; their own is xᵀ b = Gᵀ U, whatever they are
-        x_grad, GtU = first.backward(b, x, first.inward(V @ S.mT), of_x, of_V)
+        x_grad = GtU = None
+        if of_x or of_V:
+            # of filters V Sᵀ comes the gradient for x; their own is xᵀ b = Gᵀ U, whatever they are
+            filters = first.inward(V @ S.mT if of_x else V)
+            x_grad, GtU = first.backward(b, x, filters, of_x, of_V)
         GtU = GtU.flatten(1).mT if of_V else None
         S_grad, g_sum = U.mT @ GV if of_S else None, total(g) if of_bias else None
         return x_grad, GV if of_U else None, S_grad, GtU, g_sum, None, None

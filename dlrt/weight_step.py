@@ -60,7 +60,7 @@ class WeightStep:
         """∇_W L, by what the backward pass has left in .grad; λ W = U (λ S) Vᵀ adds to core alone."""
         group, (U, V, S) = self.group, self._factors
         decay = 0.0 if group["decoupled"] else group["weight_decay"]
-        core = (-S.grad if group["maximize"] else S.grad).add(S, alpha=decay)
+        core = (-S.grad if group["maximize"] else S.grad) + decay * S
         if not self.layer.trains_bases:
             return Tangent(U, V, None, None, core)
         GV, GU = (torch.zeros_like(B) if B.grad is None else B.grad for B in (U, V))

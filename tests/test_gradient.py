@@ -71,13 +71,57 @@ def test_train_and_eval_mode_give_the_same_gradients():
         assert all(torch.equal(one, other) for one, other in zip(*found, strict=True)), name
 
 
+WANTED = [wanted for k in range(1, 6) for wanted in itertools.combinations(("x", "U", "S", "V", "bias"), k)]
+
+
+def test_a_gradient_is_the_same_whichever_others_are_wanted():
+    for name, _, layer, x in low_rank_pairs(2):
+        values = {"x": x, **dict(owned(layer).named_parameters())}
+        exact = gradients(layer, values, tuple(values))
+        for wanted in WANTED:
+            for key, value in gradients(layer, values, wanted).items():
+                assert (value is not None) == (key in wanted and key in values), (name, wanted)
+                assert value is None or close(value, exact[key]), (name, wanted)
+
+
+def gradients(layer, values, wanted):
+    """Those of input and parameters as leaves, of which these require one."""
+    leaves = {key: value.detach().clone().requires_grad_(key in wanted) for key, value in values.items()}
+    x = leaves["x"]
+    loss = functional_call(layer, {key: leaf for key, leaf in leaves.items() if key != "x"}, x).sin().sum()
+    if loss.requires_grad:  # not where the bias alone does, of a layer that has none
+        loss.backward()
+    return {key: leaf.grad for key, leaf in leaves.items()}
+
+
+class Ignored(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        return y.sum()
+
+    @staticmethod
+    def backward(ctx, g):
+        return None
+
+
+def test_where_no_gradient_comes_back_none_goes_on():
+    for name, _, layer, x in low_rank_pairs(2):
+        leaf = x.clone().requires_grad_()
+        before = 1 * leaf
+        (Ignored.apply(owned(layer)(before)) + before.sum()).backward()
+        assert torch.equal(leaf.grad, torch.ones_like(x)), name
+        assert all(p.grad is None or not p.grad.any() for p in layer.parameters()), name
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("rank", [2, None])
-def test_the_output_and_the_gradient_have_the_memory_format_of_the_input(rank, memory_format):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_output_and_the_gradient_have_the_memory_format_of_the_input(dtype, rank, memory_format):
     """So that `x.view(len(x), -1)` works after a convolution, and backwards before it."""
     for name, _, layer, x in low_rank_pairs(rank):
         if x.dim() != 4:
             continue
+        layer, x = layer.to(dtype), x.to(dtype)
         for mode, own in itertools.product((True, False), repeat=2):
             layer.train(mode).trains_bases = own
             x = x.clone(memory_format=memory_format).requires_grad_()

@@ -750,7 +750,8 @@ class HostReads(TorchFunctionMode):
     count = 0
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        names = ("__bool__", "__int__", "__float__", "item", "tolist", "cpu", "numpy", "equal")
+        numbers = ("__bool__", "__int__", "__float__", "__index__")
+        names = (*numbers, "item", "tolist", "cpu", "numpy", "equal", "nonzero")
         self.count += getattr(function, "__name__", "") in names
         return function(*args, **(kwargs or {}))
 

@@ -28,7 +28,7 @@ PARTS = {
 }
 ROUND = 10  # steps from one decision of ranks to the next
 BATCHES = 8  # through which steps go in turn
-SHARES = ("forward_backward", *PARTS, "rest")  # the rest: the inner optimizer, momentum's change of basis
+SHARES = ("forward_backward", *PARTS, "rest")  # the rest: new bases and velocity, inner optimizer
 
 
 def evaluation(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Callable:

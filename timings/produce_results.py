@@ -30,9 +30,9 @@ NAMES = {FACTORS: "plain factors"}
 PARTS = {
     "share_forward_backward": "forward and backward",
     "share_s_gradient": "products, gradient of S",
-    "share_qr": "QR",
+    "share_qr": "orthogonalisation",
     "share_svd": "SVD, truncation",
-    "share_rest": "inner optimizer, rest",
+    "share_rest": "new bases and velocity, inner optimizer",
 }
 LIMITS = [(0, (1, 1)), (0, (1, 4))]  # dotted, more widely with more S-steps
 SHORT = ("phase", "integrator", "S-steps", "rank adaptation", "break-even rank", "largest speed-up")
