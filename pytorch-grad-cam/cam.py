@@ -55,6 +55,7 @@ def make_parser() -> Parser:
     return parser
 
 
+@errors.boundary(code=errors.STOPPED)
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(arguments)
@@ -76,21 +77,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for network in nets:
         networks.warn_if_larger(network)
     table, rows, failed = [], [], False
-    with errors.boundary(code=errors.STOPPED):
-        for part in batches(len(paths), args.batch_size, args.method):
-            pictures, unread = readable(paths[part])
-            failed |= unread
-            if pictures:
-                more, drawn = explained(nets, pictures, classes, layer, part.start, args)
-                table += more
-                rows += drawn[: FIGURE_ROWS - len(rows)]
-        if table:
-            write_records(pd.DataFrame(table), nets, layer, args)
-            warn_of_changes(pd.DataFrame(table), nets[0])
-        if len(table) > len({record["file"] for record in table}):
-            kinds = [f"{METHODS[method].__name__}\n" * (len(args.method) > 1) for method in args.method]
-            headers = [f"{kind}{net.title}" for kind in kinds for net in nets]
-            print(f"figure: {plots.save(figure(rows, headers), [args.output_dir], 'cams')}")
+    for part in batches(len(paths), args.batch_size, args.method):
+        pictures, unread = readable(paths[part])
+        failed |= unread
+        if pictures:
+            more, drawn = explained(nets, pictures, classes, layer, part.start, args)
+            table += more
+            rows += drawn[: FIGURE_ROWS - len(rows)]
+    if table:
+        write_records(pd.DataFrame(table), nets, layer, args)
+        warn_of_changes(pd.DataFrame(table), nets[0])
+    if len(table) > len({record["file"] for record in table}):
+        kinds = [f"{METHODS[method].__name__}\n" * (len(args.method) > 1) for method in args.method]
+        headers = [f"{kind}{net.title}" for kind in kinds for net in nets]
+        print(f"figure: {plots.save(figure(rows, headers), [args.output_dir], 'cams')}")
     sys.exit(LEFT_OUT if failed else 0)
 
 

@@ -58,6 +58,7 @@ def make_parser() -> Parser:
     return parser
 
 
+@errors.boundary(code=errors.STOPPED)
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(arguments)
@@ -77,16 +78,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for network in {one.network.trained: one.network for one in reversed(found)}.values():
         networks.warn(network)  # once of each size
     settings = measure.Settings(layer, args.batch_size, not args.no_faithfulness)
-    with errors.boundary(code=errors.STOPPED):
-        compare(found, pictures, settings, run.folder)
-        if args.time_shares:
-            sizes = args.time_sizes or sorted({reference.shape[1], 224})
-            times = map_times(reference, layer, args.method, args.time_shares, sizes)
-            if len(times):
-                save_table(run.folder / "times.csv", times)
-        check_full_rank(run.folder, reference.label, args.method)
-        if args.html:
-            print(f"page: {write_page(run.folder)}")
+    compare(found, pictures, settings, run.folder)
+    if args.time_shares:
+        sizes = args.time_sizes or sorted({reference.shape[1], 224})
+        times = map_times(reference, layer, args.method, args.time_shares, sizes)
+        if len(times):
+            save_table(run.folder / "times.csv", times)
+    check_full_rank(run.folder, reference.label, args.method)
+    if args.html:
+        print(f"page: {write_page(run.folder)}")
     where = "" if args.output_dir == parser.get_default("output_dir") else f" --results {args.output_dir}"
     print(f"{run.folder}: draw it with python pytorch-grad-cam/produce_results.py{where}")
     sys.exit(LEFT_OUT if failed else 0)

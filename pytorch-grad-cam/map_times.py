@@ -15,6 +15,7 @@ from dlrt.errors import RunError
 from dlrt.flags import NATURAL, HelpFormatter, Parser, number
 
 
+@errors.boundary(code=errors.STOPPED)
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     network_flags.add_flags(parser)
@@ -27,10 +28,9 @@ def main() -> None:
     try:
         network = network_flags.read(args)
         layer = network_flags.target_layer(network, None, args.method)
-        with errors.boundary(code=errors.STOPPED):
-            map_times(network, layer, args.method, args.shares, args.sizes, args.repeats)
     except (RunError, ValueError, OSError) as error:
         parser.error(str(error))
+    map_times(network, layer, args.method, args.shares, args.sizes, args.repeats)
 
 
 if __name__ == "__main__":

@@ -87,6 +87,7 @@ def make_parser() -> Parser:
     return parser
 
 
+@errors.boundary(code=errors.STOPPED)
 def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
@@ -105,15 +106,14 @@ def main() -> None:
         args.output_dir.mkdir(parents=True, exist_ok=True)
     except (RunError, ValueError, OSError) as error:
         parser.error(str(error))
-    with errors.boundary(code=errors.STOPPED):
-        table = measured(nets, pictures, layer, args)
-        save_table(args.output_dir / "randomised.csv", table)
-        if undefined := int(table["correlation"].isna().sum()):
-            print(f"warning: {undefined} of {len(table)} maps are undefined: left out", file=sys.stderr)
-        titles = {network.label: network.title.replace("\n", ", ") for network in nets}
-        means = table.groupby(["network", "random_layers"], sort=False)["correlation"].mean().unstack()
-        print(means.round(2).to_string())
-        print(f"figure: {plots.save(figure(table, titles), [args.output_dir], 'randomised')}")
+    table = measured(nets, pictures, layer, args)
+    save_table(args.output_dir / "randomised.csv", table)
+    if undefined := int(table["correlation"].isna().sum()):
+        print(f"warning: {undefined} of {len(table)} maps are undefined: left out", file=sys.stderr)
+    titles = {network.label: network.title.replace("\n", ", ") for network in nets}
+    means = table.groupby(["network", "random_layers"], sort=False)["correlation"].mean().unstack()
+    print(means.round(2).to_string())
+    print(f"figure: {plots.save(figure(table, titles), [args.output_dir], 'randomised')}")
     sys.exit(errors.LEFT_OUT if failed else 0)
 
 

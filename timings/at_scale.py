@@ -18,7 +18,7 @@ from measure import ROUND, flops
 from networks import decaying, resting_dlrt
 from torch import nn
 
-from dlrt import LowRankLinear, tables
+from dlrt import LowRankLinear, errors, tables
 from dlrt.flags import NATURAL, HelpFormatter, Parser
 
 FLOAT = 4  # bytes
@@ -82,6 +82,7 @@ def table(net: Transformer, ranks: list[int], tokens: int) -> pd.DataFrame:
     return pd.DataFrame([count(net, rank, tokens) for rank in (None, *ranks)])
 
 
+@errors.boundary("nothing is written yet")
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument

@@ -20,7 +20,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from dlrt import DLRT, distributed, tables
+from dlrt import DLRT, distributed, errors, tables
 from dlrt.models import MLP, LeNet5
 
 
@@ -86,6 +86,7 @@ def compare(
     return rows
 
 
+@errors.boundary("nothing is written yet")
 def main() -> None:
     parser = make_parser(__doc__)
     args = parse(parser)

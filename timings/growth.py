@@ -21,7 +21,7 @@ from memory import measure
 from networks import decaying, parse, resting
 from torch import Tensor, nn
 
-from dlrt import LowRankLinear, tables
+from dlrt import LowRankLinear, errors, tables
 from dlrt.baselines import as_factors
 from dlrt.convert import replace_layers
 from dlrt.flags import COUNT, NATURAL, HelpFormatter, Parser
@@ -119,6 +119,7 @@ def draw(rows: pd.DataFrame) -> Figure:
     return figure
 
 
+@errors.boundary()
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument

@@ -19,7 +19,7 @@ from networks import LENET5_RANKS, low_rank, make_parser, mlp_ranks, parse, rest
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from dlrt import tables, to_low_rank
+from dlrt import errors, tables, to_low_rank
 from dlrt.flags import device
 from dlrt.models import MLP, VGG16, LeNet5
 from dlrt.options import DEFAULT_DEVICE
@@ -114,6 +114,7 @@ def vgg16(share: float) -> nn.Module:
     return to_low_rank(VGG16(), share, skip=["features.0", "classifier"])
 
 
+@errors.boundary("nothing is written yet")
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--vgg16", action="store_true", help="measure VGG16, too")

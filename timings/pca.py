@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from dlrt import LowRank
+from dlrt import LowRank, errors
 from dlrt.flags import NATURAL, HelpFormatter, Parser
 from dlrt.integrators import Residual, augmented_bug, bug, projector_splitting, times
 from dlrt.lowrank import qr
@@ -110,6 +110,7 @@ def draw(table: pd.DataFrame) -> Figure:
     return figure
 
 
+@errors.boundary()
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     sizes = (512, 1024, 2048, 4096, 8192, 16384)

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from dlrt import DLRT, compression, errors
 from dlrt.baselines import as_factors
 from dlrt.convert import replace_layers
-from dlrt.flags import NATURAL, POSITIVE, device
+from dlrt.flags import FOLDER_NAME, NATURAL, POSITIVE, device
 from dlrt.models import MLP
 from dlrt.options import DEFAULT_DEVICE
 from dlrt.runs import Run, read_metrics
@@ -203,11 +203,9 @@ def main() -> None:
     enough = "times dense: no larger rank for a setting that needs more, and more than --seconds"
     add("--slowest", type=POSITIVE, default=1.2, help=enough)
     add("--device", type=device, default=DEFAULT_DEVICE, help="where to train; cpu or a GPU as cuda")
-    add("--name", help="of the device's folder; by default what the device calls itself")
+    add("--name", type=FOLDER_NAME, help="of the device's folder; by default what the device calls itself")
     parser.set_defaults(output_dir=Path(__file__).parent / "results")
     args = parse(parser)
-    if torch.device(args.device).type not in ("cpu", "cuda"):
-        parser.error(f"--device must be cpu or cuda, for others memory is not counted, got {args.device}")
     print(make(args))
 
 

@@ -22,7 +22,7 @@ from measure import BATCHES, ROUND, device_name, evaluation, flops, inference, t
 from networks import LENET5_RANKS, low_rank, make_parser, mlp_ranks, parse, resting
 from torch import nn
 
-from dlrt import compression, tables, to_low_rank
+from dlrt import compression, errors, tables, to_low_rank
 from dlrt.baselines import as_factors
 from dlrt.convert import replace_layers
 from dlrt.flags import NATURAL
@@ -120,6 +120,7 @@ def ratio(times: Sequence[float], others: Sequence[float]) -> str:
     return f"{median(ratios):.2f} x{spread}"
 
 
+@errors.boundary("nothing is written yet")
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument(

@@ -91,7 +91,8 @@ def warn_if_larger(network: Network) -> None:
     if factors > dense:
         print(
             f"warning: {network.label} is larger than its dense network: its factors have {factors:,} "
-            f"parameters, {100 * (factors / dense - 1):.0f} % more than the weights; take lower ranks",
+            f"parameters, {100 * (factors / dense - 1):.0f} % more than the weights; take lower ranks "
+            "(compression counts a layer as no more than its weight)",
             file=sys.stderr,
         )
 
