@@ -329,3 +329,35 @@ def test_two_folders_of_one_device_are_not_mixed(results, scripts, tmp_path):
     first, second = rows["device"].unique()
     assert second == f"{first} (other)"
     assert len(produce.table(rows)) == 2 * 8 + 2
+
+
+@pytest.mark.parametrize("name", ["step", "growth", "memory", "at_scale", "run"])
+def test_a_folder_that_cannot_be_made_is_told_before_anything_is_timed(scripts, name, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(SystemExit) as stop:
+        call(vars(scripts)[name], "--output-dir", file)
+    assert stop.value.code == 1
+    output = capsys.readouterr()
+    assert (output.out, output.err.count("\n")) == ("", 1)
+    assert str(file) in output.err
+    assert "cannot be used" in output.err
+
+
+@pytest.mark.parametrize(("name", "function"), [("step", "compare"), ("growth", "row"), ("memory", "peak")])
+def test_ctrl_c_ends_a_timing_with_one_line(scripts, name, function, tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(vars(scripts)[name], function, interrupted)
+    with pytest.raises(SystemExit) as stop:
+        call(vars(scripts)[name], "--width", 32, "--ranks", 2, 4, "--output-dir", tmp_path)
+    assert stop.value.code == 130
+    assert f"{name}.py: interrupted; " in capsys.readouterr().err
+
+
+def test_the_folder_of_a_device_lies_among_the_results(scripts, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call(scripts.run, *GRID, "--name", "../elsewhere", "--output-dir", tmp_path / "results")
+    assert stop.value.code == 2
+    assert "--name" in capsys.readouterr().err

@@ -120,6 +120,7 @@ def main() -> None:
     figures = Path(__file__).parents[1] / "figures"
     parser.add_argument("--output-dir", type=Path, default=figures, help="for the table and the figure")
     args = parser.parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)  # before anything is timed
     torch.set_num_threads(1)
     tables = []
     for shape in [WINDOW, *((size, size) for size in args.sizes)]:
