@@ -32,7 +32,7 @@ PARTS = {
     "share_s_gradient": "products, gradient of S",
     "share_qr": "orthogonalisation",
     "share_svd": "SVD, truncation",
-    "share_rest": "new bases and velocity, inner optimizer",
+    "share_rest": "new bases, velocity, rest",
 }
 LIMITS = [(0, (1, 1)), (0, (1, 4))]  # dotted, more widely with more S-steps
 SHORT = ("phase", "integrator", "S-steps", "rank adaptation", "break-even rank", "largest speed-up")
