@@ -316,7 +316,7 @@ def rows_of(x: Tensor, channels: int) -> Tensor:
 
 def in_type_of(g: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """For backward passes: under autocast g may be bfloat16 or float16, and the factors never are."""
-    return tuple(tensor if tensor.dtype == g.dtype else tensor.to(g.dtype) for tensor in tensors)
+    return tuple(tensor.to(g.dtype) for tensor in tensors)
 
 
 def take_over(layer: LowRankLayer, dense: nn.Module) -> LowRankLayer:

@@ -47,12 +47,12 @@ class Thin(NamedTuple):
         return U.unflatten(0, (self.channels, *self.size)).permute(0, 3, 1, 2)
 
     def convolve(self, x: Tensor, filters: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.conv2d(x, beside(x, filters), bias, self.stride, self.padding, self.dilation)
+        return F.conv2d(x, filters_for(x, filters), bias, self.stride, self.padding, self.dilation)
 
     def backward(self, g: Tensor, x: Tensor, filters: Tensor, of_x: bool, of_filters: bool) -> list[Tensor]:
         """The gradients for x and filters of `convolve`, where wanted, from the gradient g for its output."""
         geometry = (self.stride, self.padding, self.dilation, False, [0, 0], 1, [of_x, of_filters, False])
-        g, filters = laid_out_as(x, g), beside(x, filters)
+        g, filters = laid_out_as(x, g), filters_for(x, filters)
         return torch.ops.aten.convolution_backward(g, x, filters, None, *geometry)[:2]
 
 
@@ -61,8 +61,8 @@ def laid_out_as(x: Tensor, other: Tensor) -> Tensor:
     return channels_last(other) if is_channels_last(x) else other.contiguous()
 
 
-def beside(x: Tensor, filters: Tensor) -> Tensor:
-    """Filters for pictures x. Torch lays them out as x; but on a GPU x as filters that are channels-last."""
+def filters_for(x: Tensor, filters: Tensor) -> Tensor:
+    """Filters as torch takes them: it lays them out as x, but on a GPU x as filters in channels-last."""
     return filters if is_channels_last(x) else filters.contiguous()
 
 

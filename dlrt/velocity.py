@@ -69,10 +69,10 @@ def carried(M: Velocity, Y_hat: LowRank, P: Tensor, Q: Tensor) -> tuple[Tensor, 
     D = coefficients(M, Y_hat)
     core = P.mT @ D @ Q
     if isinstance(M, LowRank):
-        # side by side one product is faster than two
+        # side by side one product is faster than two; the velocity, which stays, must not keep both alive
         U, MV = (Y_hat.U @ torch.cat([P, D @ Q], dim=1)).chunk(2, dim=1)
         V, MU = (Y_hat.V @ torch.cat([Q, D.mT @ P], dim=1)).chunk(2, dim=1)
-        return U, V, MV, MU, core
+        return U, V, MV.contiguous(), MU.contiguous(), core
     r, s = M.core.shape  # M may have parts outside the augmented bases
     MV = M.MV @ Q[:s] + M.U @ (D[:r] @ Q - M.U.mT @ M.MV @ Q[:s])
     MU = M.MU @ P[:r] + M.V @ (D[:, :s].mT @ P - M.V.mT @ M.MU @ P[:r])

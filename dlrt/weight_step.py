@@ -186,4 +186,4 @@ class WeightStep:
         for factor, product in zip(self._factors, (MV, MU, core), strict=True):
             self.state[factor].pop("velocity", None)
             if product is not None:
-                self.state[factor]["velocity"] = product.contiguous()
+                self.state[factor]["velocity"] = product

@@ -288,6 +288,16 @@ def test_ctrl_c_ends_with_130_and_leaves_no_half_file(script, runs, pictures, tm
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_ctrl_c_while_a_network_is_read_is_one_line(script, runs, pictures, tmp_path, monkeypatch):
+    def interrupted(*_, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "load", interrupted)
+    flags = ["--checkpoint", runs / "dense_seed0", "--image-path", pictures / "grey.png"]
+    code, _, err = script("cam", *flags, "--output-dir", tmp_path / "out")
+    assert (code, err) == (130, "\ncam.py: interrupted; what is finished is kept\n")
+
+
 def test_random_maps_differ_by_picture_and_not_by_batch(script, runs, pictures, tmp_path):
     maps = []
     for size in (1, 4):

@@ -377,7 +377,7 @@ def test_freeze_bases_trains_s_and_the_rest_only():
 
 @pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
 @pytest.mark.parametrize("place", ["0.U", "0.S", "3.bias"])
-def test_an_entry_that_is_not_finite_is_found_and_a_sum_that_overflows_is_no_error(place, bad):
+def test_an_entry_that_is_not_finite_is_found_and_a_norm_that_overflows_is_no_error(place, bad):
     model = dlrt.to_low_rank(network(), rank=3)
     optimizer = DLRT(model, torch.optim.SGD, lr=0.1)
     x, y = batch()

@@ -327,6 +327,7 @@ def test_the_velocity_is_carried_by_the_orthogonal_projection(inside, rank):
         by_coefficients = carried(LowRank(Y_hat.U, D, Y_hat.V), Y_hat, P, Q)
         for one, other in zip(by_coefficients, moved, strict=True):
             assert torch.allclose(one, other, atol=1e-13)
+        assert all(product.untyped_storage().nbytes() == product.nbytes for product in by_coefficients[2:])
 
 
 @pytest.mark.parametrize("nesterov", [False, True])

@@ -90,9 +90,9 @@ def main() -> None:
     add("--tokens", type=NATURAL, default=4096, help="of a batch, for each GPU")
     add("--output-dir", type=Path, default=Path(__file__).parent, help="where it writes to")
     args, net = parser.parse_args(), Transformer()
-    args.output_dir.mkdir(parents=True, exist_ok=True)  # before anything is counted
     if (largest := max(args.ranks)) > net.width:
         parser.error(f"--ranks must be at most the width, {net.width}, got {largest}")
+    args.output_dir.mkdir(parents=True, exist_ok=True)  # before anything is counted
     torch.manual_seed(0)
     found = table(net, args.ranks, args.tokens)
     caption = (

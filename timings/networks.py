@@ -67,13 +67,13 @@ def make_parser(description: str, ranks: Sequence[int] = (5, 20, 80, 320)) -> Pa
 
 
 def parse(parser: Parser) -> argparse.Namespace:
-    """Parse, and refuse ranks that no layer of the width can have."""
+    """Parse, each rank once, and make the output folder; ranks and devices that cannot be are refused."""
     args = parser.parse_args()
     args.ranks = list(dict.fromkeys(args.ranks))
     if torch.device(getattr(args, "device", "cpu")).type not in ("cpu", "cuda"):
         parser.error(f"--device must be cpu or cuda, for others memory is not counted, got {args.device}")
-    if args.output_dir:
-        args.output_dir.mkdir(parents=True, exist_ok=True)  # before anything is timed
     if too_large := [str(rank) for rank in args.ranks if rank > args.width]:
         parser.error(f"--ranks must be at most --width, {args.width}, got {', '.join(too_large)}")
+    if args.output_dir:
+        args.output_dir.mkdir(parents=True, exist_ok=True)  # before anything is timed
     return args

@@ -1,6 +1,6 @@
 """Training step and inference of the net 784-w-w-w-w-10 over ranks, against dense: the figures' records.
 
-    python timings/run.py        about 20 minutes on two CPU cores that have nothing else to do
+    python timings/run.py        about an hour on two CPU cores that have nothing else to do
 
 Timed are all integrators: adaptive, with bases updated in every step and in every tenth, and at fixed rank;
 a low-rank step is the mean of those from one decision of ranks to the next. Beside them stand plain factors

@@ -1,6 +1,6 @@
 """How long a training step and inference take at rank r, against the dense network, in one process.
 
-    python timings/step.py        10 to 15 minutes on two CPU cores
+    python timings/step.py        about 15 minutes on two CPU cores
     python timings/step.py --peers       LoRA (peft) and Tucker convolutions (tensorly-torch) as well
 
 Medians of calls in turn, of ten steps for DLRT and of one for the others, three at least; all that `--runs`
