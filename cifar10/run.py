@@ -6,10 +6,10 @@
 What is compared: the dense net, a narrower one and plain factors at the parameters of each budget, DLRT under
 that budget with kernels as matrices and spatially separable, each with SGD and with Muon; the trained dense
 net cut to the budget and trained on for a third of the epochs; and DLRT as published. Step sizes are those
-that validation chose for each way on a smaller network (probe.csv), and with `--tune EPOCHS` a half, a
-quarter and an eighth of them are tried as well, in short runs of seed 0. (Separable kernels with SGD take
-that of matrices, cuts half of it, the published method 0.2.) The first budget comes first, seed by seed, and
-cuts of trained nets after all its seeds.
+that validation chose for each way on a smaller network (probe.csv). With `--tune EPOCHS` short runs of seed 0
+try a half, a quarter and an eighth of them, too, and more until the best lies between two that are worse.
+(Separable kernels with SGD take the step size of matrices, cuts half of it, the published method 0.2.) The
+first budget comes first, seed by seed, and cuts of trained nets after all its seeds.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from typing import Any
 from tuned_runs import best_settings, recorded
 
 from dlrt import errors, grid
-from dlrt.errors import RunError
 from dlrt.flags import COUNT, PERCENT, POSITIVE
 from dlrt.grid import RunSpec
 
@@ -97,19 +96,13 @@ def _named(network: str, name: str, options: dict[str, Any], low_rank: bool) -> 
 def choose_scales(network: str, args: argparse.Namespace, jobs: int) -> dict[Choice, float]:
     """For each way and rule the scale of its step size that validates best in short runs of seed 0."""
     common = {**grid.shared_options(args), "epochs": args.tune, "seed": 0}
-    tried: dict[Choice, dict[float, RunSpec]] = {
-        (way, rule): {} for rule in args.rules for way in WAYS if way in args.ways
-    }
-    for (way, rule), specs in tried.items():
-        for scale in SCALES:
-            made = plan(network, way, rule, args.compressions[0], common, scale)
-            specs[scale] = replace(made, name=f"{network}/tuning/{way}_{rule}_x{scale:g}")
-    results = args.output_dir
-    grid.make([made for specs in tried.values() for made in specs.values()], results, jobs, may_diverge=True)
-    best = {choice: grid.best_of(specs, results, "validation_accuracy") for choice, specs in tried.items()}
-    if hopeless := [" with ".join(choice) for choice, scale in best.items() if scale is None]:
-        raise RunError(f"{network}: all step sizes diverge for {', '.join(hopeless)}: add smaller ones")
-    return best
+
+    def short_run(choice: Choice, scale: float) -> RunSpec:
+        made = plan(network, *choice, args.compressions[0], common, scale)
+        return replace(made, name=f"{network}/tuning/{'_'.join(choice)}_x{scale:g}")
+
+    first = {(way, rule): SCALES for rule in args.rules for way in WAYS if way in args.ways}
+    return grid.choose(first, short_run, args.output_dir, "validation_accuracy", jobs=jobs)
 
 
 def pack(results: Path, archive: Path) -> None:

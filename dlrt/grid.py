@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,14 +143,54 @@ def choose_lrs(plans: Sequence[RunSpec], results: Path, by: str) -> dict[Any, fl
     return best
 
 
-def best_of(runs: Mapping[float, RunSpec], results: Path, metric: str, sign: int = 1) -> float | None:
-    """The key of the run that ends with the largest metric times sign; None where none is finished."""
-    found = {
-        key: sign * read_metrics(results / run.name)[metric].iloc[-1]
-        for key, run in runs.items()
-        if epochs_done(results / run.name) == run.epochs
-    }
-    return max(found, key=found.get) if found else None
+def choose(
+    first: Mapping[Any, Sequence[float]],
+    short_run: Callable[[Any, float], RunSpec],
+    results: Path,
+    metric: str,
+    sign: int = 1,
+    jobs: int = 1,
+) -> dict[Any, float]:
+    """For each choice the value whose short run ends with the largest metric times sign.
+
+    first[choice] are two values or more to begin with. While the best is the smallest or the largest of those
+    tried, and better than its neighbour, a further one is. RunError where all runs of a choice diverge.
+    """
+    tried = {choice: sorted(values) for choice, values in first.items()}
+    best: dict[Any, float] = {}
+    made: set[str] = set()
+    while missing := [choice for choice in tried if choice not in best]:
+        runs = {choice: {value: short_run(choice, value) for value in tried[choice]} for choice in missing}
+        # one that diverged is not tried again
+        new = [run for of_choice in runs.values() for run in of_choice.values() if run.name not in made]
+        make(new, results, jobs, may_diverge=True)
+        made.update(run.name for run in new)
+        for choice, of_choice in runs.items():
+            scores = {
+                value: sign * read_metrics(results / run.name)[metric].iloc[-1]
+                for value, run in of_choice.items()
+                if epochs_done(results / run.name) == run.epochs
+            }
+            if not scores:
+                names = ", ".join(run.name for run in of_choice.values())
+                raise RunError(f"all of these diverge: {names}: add smaller step sizes")
+            if further := _beyond(tried[choice], scores):
+                tried[choice] = sorted([*tried[choice], further])
+            else:
+                best[choice] = max(scores, key=scores.get)
+    return best
+
+
+def _beyond(tried: Sequence[float], scores: Mapping[float, float]) -> float | None:
+    """The value to try next, as far from the best as that is from its neighbour; None between two.
+
+    None, too, where the neighbour is as good; one that diverged has no score.
+    """
+    best = max(scores, key=scores.get)
+    neighbour = {tried[0]: tried[1], tried[-1]: tried[-2]}.get(best)
+    if neighbour is None or scores.get(neighbour) == scores[best]:
+        return None
+    return float(f"{best**2 / neighbour:.2g}")
 
 
 def _missing(plans: Sequence[RunSpec], then: Sequence[RunSpec], results: Path) -> list[RunSpec]:

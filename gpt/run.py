@@ -18,7 +18,6 @@ from pathlib import Path
 from gpt_text import Options
 
 from dlrt import errors, grid
-from dlrt.errors import RunError
 from dlrt.flags import NATURAL, PERCENT
 from dlrt.grid import RunSpec
 
@@ -56,49 +55,16 @@ def plan(way: str, rule: str, compression: float, args: argparse.Namespace, **op
 def best_step_sizes(
     ways: list[tuple[str, str]], compression: float, args: argparse.Namespace
 ) -> dict[tuple[str, str], dict[str, float]]:
-    """For each way and rule the step size that validates best in short runs of seed 0.
+    """For each way and rule the step size that validates best in short runs of seed 0, as its option."""
 
-    Where that is the smallest or the largest of those tried, further ones are. RunError where all of one
-    diverge.
-    """
-    tried = {choice: sorted(STEP_SIZES[choice[1]][1]) for choice in ways}
-    best: dict[tuple[str, str], dict[str, float]] = {}
-    made: set[str] = set()
-    while missing := [choice for choice in ways if choice not in best]:
-        runs = {choice: short_runs(choice, tried[choice], compression, args) for choice in missing}
-        # one that diverged is not tried again
-        new = [run for specs in runs.values() for run in specs.values() if run.name not in made]
-        grid.make(new, args.output_dir, args.jobs, may_diverge=True)
-        made.update(run.name for run in new)
-        for (way, rule), specs in runs.items():
-            size = grid.best_of(specs, args.output_dir, "validation_loss", sign=-1)
-            if size is None:
-                raise RunError(f"every step size diverges for {way} with {rule}: add smaller ones")
-            if further := beyond(tried[way, rule], size):
-                tried[way, rule] = sorted([*tried[way, rule], further])
-            else:
-                best[way, rule] = {STEP_SIZES[rule][0]: size}
-    return best
+    def short_run(choice: tuple[str, str], size: float) -> RunSpec:
+        name, _ = STEP_SIZES[choice[1]]
+        run = plan(*choice, compression, args, epochs=TUNING_EPOCHS, seed=0, **{name: size})
+        return replace(run, name=f"tuning/{run.name}_{name}{size:g}")
 
-
-def short_runs(
-    choice: tuple[str, str], sizes: list[float], compression: float, args: argparse.Namespace
-) -> dict[float, RunSpec]:
-    """For each step size of a way and rule the run that tries it."""
-    name, _ = STEP_SIZES[choice[1]]
-    runs = {
-        size: plan(*choice, compression, args, epochs=TUNING_EPOCHS, seed=0, **{name: size}) for size in sizes
-    }
-    return {size: replace(run, name=f"tuning/{run.name}_{name}{size:g}") for size, run in runs.items()}
-
-
-def beyond(sizes: list[float], best: float) -> float | None:
-    """The step size to try next, as far from the best as that is from its neighbour, or None.
-
-    The sizes ascend. None where the best has neighbours on both sides.
-    """
-    neighbour = {sizes[0]: sizes[1], sizes[-1]: sizes[-2]}.get(best)
-    return neighbour and float(f"{best**2 / neighbour:.2g}")
+    first = {choice: STEP_SIZES[choice[1]][1] for choice in ways}
+    best = grid.choose(first, short_run, args.output_dir, "validation_loss", sign=-1, jobs=args.jobs)
+    return {choice: {STEP_SIZES[choice[1]][0]: size} for choice, size in best.items()}
 
 
 @errors.boundary("the same command goes on")

@@ -13,7 +13,6 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import dlrt
-from dlrt import grid
 from dlrt.__main__ import main as command_line
 from dlrt.checkpoint import load_network
 from dlrt.data import Split
@@ -210,30 +209,3 @@ def test_every_way_of_the_study_is_a_run_that_its_script_takes(monkeypatch):
     assert len(sizes) == 9
     assert study["plan"]("narrow", "muon", 99.0, args, epochs=5, seed=1).options["width"] >= 8
     assert 0.7 < 1 - sizes["narrow75_muon_seed1"] / sizes["dense_muon_seed1"] < 0.8
-
-
-@pytest.mark.parametrize("least", [0.0025, 0.01, 0.08])
-def test_the_study_tries_step_sizes_until_the_best_lies_between_two(least, monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(ROOT / "gpt")
-    study = runpy.run_path(str(ROOT / "gpt" / "run.py"))
-    made = []
-
-    def pretend(plans, results, jobs, may_diverge):
-        for plan in plans:
-            size = plan.options["update_lr"]
-            loss = abs(math.log(size / least))
-            (results / plan.name).mkdir(parents=True, exist_ok=True)
-            if size < 0.1:  # larger ones diverge
-                record = pd.DataFrame({"epoch": [1], "validation_loss": [loss]})
-                record.to_csv(results / plan.name / "metrics.csv", index=False)
-            made.append(size)
-
-    monkeypatch.setattr(grid, "make", pretend)
-    args = argparse.Namespace(
-        width=128, depth=4, dataset="text", data_dir=tmp_path, device="cpu", output_dir=tmp_path, jobs=1
-    )
-    choice = ("factors", "muon")
-    assert study["best_step_sizes"]([choice], 50.0, args) == {choice: {"update_lr": least}}
-    assert len(made) == len(set(made))  # one that diverged is not made again
-    assert min(made) < 0.6 * least
-    assert max(made) > 1.8 * least
