@@ -11,7 +11,8 @@ from dlrt.convert import load_factors, to_dense, to_low_rank
 from dlrt.convolutions import LowRankConv2d, SpatialLowRankConv2d
 from dlrt.costs import Compression, compression, singular_values
 from dlrt.export import export
-from dlrt.layers import LowRankLayer, LowRankLinear
+from dlrt.layers import LowRankLayer
+from dlrt.linear import LowRankLinear
 from dlrt.lowrank import LowRank, truncate
 from dlrt.optimizer import DLRT
 from dlrt.pretrained import from_pretrained, save_pretrained

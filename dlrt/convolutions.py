@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dlrt.layers import LowRankLayer, give_back, rows_of, take_over
+from dlrt.exchange import give_back, take_over
+from dlrt.layers import LowRankLayer, rows_of
 from dlrt.thin_convolutions import (
     ConvolutionMap,
     Thin,

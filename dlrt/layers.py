@@ -1,9 +1,4 @@
-"""Layers whose weight lives as W = U S Vᵀ: what they share, and the linear one.
-
-A layer maps x to y = x V Sᵀ Uᵀ + bias: two thin maps with a small one in between. With G = ∇_W L, K = U S and
-L = V Sᵀ, the backward pass gives U the K-gradient G V, V the L-gradient Gᵀ U and S the S-gradient Uᵀ G V, as
-their ordinary `.grad`: all that a step along the manifold needs (Schotthöfer et al. 2022, section 4).
-"""
+"""What all layers share whose weight lives as W = U S Vᵀ: factors, forward pass, reading of checkpoints."""
 
 from __future__ import annotations
 
@@ -11,68 +6,12 @@ import math
 import weakref
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from dlrt.checks import check_orthonormal, check_rank, check_real
+from dlrt.exchange import replace_data
 from dlrt.lowrank import LowRank, at_least_single
-
-
-class DenseWeight(torch.autograd.Function):
-    """W = U S Vᵀ (m, n), for whatever wants the dense weight; G comes back as K-, L- and S-gradient."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(U: Tensor, S: Tensor, V: Tensor) -> Tensor:
-        return U @ S @ V.mT
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0], inputs[2])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, G: Tensor) -> tuple[Tensor, ...]:
-        U, V = ctx.saved_tensors
-        G = G.to(U.dtype)
-        GV = G @ V
-        return GV, U.mT @ GV, G.mT @ U
-
-
-class LinearMap(torch.autograd.Function):
-    """y = x V Sᵀ Uᵀ + bias for rows x (b, n), and a = x V, which the backward pass needs again."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        a = x @ V
-        return F.linear(a @ S.mT, U, bias), a
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)  # of a, which would be zeros
-        ctx.save_for_backward(*inputs[:4], output[1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g: Tensor | None, _) -> tuple[Tensor | None, ...]:
-        if g is None:
-            return (None,) * 5
-        of_x, of_U, of_S, of_V, of_bias = ctx.needs_input_grad
-        x, U, S, V, a = in_type_of(g, ctx.saved_tensors)
-        b = g @ U
-        return (
-            (b @ S) @ V.mT if of_x else None,
-            g.mT @ a if of_U else None,  # gᵀ x V = G V
-            b.mT @ a if of_S else None,
-            x.mT @ b if of_V else None,
-            g.sum(0) if of_bias else None,
-        )
-
+from dlrt.thin_linear import DenseWeight
 
 FACTORS = ("U", "S", "V")
 
@@ -250,105 +189,7 @@ class LowRankLayer(nn.Module):
         return {**self.__dict__, "_trains_bases": False, "owner": None}
 
 
-class LowRankLinear(LowRankLayer):
-    """nn.Linear with the weight U S Vᵀ (out_features, in_features) of the given rank.
-
-    Input (..., in_features), output (..., out_features). ValueError where the rank is impossible.
-    """
-
-    def __init__(
-        self, in_features: int, out_features: int, rank: int, bias: bool = True, device=None, dtype=None
-    ) -> None:
-        super().__init__(out_features, in_features, rank, out_features, bias, device, dtype)
-        self.in_features, self.out_features = in_features, out_features
-
-    @classmethod
-    def in_place_of(cls, linear: nn.Linear) -> LowRankLinear:
-        """A layer of rank 1, whose factors are still to be set, that shares all else with a dense one."""
-        layer = cls(linear.in_features, linear.out_features, 1, linear.bias is not None)
-        return take_over(layer, linear)
-
-    def to_dense(self) -> nn.Linear:
-        """nn.Linear with the same map."""
-        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        return give_back(self, dense)
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight U S Vᵀ, (out_features, in_features); a new tensor at every call."""
-        return self._matrix()
-
-    def dense_map(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight, self.bias)
-
-    def plain_map(self, x: Tensor, U: Tensor, S: Tensor, V: Tensor) -> Tensor:
-        return F.linear(x @ V @ S.mT, U, self.bias)
-
-    def map(self, x: Tensor, U: Tensor, S: Tensor, V: Tensor) -> Tensor:
-        if x.shape[-1] != self.in_features:
-            raise ValueError(
-                f"the input must have {self.in_features} features, got {tuple(x.shape)}: flatten it before?"
-            )
-        y, _ = LinearMap.apply(x.reshape(-1, self.in_features), U, S, V, self.bias)
-        return y.view(*x.shape[:-1], self.out_features) if x.dim() != 2 else y
-
-    def thin_layers(self) -> tuple[nn.Linear, nn.Linear]:
-        first = nn.Linear(self.in_features, self.rank, bias=False, device="meta")
-        return first, nn.Linear(self.rank, self.out_features, self.bias is not None, device="meta")
-
-    @staticmethod
-    def input_rows(dense: nn.Linear, x: Tensor) -> Tensor:
-        return rows_of(x, -1)
-
-    @staticmethod
-    def output_rows(dense: nn.Linear, g: Tensor) -> Tensor:
-        return rows_of(g, -1)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
-
-
 def rows_of(x: Tensor, channels: int) -> Tensor:
     """x as a matrix with a column for each channel; `channels` is their dimension in x."""
     x = x.movedim(channels, -1)
     return x.reshape(-1, x.shape[-1])
-
-
-def in_type_of(g: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """For backward passes: under autocast g may be bfloat16 or float16, and the factors never are."""
-    return tuple(tensor.to(g.dtype) for tensor in tensors)
-
-
-def take_over(layer: LowRankLayer, dense: nn.Module) -> LowRankLayer:
-    """Give a new layer what a dense layer has beside its weight: bias, mode, type, device."""
-    layer.to(dense.weight)
-    layer.bias = dense.bias
-    layer.S.requires_grad_(dense.weight.requires_grad)
-    return layer.train(dense.training)
-
-
-def give_back(layer: LowRankLayer, dense: nn.Module) -> nn.Module:
-    """The reverse of `take_over`."""
-    dense.weight = nn.Parameter(layer.weight.detach().contiguous(), requires_grad=layer.S.requires_grad)
-    dense.bias = layer.bias
-    return dense.train(layer.training)
-
-
-def become(module: nn.Module, other: nn.Module) -> None:
-    """Give a module class and contents of another one; it stays the same object for whoever holds it."""
-    module.__class__, module.__dict__ = type(other), other.__dict__
-
-
-@torch.no_grad()
-def replace_data(parameter: nn.Parameter, data: Tensor) -> None:
-    """Give a parameter data of any shape; it stays the same object for whoever holds it.
-
-    Written in place, so that autograd notices where a backward pass still needs the old values.
-    """
-    if parameter.shape != data.shape:
-        parameter.grad = None
-        # torch expects a gradient of the old shape while an old loss is alive, unless the type changed
-        other = torch.half if data.dtype != torch.half else torch.float
-        parameter.data = data.new_empty(0, dtype=other)
-        parameter.data = torch.empty_like(data, memory_format=torch.contiguous_format)
-    parameter.copy_(data)

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import fork, plain
-from test_optimizer import low_rank_layers
+from small_networks import low_rank_layers
 from torch import nn
 from torch.nn.functional import cross_entropy
 

@@ -11,7 +11,9 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     ["checks", "cluttered_digits", "timing", "hooks", "errors"],
     ["lowrank", "plots", "flags"],
-    ["augmented", "ranks", "layers", "blocks"],
+    ["augmented", "ranks", "exchange", "thin_linear", "blocks"],
+    ["layers"],
+    ["linear"],
     ["integrators"],
     ["thin_convolutions"],
     ["velocity", "curvature", "fields", "attention", "convolutions", "streaming"],

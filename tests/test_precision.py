@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import plain
-from test_optimizer import batch, closure_of, low_rank_layers, network
+from small_networks import batch, closure_of, low_rank_layers, network
 from test_training import BrokenOff, assert_equal_weights, dataset, one_thread, train
 from torch.amp import GradScaler
 from torch.nn.functional import cross_entropy

@@ -2,10 +2,11 @@
 
 import copy
 import io
+import re
 
 import pytest
 import torch
-from test_optimizer import closure_of
+from small_networks import closure_of
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import init_device_mesh
@@ -140,20 +141,25 @@ def test_in_shared_memory_steps_are_in_place_and_a_rank_that_would_change_is_ref
         optimizer.step(closure_for(model, optimizer))
 
 
-@pytest.mark.parametrize("when", ["before the DLRT", "after the DLRT"])
-def test_factors_that_are_sharded_are_refused(when):
+def refusal_of_shards(_, when, file):
+    """What a DLRT says of factors that are sharded; to be called in a process of its own."""
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    model, mesh = to_low_rank(network(), rank=0.6), init_device_mesh("cpu", (1,))
     try:
-        model, mesh = to_low_rank(network(), rank=0.6), init_device_mesh("cpu", (1,))
-        if when == "before the DLRT":
+        if when == "before":
             fully_shard(model, mesh=mesh)
-            with pytest.raises(ValueError, match=r"factors of 0 must be whole.*DistributedDataParallel"):
-                DLRT(model, torch.optim.SGD, lr=0.01)
-        else:
-            optimizer = DLRT(model, torch.optim.SGD, lr=0.01)
+        optimizer = DLRT(model, torch.optim.SGD, lr=0.01)
+        if when == "after":
             fully_shard(model, mesh=mesh)
-            with pytest.raises(ValueError, match=r"factors of 0 must be whole.*DistributedDataParallel"):
-                optimizer.step(closure_for(model, optimizer))
-    finally:
-        torch.distributed.destroy_process_group()
+        optimizer.step(closure_for(model, optimizer))
+    except ValueError as error:
+        file.write_text(str(error))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_factors_that_are_sharded_are_refused(when, tmp_path):
+    """The threads of a process group would stop the processes that other tests fork."""
+    told = tmp_path / "told"
+    torch.multiprocessing.start_processes(refusal_of_shards, (when, told), start_method="fork")
+    assert re.search(r"factors of 0 must be whole.*DistributedDataParallel", told.read_text())

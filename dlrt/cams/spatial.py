@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dlrt.convolutions import LowRankConv2d
 from dlrt.hooks import watching
-from dlrt.layers import LowRankLinear
+from dlrt.linear import LowRankLinear
 
 Shape = tuple[int, ...]
 Calls = dict[nn.Module, list[Shape]]
