@@ -6,7 +6,8 @@
 The dense net with AdamW and with Muon; for each budget DLRT with three rules, and plain factors and a
 narrower dense net with both optimizers. AdamW steps norms and the embedding, which is the head, too, in all
 of them. The step size of each is the one that validates best in an epoch of seed 0: of those below, and of
-further ones until the best has a worse neighbour on either side.
+further ones until the best has a worse neighbour on either side. Of DLRT with Muon the time in which the
+budget falls is chosen likewise, at the first budget.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ STEP_SIZES = {  # that of AdamW is for all weights, the others for those that th
     "sgd": ("update_lr", (0.1, 0.3, 1.0)),
     "adam": ("update_lr", (3e-4, 1e-3, 3e-3)),
 }
+OURS = ("dlrt", "muon")
+RESTS = (0.05, 0.1, 0.2)  # what is left of the training when the budget is met, for DLRT with Muon
 TUNING_EPOCHS = 1
 
 
@@ -67,6 +70,18 @@ def best_step_sizes(
     return {choice: {STEP_SIZES[choice[1]][0]: size} for choice, size in best.items()}
 
 
+def best_ramp(compression: float, size: dict[str, float], args: argparse.Namespace) -> float:
+    """The part of the training in which the budget falls that validates best, for DLRT with Muon."""
+
+    def short_run(choice: tuple[str, str], rest: float) -> RunSpec:
+        ramp = round(1 - rest, 4)
+        run = plan(*choice, compression, args, epochs=TUNING_EPOCHS, seed=0, ramp=ramp, **size)
+        return replace(run, name=f"tuning/{run.name}_ramp{ramp:g}")
+
+    best = grid.choose({OURS: RESTS}, short_run, args.output_dir, "validation_loss", sign=-1, jobs=args.jobs)
+    return round(1 - best[OURS], 4)
+
+
 @errors.boundary("the same command goes on")
 def main() -> None:
     parser = grid.make_parser(__doc__, HERE, epochs=3, options=Options)
@@ -77,9 +92,13 @@ def main() -> None:
     add("--width", type=NATURAL, default=128, help="of the residual stream")
     add("--depth", type=NATURAL, default=4, help="blocks")
     args = parser.parse_args()
+    ways = [(way, rule) for way in args.ways for rule in RULES[way]]
+    ramp = None  # that of the first budget serves for all
     for compression in args.compressions:
-        ways = [(way, rule) for way in args.ways for rule in RULES[way]]
         best = best_step_sizes(ways, compression, args)
+        if OURS in best:
+            ramp = ramp or best_ramp(compression, best[OURS], args)
+            best[OURS]["ramp"] = ramp
         for seed in range(args.seeds):
             same = {"epochs": args.epochs, "seed": seed}
             plans = [plan(*choice, compression, args, **same, **best[choice]) for choice in ways]
