@@ -4,6 +4,7 @@ import argparse
 import math
 import runpy
 import shutil
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import dlrt
+from dlrt import grid
 from dlrt.__main__ import main as command_line
 from dlrt.checkpoint import load_network
 from dlrt.data import Split
@@ -209,3 +211,31 @@ def test_every_way_of_the_study_is_a_run_that_its_script_takes(monkeypatch):
     assert len(sizes) == 9
     assert study["plan"]("narrow", "muon", 99.0, args, epochs=5, seed=1).options["width"] >= 8
     assert 0.7 < 1 - sizes["narrow75_muon_seed1"] / sizes["dense_muon_seed1"] < 0.8
+
+
+def test_the_study_trains_every_seed_as_validation_chose(monkeypatch, tmp_path):
+    """Here the loss is least for step sizes of 0.01 and a budget that falls for nine tenths of the time."""
+    made = {}
+
+    def step_size(options):
+        return options.get("update_lr") or options["lr"]
+
+    def pretend(plans, results, jobs, may_diverge):
+        for plan in plans:
+            rest = 1 - plan.options.get("ramp", 0.6)
+            loss = abs(math.log(step_size(plan.options) / 0.01)) + abs(math.log(rest / 0.1))
+            (results / plan.name).mkdir(parents=True, exist_ok=True)
+            record = pd.DataFrame({"epoch": [1], "validation_loss": [loss]})
+            record.to_csv(results / plan.name / "metrics.csv", index=False)
+            made[plan.name] = plan.options
+
+    monkeypatch.setattr(grid, "make", pretend)
+    monkeypatch.syspath_prepend(ROOT / "gpt")
+    flags = ["--ways", "dlrt", "narrow", "--seeds", "2", "--output-dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["run.py", *flags])
+    runpy.run_path(str(ROOT / "gpt" / "run.py"), run_name="__main__")
+    runs = {name: options for name, options in made.items() if not name.startswith("tuning/")}
+    assert len(runs) == 2 * 2 * 5  # budgets, seeds, ways with their rules
+    assert all(0.005 < step_size(options) < 0.02 for options in runs.values())
+    ramps = {name: options["ramp"] for name, options in runs.items() if "ramp" in options}
+    assert ramps == {f"dlrt{size}_muon_seed{seed}": 0.9 for size in (50, 75) for seed in (0, 1)}
