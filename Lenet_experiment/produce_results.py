@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from dlrt import plots, tables
-from dlrt.runs import over_seeds
+from dlrt.summaries import over_seeds
 
 # Schotthöfer et al. 2022: best of five runs, and the mean; LRNN and GAL as quoted there
 PAPER = pd.DataFrame({

@@ -10,7 +10,8 @@ from factored import AS_IN_THE_PAPER
 
 from dlrt import plots, tables
 from dlrt.plots import Figure, MaxNLocator, plt
-from dlrt.runs import best_lrs, chosen_epoch, over_seeds, read_metrics
+from dlrt.runs import chosen_epoch, read_metrics
+from dlrt.summaries import best_lrs, over_seeds
 
 # Schotthöfer et al. 2022: test accuracy after epoch 1, and after epoch 20
 PUBLISHED = pd.DataFrame({

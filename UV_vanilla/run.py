@@ -11,7 +11,7 @@ from pathlib import Path
 
 from factored import AS_IN_THE_PAPER, DECAY, OF_DECAY
 
-from dlrt import errors, grid
+from dlrt import errors, grid, tuning
 from dlrt.flags import POSITIVE
 
 HERE = Path(__file__).parent
@@ -35,7 +35,7 @@ def main() -> None:
     grid.make(as_in_the_paper, args.output_dir, args.jobs)
     tried = [plan("vanilla", decay, lr, 0) for decay in args.decays for lr in args.lrs]
     grid.make(tried, args.output_dir, args.jobs, may_diverge=True)  # a step size may be too large
-    best = grid.choose_lrs(tried, args.output_dir, by="decay")
+    best = tuning.choose_lrs(tried, args.output_dir, by="decay")
     both = [plan(method, decay, best[decay], seed) for decay, seed in seeds for method in SCRIPTS]
     grid.make(both, args.output_dir, args.jobs, may_diverge=True)
 

@@ -9,7 +9,8 @@ import pandas as pd
 
 from dlrt import plots, tables
 from dlrt.plots import Figure
-from dlrt.runs import best_lrs, over_seeds, read_metrics
+from dlrt.runs import read_metrics
+from dlrt.summaries import best_lrs, over_seeds
 
 # Schotthöfer et al. 2022: dense, and at these tolerances after some hundred epochs more at fixed rank
 PUBLISHED = pd.DataFrame({

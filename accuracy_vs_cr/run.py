@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from dlrt import errors, grid
+from dlrt import errors, grid, tuning
 from dlrt.flags import NATURAL, POSITIVE
 
 HERE = Path(__file__).parent
@@ -56,7 +56,7 @@ def main() -> None:
     tried = [pruned(rank, lr, seed=0) for rank in args.pruned_ranks for lr in args.retraining_lrs]
     make_pruned(tried)
     if tried:
-        best = grid.choose_lrs(tried, args.output_dir, by="rank")
+        best = tuning.choose_lrs(tried, args.output_dir, by="rank")
         seeds = product(range(args.seeds), args.pruned_ranks)
         make_pruned([pruned(rank, best[rank], seed) for seed, rank in seeds])
 

@@ -15,7 +15,8 @@ from study_figures import DENSE, WAYS
 
 from dlrt import tables
 from dlrt.errors import RunError
-from dlrt.runs import chosen_epoch, differences, over_seeds, read_metrics
+from dlrt.runs import chosen_epoch, differences, read_metrics
+from dlrt.summaries import over_seeds
 
 HERE = Path(__file__).parent
 SHORT = ("network", "trained", "rule", "test accuracy [%]", "below dense", "compression [%]")

@@ -25,7 +25,7 @@ from typing import Any
 
 from tuned_runs import best_settings, recorded
 
-from dlrt import errors, grid
+from dlrt import errors, grid, tuning
 from dlrt.flags import COUNT, PERCENT, POSITIVE
 from dlrt.grid import RunSpec
 
@@ -102,7 +102,7 @@ def choose_scales(network: str, args: argparse.Namespace, jobs: int) -> dict[Cho
         return replace(made, name=f"{network}/tuning/{'_'.join(choice)}_x{scale:g}")
 
     first = {(way, rule): SCALES for rule in args.rules for way in WAYS if way in args.ways}
-    return grid.choose(first, short_run, args.output_dir, "validation_accuracy", jobs=jobs)
+    return tuning.choose(first, short_run, args.output_dir, "validation_accuracy", jobs=jobs)
 
 
 def pack(results: Path, archive: Path) -> None:

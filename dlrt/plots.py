@@ -93,7 +93,7 @@ def learning_curves(metrics: dict[str, pd.DataFrame]) -> Figure:
 def accuracy_against_compression(
     curves: dict[str, pd.DataFrame], references: dict[str, pd.DataFrame], dense: dict[str, float]
 ) -> Figure:
-    """Test accuracy over evaluation compression, by label: curves of `runs.over_seeds`, with bars of one
+    """Test accuracy over evaluation compression, by label: curves of `summaries.over_seeds`, with bars of one
     standard deviation both ways where there are seeds; references with the columns compression and accuracy,
     in grey; dense lines, dotted more widely from one to the next, in the colour of the curve that is labelled
     "DLRT" in the place of "dense", or grey.

@@ -19,7 +19,7 @@ from dlrt.flags import HelpFormatter, Parser
 from dlrt.options import ROOT
 from dlrt.plots import Figure
 from dlrt.ranks import parameters
-from dlrt.runs import read_runs
+from dlrt.summaries import read_runs
 
 DATA = {"mnist": "MNIST", "cifar10": "CIFAR-10", "stdlib": "Python's standard library"}
 COUNTED = "Weights only, biases and norms left out; a layer of rank r counts r (m + n), a dense one m n."
@@ -122,7 +122,7 @@ def publish(
 
 
 def comparison(runs: pd.DataFrame) -> pd.DataFrame:
-    """The columns by which runs are compared, a row per run of `runs.read_runs`."""
+    """The columns by which runs are compared, a row per run of `summaries.read_runs`."""
     return pd.DataFrame(
         {
             "network": runs["network"],

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from dlrt import tables
-from dlrt.runs import over_seeds
+from dlrt.summaries import over_seeds
 
 HERE = Path(__file__).parent
 SHORT = ("trained", "rule", "width", "blocks", "bits per byte", "compression [%]")

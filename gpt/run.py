@@ -18,7 +18,7 @@ from pathlib import Path
 
 from gpt_text import Options
 
-from dlrt import errors, grid
+from dlrt import errors, grid, tuning
 from dlrt.flags import NATURAL, PERCENT
 from dlrt.grid import RunSpec
 
@@ -66,7 +66,7 @@ def best_step_sizes(
         return replace(run, name=f"tuning/{run.name}_{name}{size:g}")
 
     first = {choice: STEP_SIZES[choice[1]][1] for choice in ways}
-    best = grid.choose(first, short_run, args.output_dir, "validation_loss", sign=-1, jobs=args.jobs)
+    best = tuning.choose(first, short_run, args.output_dir, "validation_loss", sign=-1, jobs=args.jobs)
     return {choice: {STEP_SIZES[choice[1]][0]: size} for choice, size in best.items()}
 
 
@@ -78,7 +78,9 @@ def best_ramp(compression: float, size: dict[str, float], args: argparse.Namespa
         run = plan(*choice, compression, args, epochs=TUNING_EPOCHS, seed=0, ramp=ramp, **size)
         return replace(run, name=f"tuning/{run.name}_ramp{ramp:g}")
 
-    best = grid.choose({OURS: RESTS}, short_run, args.output_dir, "validation_loss", sign=-1, jobs=args.jobs)
+    best = tuning.choose(
+        {OURS: RESTS}, short_run, args.output_dir, "validation_loss", sign=-1, jobs=args.jobs
+    )
     return round(1 - best[OURS], 4)
 
 

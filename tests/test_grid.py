@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import fork
 
-from dlrt import grid
+from dlrt import grid, tuning
 from dlrt.errors import RunError
 from dlrt.options import ROOT
 from dlrt.runs import epochs_done, read_metrics
@@ -215,7 +215,7 @@ def short_run(best, size):
 @pytest.mark.parametrize("best", [0.0025, 0.01, 0.08])
 def test_values_are_tried_until_the_best_lies_between_two(best, pretend_to_make, tmp_path):
     first = {best: (0.04, 0.02), 0.02: (0.01, 0.02, 0.04)}
-    assert grid.choose(first, short_run, tmp_path, "loss", sign=-1) == {best: best, 0.02: 0.02}
+    assert tuning.choose(first, short_run, tmp_path, "loss", sign=-1) == {best: best, 0.02: 0.02}
     assert len(pretend_to_make) == len(set(pretend_to_make))  # one that diverged is not made again
     sizes = [size for of, size in pretend_to_make if of == best]
     assert min(sizes) < 0.6 * best
@@ -224,10 +224,10 @@ def test_values_are_tried_until_the_best_lies_between_two(best, pretend_to_make,
 
 
 def test_of_values_that_are_as_good_none_beyond_them_is_tried(pretend_to_make, tmp_path):
-    assert grid.choose({0.02: (0.01, 0.04)}, short_run, tmp_path, "loss", sign=-1) == {0.02: 0.01}
+    assert tuning.choose({0.02: (0.01, 0.04)}, short_run, tmp_path, "loss", sign=-1) == {0.02: 0.01}
     assert len(pretend_to_make) == 2
 
 
 def test_a_choice_whose_values_all_diverge_names_their_runs(pretend_to_make, tmp_path):
     with pytest.raises(RunError, match=r"all of these diverge: 1_0\.2, 1_0\.4: add smaller step sizes"):
-        grid.choose({1: (0.2, 0.4)}, short_run, tmp_path, "loss")
+        tuning.choose({1: (0.2, 0.4)}, short_run, tmp_path, "loss")

@@ -14,7 +14,8 @@ import dlrt
 from dlrt.checkpoint import load_checkpoint, load_network, trained_weights
 from dlrt.errors import RunError
 from dlrt.models import LeNet5
-from dlrt.runs import Run, chosen_epoch, read_metrics, read_runs
+from dlrt.runs import Run, chosen_epoch, read_metrics
+from dlrt.summaries import read_runs
 
 OPTIONS = {"lr": 0.05, "tau": 0.1, "max_rank": None, "amp": False, "name": "a"}
 

@@ -14,11 +14,11 @@ import pandas as pd
 import pytest
 import torch
 
-from dlrt import errors, grid, plots, runs, tables
+from dlrt import errors, grid, plots, summaries, tables, tuning
 from dlrt.errors import RunError
 from dlrt.flags import FOLDER_NAME, Parser
 from dlrt.options import ROOT
-from dlrt.runs import read_runs
+from dlrt.summaries import read_runs
 
 
 def load(path):
@@ -61,7 +61,7 @@ def test_a_setting_has_the_mean_over_its_seeds_at_the_chosen_epoch_and_at_the_la
     write_run(tmp_path, "b", [80, 90], [75.0, 74.0], seed=1, ranks="5/6")
     write_run(tmp_path, "dense", [80, 90], [98.0, 99.0], ranks="")
     found = read_runs(tmp_path)
-    summary = runs.over_seeds(found.assign(tau=tables.dense_or_tau(found)), ["tau"]).set_index("tau")
+    summary = summaries.over_seeds(found.assign(tau=tables.dense_or_tau(found)), ["tau"]).set_index("tau")
     row = summary.loc[0.2]
     assert (row["accuracy"], row["last_accuracy"], row["seeds"]) == (72.0, 67.0, 2)
     assert row["accuracy_std"] == pytest.approx(np.std([70, 74], ddof=1))
@@ -79,7 +79,7 @@ def test_runs_that_are_no_seeds_of_one_setting_are_not_averaged(other, reported,
     write_run(tmp_path, "a", [90], [70.0])
     write_run(tmp_path, "b", [90], [71.0], **{"seed": 1, **other})
     with pytest.raises(RunError, match=reported):
-        runs.over_seeds(read_runs(tmp_path), ["tau"])
+        summaries.over_seeds(read_runs(tmp_path), ["tau"])
 
 
 def test_a_pruned_net_is_shown_before_its_training_and_after_it(tmp_path):
@@ -105,12 +105,12 @@ def test_the_step_size_of_plain_factors_is_the_one_best_in_validation(tmp_path):
         write_run(tmp_path, f"chance {lr}", [10], [10], decay=9.0, lr=lr, loss=loss, **vanilla)
     with pytest.warns(UserWarning, match=r"unfinished or diverged: diverged \(1 of 9 epochs\)"):
         found = read_runs(tmp_path)
-    best = runs.best_lrs(found[found["network"] == "vanilla_lenet5"], "decay").to_dict()
+    best = summaries.best_lrs(found[found["network"] == "vanilla_lenet5"], "decay").to_dict()
     assert best == {2.0: 0.1, 9.0: 0.2}
     shutil.rmtree(tmp_path / "diverged")
     write_run(tmp_path, "batches", [99], [99], decay=2.0, lr=0.05, batch_size=32, **vanilla)
     with pytest.raises(RunError, match=r"batches must differ in the lr only, got .*batch_size None and 32"):
-        runs.best_lrs(read_runs(tmp_path), "decay")
+        summaries.best_lrs(read_runs(tmp_path), "decay")
 
 
 @pytest.mark.parametrize("experiment", ["cifar10", "gpt"])
@@ -131,9 +131,9 @@ def test_a_grid_chooses_among_its_own_runs_and_ends_where_all_diverged(tmp_path)
     for name, lr, validation in (("one", 0.1, 80), ("two", 0.2, 90), ("by hand", 0.3, 99)):
         write_run(tmp_path, name, [validation], [50], decay=2.0, lr=lr)
     plans = [plan("one", 2.0, 0.1), plan("two", 2.0, 0.2)]
-    assert grid.choose_lrs(plans, tmp_path, "decay") == {2.0: 0.2}
+    assert tuning.choose_lrs(plans, tmp_path, "decay") == {2.0: 0.2}
     with pytest.raises(RunError, match="every learning rate diverges at decay 9: add smaller"):
-        grid.choose_lrs([*plans, plan("three", 9.0, 0.1)], tmp_path, "decay")
+        tuning.choose_lrs([*plans, plan("three", 9.0, 0.1)], tmp_path, "decay")
 
 
 def test_plain_factors_have_one_step_size_and_dlrt_that_one_and_the_papers(tmp_path, monkeypatch):
