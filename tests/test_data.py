@@ -7,9 +7,11 @@ import pytest
 import torch
 import torchvision.datasets as tv
 
-from dlrt.data import Dataset, Split, augmented_batch
-from dlrt.datasets import _read_npz, _split, cifar10, digits, digits32, load, mnist
+from dlrt.data import Dataset, Split
+from dlrt.data_files import read_npz
+from dlrt.datasets import cifar10, digits, digits32, load, mnist
 from dlrt.errors import DataError
+from dlrt.picture_sets import picture_set
 
 SAMPLES = 10_050  # MNIST's validation split takes 10,000 of them
 IDX_FILES = {
@@ -254,7 +256,7 @@ def of_both(change):
 def test_arrays_that_are_no_data_set_are_told_in_a_line_that_fits(tmp_path, changed, told):
     np.savez(tmp_path / "own.npz", **{**SOUND, **changed})
     with pytest.raises(DataError, match=told) as error:
-        _split("own", _read_npz(tmp_path / "own.npz"), 0, validation=10)
+        picture_set("own", read_npz(tmp_path / "own.npz"), 0, validation=10)
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -268,7 +270,10 @@ def test_arrays_that_are_no_data_set_are_told_in_a_line_that_fits(tmp_path, chan
     ],
 )
 def test_a_data_set_made_by_hand_is_checked(part, labels, told):
-    good, bad = small_split(2), Split(part, torch.tensor(labels, dtype=torch.int64))
+    good, bad = (
+        Split(torch.zeros(2, 1, 2, 2), torch.arange(2)),
+        Split(part, torch.tensor(labels, dtype=torch.int64)),
+    )
     with pytest.raises(ValueError, match=told):
         Dataset("own", good, good, bad, 2, (0.0,), (1.0,), 1, False).check()
 
@@ -309,63 +314,7 @@ def test_npz_file_put_there_after_a_failed_download_is_read(folder, tmp_path, mo
     assert len(mnist(tmp_path, 0).validation) == 10_000
 
 
-def small_split(samples):
-    return Split(torch.arange(samples).float().view(-1, 1, 1, 1), torch.arange(samples))
-
-
-def seen(split, size, shuffle=None):
-    """The labels in the order of the batches; images must come with their labels."""
-    batches = list(split.batches(size, shuffle))
-    assert all(torch.equal(x.flatten().long(), y) for x, y in batches)
-    assert all(len(y) == size for _, y in batches[:-1])
-    return torch.cat([y for _, y in batches]).tolist()
-
-
-@pytest.mark.parametrize("size", [1, 4, 10, 11, 50])
-def test_batches_visit_every_sample_once(size):
-    split = small_split(11)
-    assert seen(split, size) == list(range(11))
-    shuffled = seen(split, size, torch.Generator().manual_seed(3))
-    assert sorted(shuffled) == list(range(11))
-    assert shuffled != list(range(11))
-
-
-def test_the_generator_alone_decides_on_the_order():
-    split = small_split(50)
-    first = seen(split, 8, torch.Generator().manual_seed(3))
-    torch.manual_seed(99)
-    generator = torch.Generator().manual_seed(3)
-    assert seen(split, 8, generator) == first
-    assert seen(split, 8, generator) != first  # the next epoch
-    assert seen(split, 8, torch.Generator().manual_seed(4)) != first
-
-
 def test_a_data_set_moves_with_all_its_splits(dataset):
     moved = dataset.to("meta")
     assert {split.images.device.type for split in (moved.train, moved.validation, moved.test)} == {"meta"}
     assert {split.labels.device.type for split in (moved.train, moved.validation, moved.test)} == {"meta"}
-
-
-def test_augmented_images_are_shifted_and_mirrored_copies():
-    x = torch.rand(200, 3, 8, 6)
-    augmented = augmented_batch(x, 2, True, torch.Generator().manual_seed(0))
-    padded = torch.nn.functional.pad(x, [2] * 4, mode="reflect")
-    made = set()
-    for image, source in zip(augmented, padded, strict=True):
-        ways = {
-            (down, right, flip)
-            for down in range(5)
-            for right in range(5)
-            for flip in (False, True)
-            if torch.equal(image.flip(2) if flip else image, source[:, down : down + 8, right : right + 6])
-        }
-        assert len(ways) == 1
-        made |= ways
-    assert len(made) > 40  # of the 50 ways
-
-
-def test_digits_are_shifted_but_never_mirrored():
-    x = torch.arange(6 * 6.0).view(1, 1, 6, 6).expand(100, 1, 6, 6)
-    augmented = augmented_batch(x, 2, False, torch.Generator().manual_seed(0))
-    assert (augmented[:, 0, 2, 3] > augmented[:, 0, 2, 2]).all()
-    assert not torch.equal(augmented[0], augmented[1])

@@ -10,10 +10,11 @@ from torch import nn
 import dlrt
 from dlrt import datasets, script, velocity
 from dlrt.checkpoint import load_network
-from dlrt.datasets import _read_npz, _split
+from dlrt.data_files import read_npz
 from dlrt.errors import DataError
 from dlrt.flags import NATURAL
 from dlrt.options import DenseOptions, LowRankOptions, option
+from dlrt.picture_sets import picture_set
 from dlrt.runs import Run
 from dlrt.velocity import Rule
 
@@ -56,7 +57,7 @@ def halves(folder, seed):
     images = generator.integers(0, 128, (120, 1, 32, 32), dtype=np.uint8)
     images[labels == 0, :, :16] += 100
     images[labels == 1, :, 16:] += 100
-    return _split("halves", (images[:80], labels[:80], images[80:], labels[80:]), seed, validation=20)
+    return picture_set("halves", (images[:80], labels[:80], images[80:], labels[80:]), seed, validation=20)
 
 
 def test_options_that_a_script_adds_arrive_at_its_network_and_in_the_record(tmp_path):
@@ -125,7 +126,7 @@ def test_a_file_without_the_arrays_of_a_data_set_says_what_is_wrong(tmp_path, pa
         changed = {**sound, **parts} if parts else {}
         np.savez(tmp_path / "own.npz", **{key: array for key, array in changed.items() if array is not None})
     with pytest.raises(DataError, match=told):
-        _read_npz(tmp_path / "own.npz")
+        read_npz(tmp_path / "own.npz")
 
 
 def steps(update, count=5, rank=4, **options):

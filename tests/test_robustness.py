@@ -21,10 +21,10 @@ from torch.overrides import TorchFunctionMode
 from dlrt import DLRT, LowRankConv2d, LowRankLinear, script, to_low_rank
 from dlrt.checkpoint import load_checkpoint
 from dlrt.data import Split
-from dlrt.datasets import _split
 from dlrt.errors import DataError, RunError
 from dlrt.models import MLP
 from dlrt.options import ROOT, LowRankOptions
+from dlrt.picture_sets import picture_set
 from dlrt.runs import Run
 from dlrt.training import fit
 
@@ -214,7 +214,7 @@ def test_an_empty_data_set_is_refused(dataset, tmp_path):
             train(empty, Run(tmp_path))
     nothing = torch.zeros(0, 1, 28, 28, dtype=torch.uint8), torch.zeros(0, dtype=torch.uint8)
     with pytest.raises(DataError, match="more than 360 training images are needed, got 0"):
-        _split("digits", (*nothing, *nothing), 0, validation=360)
+        picture_set("digits", (*nothing, *nothing), 0, validation=360)
 
 
 def test_a_data_set_of_one_class_is_learnt_and_nothing_breaks(dataset, tmp_path):
