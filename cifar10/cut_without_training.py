@@ -20,7 +20,7 @@ from typing import TypedDict
 import pandas as pd
 from torch import nn
 
-from dlrt import compression, errors, plots, tables, to_low_rank
+from dlrt import compression, errors, markup, plots, tables, to_low_rank
 from dlrt.checkpoint import load_network, save_table
 from dlrt.data import Dataset
 from dlrt.datasets import load
@@ -141,8 +141,8 @@ def main() -> None:
         f"{'s' * (count > 1)}, {rows['dense'].mean():.2f} % dense. {tables.COUNTED}"
     )
     shown = table(rows)
-    (folder / f"{NAME}.md").write_text(tables.markdown(shown, caption), encoding="utf-8")
-    print(tables.markdown(shown, caption))
+    (folder / f"{NAME}.md").write_text(markup.markdown(shown, caption), encoding="utf-8")
+    print(markup.markdown(shown, caption))
     places = [folder] if args.output_dir else [folder, ROOT / "figures"]
     print(f"figure: {plots.save(figure(rows), places, NAME)}")
 

@@ -13,7 +13,7 @@ import study_figures
 from fine_tune_effects import FOLDER
 from study_figures import DENSE, WAYS
 
-from dlrt import tables
+from dlrt import markup, tables
 from dlrt.errors import RunError
 from dlrt.runs import chosen_epoch, differences, read_metrics
 from dlrt.summaries import over_seeds
@@ -150,7 +150,7 @@ def publish_fine_tuning(args: argparse.Namespace, found: pd.DataFrame, data: str
     caption = FINE_TUNING.format(data=data, missing=missing)
     short = ("network", "epochs", "before [%]", "after [%]", "not frozen [%]", "compression [%]")
     tables.write(effects, args.output_dir, caption, "fine_tune_effects", short)
-    print(tables.markdown(effects, caption))
+    print(markup.markdown(effects, caption))
 
 
 def publish_study(args: argparse.Namespace, study: pd.DataFrame, data: str) -> None:

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from dlrt import tables
+from dlrt import markup, tables
 from dlrt.data import Dataset, Split, augmented_batch
 from dlrt.flags import NATURAL, HelpFormatter, Parser
 from dlrt.options import DATA_DIR
@@ -106,7 +106,7 @@ class Comparison:
         rows = chosen.groupby("row")
         mean, std = rows.mean(numeric_only=True).loc[order], rows.std(numeric_only=True).loc[order]
         settings = [json.loads(best[row]) for row in order]
-        return tables.markdown(pd.DataFrame({
+        return markup.markdown(pd.DataFrame({
             "trained": order,
             "seeds": rows.size().loc[order].map(str).tolist(),
             head: [f"{at:.1f}" if at < 1000 else f"{at:,.0f}" for at in mean[column]],

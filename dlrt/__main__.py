@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 import dlrt
-from dlrt import errors, plots, tables
+from dlrt import errors, markup, plots, tables
 from dlrt.checkpoint import atomic_write, checkpoint_of, load_checkpoint, load_network
 from dlrt.errors import RunError
 from dlrt.flags import HelpFormatter, Parser
@@ -55,7 +55,7 @@ def _info(args: argparse.Namespace) -> None:
     """Print a network's layers and draw how their singular values decay."""
     model, about = load_network(args.run)
     count = dlrt.compression(model)
-    print(f"{_describe(about)}\n\n{tables.markdown(tables.layers(model), tables.COUNTED)}")
+    print(f"{_describe(about)}\n\n{markup.markdown(tables.layers(model), tables.COUNTED)}")
     print(
         f"evaluation parameters {count.evaluation_parameters:,} of {count.dense_parameters:,}, "
         f"compression {count.evaluation_compression:.2f} %"

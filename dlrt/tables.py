@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 from torch import nn
 
-from dlrt import errors, plots
+from dlrt import errors, markup, plots
 from dlrt.costs import compression, singular_values
 from dlrt.errors import RunError, one_line
 from dlrt.flags import HelpFormatter, Parser
@@ -116,7 +115,7 @@ def publish(
 ) -> None:
     """Print a table and `write` it, and figures by their names as PDF and PNG."""
     write(table, args.output_dir, caption, short=short)
-    print(markdown(table, caption))
+    print(markup.markdown(table, caption))
     for name, figure in figures.items():
         print(f"figure: {plots.save(figure, args.figures, name)}")
 
@@ -195,58 +194,6 @@ def layers(model: nn.Module) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def markdown(table: pd.DataFrame, caption: str = "") -> str:
-    """A table in Markdown with aligned columns, its caption below."""
-    rows = [list(table.columns), *([MARKDOWN.sub(r"\\\g<0>", cell) for cell in row] for row in _cells(table))]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(table.columns))]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    lines.insert(1, " | ".join("-" * width for width in widths))
-    return "\n".join(f"| {line} |" for line in lines) + (f"\n\n{caption}" if caption else "") + "\n"
-
-
-def _cells(table: pd.DataFrame) -> list[list[str]]:
-    return [[one_line(cell) for cell in row] for row in table.astype(str).to_numpy().tolist()]
-
-
-# what Markdown would take for markup: an underscore within a word it does not
-MARKDOWN = re.compile(r"[\\`*<|~$&\[]|(?<![^\W_])_|_(?![^\W_])")
-LATEX = str.maketrans(
-    {
-        "\\": r"\textbackslash{}",
-        "{": r"\{",
-        "}": r"\}",
-        "$": r"\$",
-        "~": r"\textasciitilde{}",
-        "<": r"\textless{}",
-        ">": r"\textgreater{}",
-        '"': r"\char34{}",
-        "%": r"\%",
-        "&": r"\&",
-        "_": r"\_",
-        "#": r"\#",
-        "|": r"\textbar{}",
-        "±": r"$\pm$",
-        "τ": r"$\tau$",
-        "^": r"\textasciicircum{}",
-        "²": r"$^2$",
-        "ᵀ": r"$^\top$",
-    }
-)
-# else -- is a dash, '' a quotation mark, and the first cell an argument of the line break before it
-APART = re.compile(r"([-'`])(?=[-'`])|^(?=[\[*])")
-
-
-def latex(table: pd.DataFrame, caption: str = "") -> str:
-    """A table environment in LaTeX; it needs the package booktabs."""
-    rows = [[APART.sub(r"\1{}", cell.translate(LATEX)) for cell in row] for row in _cells(table)]
-    head = " & ".join(column.translate(LATEX) for column in table.columns)
-    tabular = rf"\begin{{tabular}}{{{'l' * len(table.columns)}}}"
-    lines = [r"\begin{table}", r"\centering", tabular, r"\toprule"]
-    lines += [head + r" \\", r"\midrule", *(" & ".join(row) + r" \\" for row in rows), r"\bottomrule"]
-    lines += [r"\end{tabular}", *([rf"\caption{{{caption.translate(LATEX)}}}"] if caption else [])]
-    return "\n".join([*lines, r"\end{table}"]) + "\n"
-
-
 def write(
     table: pd.DataFrame, folder: Path, caption: str = "", name: str = "table", short: Sequence[str] = ()
 ) -> None:
@@ -256,7 +203,7 @@ def write(
     """
     folder.mkdir(parents=True, exist_ok=True)
     table.to_csv(folder / f"{name}.csv", index=False, encoding="utf-8", errors="backslashreplace")
-    (folder / f"{name}.md").write_text(markdown(table, caption), encoding="utf-8")
+    (folder / f"{name}.md").write_text(markup.markdown(table, caption), encoding="utf-8")
     note = f" {name}.md has more columns." if short else ""
-    tex = latex(table[list(short or table.columns)], (caption + note).strip())
+    tex = markup.latex(table[list(short or table.columns)], (caption + note).strip())
     (folder / f"{name}.tex").write_text(tex, encoding="utf-8")

@@ -10,7 +10,7 @@ import dlrt
 ROOT = Path(__file__).parents[1]
 ORDER = [
     ["checks", "cluttered_digits", "timing", "hooks", "errors"],
-    ["lowrank", "plots", "flags"],
+    ["lowrank", "plots", "flags", "markup"],
     ["augmented", "ranks", "exchange", "thin_linear", "blocks"],
     ["layers"],
     ["linear"],

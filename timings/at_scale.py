@@ -18,7 +18,7 @@ from measure import ROUND, flops
 from networks import decaying, resting_dlrt
 from torch import nn
 
-from dlrt import LowRankLinear, errors, tables
+from dlrt import LowRankLinear, errors, markup, tables
 from dlrt.flags import NATURAL, HelpFormatter, Parser
 
 FLOAT = 4  # bytes
@@ -101,7 +101,7 @@ def main() -> None:
         "summed and computes in a step, without activations and attention scores."
     )
     tables.write(found, args.output_dir, caption, "at_scale", [*found.columns.drop("parameters")])
-    print(tables.markdown(found, caption))
+    print(markup.markdown(found, caption))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from dlrt import errors, tables
+from dlrt import errors, markup, tables
 from dlrt.cams import known
 from dlrt.cams.study import METHODS, Sample, finished, kept, maps_of, measure, of_dataset
 from dlrt.cams.study_results import METHODS as TITLES
@@ -129,7 +129,7 @@ def main() -> None:
     )
     made = table(rows, args.kinds)
     tables.write(made, args.output_dir, caption, "cifar10", SHORT)
-    print(tables.markdown(made, caption))
+    print(markup.markdown(made, caption))
 
 
 if __name__ == "__main__":
