@@ -1,4 +1,4 @@
-"""A small network, its batches, and the loop that trains it."""
+"""Small networks, their batches, and the loop that trains them."""
 
 import copy
 
@@ -8,6 +8,25 @@ from torch.nn.functional import cross_entropy
 
 import dlrt
 from dlrt import LowRank
+
+NETS = {  # what makes it, the shape of its input, that of its output
+    "wide": (lambda: nn.Linear(12, 5), (20, 12), (20, 5)),
+    "tall": (lambda: nn.Linear(5, 12), (20, 5), (20, 12)),
+    "square": (lambda: nn.Linear(7, 7), (20, 7), (20, 7)),
+    "strided convolution": (lambda: nn.Conv2d(3, 6, 3, stride=2, padding=1), (4, 3, 9, 9), (4, 6, 5, 5)),
+    "two layers": (
+        lambda: nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 5)),
+        (20, 12),
+        (20, 5),
+    ),
+}
+OPTIONS = {  # of SGD
+    "plain": {},
+    "momentum": {"momentum": 0.9},
+    "decay": {"momentum": 0.9, "weight_decay": 0.01},
+    "nesterov": {"momentum": 0.9, "weight_decay": 0.01, "nesterov": True},
+    "maximize": {"momentum": 0.5, "weight_decay": 0.01, "maximize": True},
+}
 
 
 def network():
@@ -62,3 +81,10 @@ def dense_gradients(model, x, y):
 
 def factors_of(model):
     return [LowRank(*(T.detach().clone() for T in (L.U, L.S, L.V))) for L in low_rank_layers(model)]
+
+
+def apart(dense, model):
+    """The largest relative difference of a parameter."""
+    other = dlrt.to_dense(copy.deepcopy(model))
+    pairs = zip(dense.parameters(), other.parameters(), strict=True)
+    return max(float(((a - b).norm() / a.norm()).detach()) for a, b in pairs)

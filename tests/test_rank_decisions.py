@@ -9,7 +9,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import dlrt
-from dlrt import DLRT, LowRankLinear, integrators
+from dlrt import DLRT, LowRankLayer, LowRankLinear, integrators
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -239,3 +239,21 @@ def test_between_two_decisions_the_host_waits_once_for_a_step_and_at_most_twice_
     between = reads[1:10]  # ranks are decided in the first step and in the eleventh
     assert 1 + 2 * layers <= min(between) <= max(between) <= 1 + 2 * 2 * layers
     assert min(reads[0], reads[10]) > max(between)
+
+
+def test_a_budget_is_reached_and_never_exceeded():
+    model = dlrt.to_low_rank(
+        nn.Sequential(nn.Linear(30, 20), nn.Tanh(), nn.Linear(20, 25), nn.Tanh(), nn.Linear(25, 4))
+    )
+    optimizer = DLRT(model, torch.optim.SGD, lr=0.1, momentum=0.9, compression=0.6, ramp=30, allot_every=7)
+    x, y = torch.randn(40, 30), torch.randn(40, 4)
+    total = dlrt.compression(model).dense_parameters
+    for step in range(1, 51):
+        optimizer.zero_grad()
+        model(x).sub(y).square().mean().backward()
+        optimizer.step()
+        have = dlrt.compression(model).evaluation_parameters
+        allowed = 0.4 * total + 0.6 * total * max(0, 1 - step / 30) ** 3
+        assert have <= allowed + 1, step
+    assert have >= 0.4 * total - 55  # the most expensive direction
+    assert all(layer.rank >= 2 for layer in model if isinstance(layer, LowRankLayer))

@@ -1,103 +1,18 @@
-"""The velocity is a tangent vector that follows the bases, and at full rank DLRT is the dense optimizer."""
+"""The velocity is a tangent vector that follows the bases, also to weights that are loaded."""
 
 import copy
 
 import pytest
 import torch
+from small_networks import NETS, OPTIONS, apart
 from torch import nn
 
 import dlrt
-from dlrt import DLRT, LowRank, LowRankLayer, LowRankLinear
-from dlrt.baselines import Muon
+from dlrt import DLRT, LowRank, LowRankLinear
 from dlrt.integrators import parallel_step
-from dlrt.models import GPT
-from dlrt.velocity import Tangent, adam, carried, msign
+from dlrt.velocity import Tangent, carried
 
 pytestmark = pytest.mark.usefixtures("float64")
-
-NETS = {
-    "wide": (lambda: nn.Linear(12, 5), (20, 12), (20, 5)),
-    "tall": (lambda: nn.Linear(5, 12), (20, 5), (20, 12)),
-    "square": (lambda: nn.Linear(7, 7), (20, 7), (20, 7)),
-    "strided convolution": (lambda: nn.Conv2d(3, 6, 3, stride=2, padding=1), (4, 3, 9, 9), (4, 6, 5, 5)),
-    "two layers": (
-        lambda: nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 5)),
-        (20, 12),
-        (20, 5),
-    ),
-}
-OPTIONS = {
-    "plain": {},
-    "momentum": {"momentum": 0.9},
-    "decay": {"momentum": 0.9, "weight_decay": 0.01},
-    "nesterov": {"momentum": 0.9, "weight_decay": 0.01, "nesterov": True},
-    "maximize": {"momentum": 0.5, "weight_decay": 0.01, "maximize": True},
-}
-
-
-def apart(dense, model):
-    """The largest relative difference of a parameter."""
-    other = dlrt.to_dense(copy.deepcopy(model))
-    pairs = zip(dense.parameters(), other.parameters(), strict=True)
-    return max(float(((a - b).norm() / a.norm()).detach()) for a, b in pairs)
-
-
-def train_both(name, make_dense, make_low_rank, steps=50):
-    net, x_shape, y_shape = NETS[name]
-    x, y, dense = torch.randn(x_shape), torch.randn(y_shape), net()
-    model = dlrt.to_low_rank(copy.deepcopy(dense))
-    for net, make in ((dense, make_dense), (model, make_low_rank)):
-        optimizer = make(net)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps + 5)
-        for _ in range(steps):
-            optimizer.zero_grad()
-            net(x).sub(y).square().mean().backward()
-            optimizer.step()
-            scheduler.step()
-    return apart(dense, model)
-
-
-@pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("options", OPTIONS)
-def test_fifty_full_rank_steps_are_those_of_torchs_sgd(name, options):
-    options = {"lr": 0.05, **OPTIONS[options]}
-    difference = train_both(
-        name,
-        lambda net: torch.optim.SGD(net.parameters(), **options),
-        lambda net: DLRT(net, torch.optim.SGD, tau=0.0, **options),
-        steps=20 if options.get("maximize") else 50,
-    )
-    assert difference <= 1e-10
-
-
-@pytest.mark.parametrize(
-    ("optimizer_class", "update"),
-    [
-        (torch.optim.SGD, "sgd"),
-        (torch.optim.SGD, "muon"),
-        (torch.optim.Adam, "adam"),
-        (torch.optim.AdamW, "adam"),
-    ],
-)
-@pytest.mark.parametrize(
-    "options", [{}, {"s_steps": 2}, {"integrator": "augmented", "weight_decay": 0.1}], ids=str
-)
-def test_to_maximize_a_loss_is_to_minimize_its_negative(options, optimizer_class, update):
-    (make, shape, _), models = NETS["two layers"], []
-    x, net = torch.randn(shape), make()
-    for sign in (1, -1):
-        models.append(dlrt.to_low_rank(copy.deepcopy(net), rank=3))
-        optimizer = DLRT(models[-1], optimizer_class, lr=0.01, update=update, maximize=sign == -1, **options)
-
-        def closure(model=models[-1], optimizer=optimizer, sign=sign):
-            optimizer.zero_grad()
-            loss = sign * model(x).square().mean()
-            loss.backward()
-            return loss
-
-        for _ in range(3):
-            optimizer.step(closure)
-    assert apart(dlrt.to_dense(models[0]), models[1]) <= 1e-10
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -232,66 +147,6 @@ def test_factors_that_are_replaced_by_others_are_told():
         optimizer.step()
 
 
-@pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        (torch.optim.SGD, {"momentum": 0.9, "nesterov": False}),
-        (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
-        (torch.optim.AdamW, {"betas": (0.8, 0.99)}),
-    ],
-)
-def test_full_rank_muon_is_muon_on_the_dense_weight(name, kind, options):
-    options = {"lr": 0.05, "weight_decay": 0.01, **options}
-
-    def dense_muon(net):
-        layers = [module for module in net.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-        return Muon(net.parameters(), layers, optimizer_class=kind, **options)
-
-    def low_rank_muon(net):
-        return DLRT(net, kind, update="muon", tau=0.0, **options)
-
-    assert train_both(name, dense_muon, low_rank_muon) <= 1e-10
-
-
-def test_the_polar_factor_is_that_of_the_range_and_turns_with_the_bases():
-    D = torch.randn(6, 2) @ torch.randn(2, 8)
-    P, Q = (torch.linalg.qr(torch.randn(n, n)).Q for n in (6, 8))
-    sign = msign(D)
-    assert torch.allclose(torch.linalg.svdvals(sign), torch.tensor([1.0, 1, 0, 0, 0, 0]), atol=1e-12)
-    assert torch.allclose(msign(P.mT @ D @ Q), P.mT @ sign @ Q, atol=1e-12)
-    assert torch.equal(msign(torch.zeros(3, 3)), torch.zeros(3, 3))
-
-
-def test_adam_moves_entries_in_new_directions_by_at_most_the_step_size():
-    """They have no past squares, and would move by thirty times as much were they taken to be zero."""
-    state = {}
-    for _ in range(30):
-        adam(torch.randn(4, 4), torch.randn(4, 4), state, (0.9, 0.999), 1e-8)
-    old = adam(torch.randn(4, 4), torch.randn(4, 4), dict(state), (0.9, 0.999), 1e-8)
-    grown = adam(torch.randn(6, 5), 0.01 * torch.randn(6, 5), state, (0.9, 0.999), 1e-8)
-    new = torch.ones(6, 5, dtype=bool)
-    new[:4, :4] = False
-    assert grown[new].abs().max() <= 1
-    assert old.abs().max() > 1
-
-
-@pytest.mark.parametrize("options", [{"tau": 0.05}, {"compression": 0.4, "ramp": 30}], ids=str)
-def test_adam_trains_while_new_directions_come_in_at_every_step(options):
-    torch.manual_seed(0)
-    model, x = dlrt.to_low_rank(NETS["two layers"][0]()), torch.randn(64, 12)
-    y, optimizer = x[:, :5].sin(), DLRT(model, torch.optim.Adam, lr=0.005, **options)
-    losses = []
-    for _ in range(150):
-        optimizer.zero_grad()
-        loss = model(x).sub(y).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
-    assert max(losses) < 1.5 * losses[0]
-
-
 def projected(M, Y):
     """The orthogonal projection of a matrix onto the tangent space at Y."""
     PU, PV = Y.U @ Y.U.mT, Y.V @ Y.V.mT
@@ -351,14 +206,6 @@ def test_the_velocity_of_a_step_is_the_projection_of_the_one_before_while_ranks_
     assert len(ranks) > 1
 
 
-def test_a_penalty_on_s_alone_moves_s_and_does_not_disturb_the_rest():
-    """core differs from Uᵀ MV then, and must count once."""
-    Y = LowRank.from_dense(torch.randn(9, 7), rank=3)
-    A, E = torch.randn(9, 7), torch.randn(3, 3)
-    M = Tangent(Y.U, Y.V, A @ Y.V, A.mT @ Y.U, Y.U.mT @ A @ Y.V + E)
-    assert torch.allclose(dense(M), projected(A, Y) + Y.U @ E @ Y.V.mT, atol=1e-13)
-
-
 @pytest.mark.parametrize("update", ["sgd", "muon", "adam"])
 @pytest.mark.parametrize(
     "options", [{}, {"s_steps": 3}, {"compression": 0.4, "ramp": 12}, {"integrator": "augmented"}]
@@ -390,52 +237,6 @@ def test_the_state_resumes_bit_for_bit(update, options):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
-def test_schedulers_change_the_step_size_of_all_groups_alike():
-    model = dlrt.to_low_rank(NETS["two layers"][0]())
-    optimizer = DLRT(model, torch.optim.SGD, lr=0.1, update="muon", update_lr=0.02)
-    assert optimizer.group["lr"] * optimizer.group["update_share"] == pytest.approx(0.02)
-    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
-    assert {group["lr"] for group in optimizer.param_groups} == {0.05}
-
-
-def test_a_budget_is_reached_and_never_exceeded():
-    model = dlrt.to_low_rank(
-        nn.Sequential(nn.Linear(30, 20), nn.Tanh(), nn.Linear(20, 25), nn.Tanh(), nn.Linear(25, 4))
-    )
-    optimizer = DLRT(model, torch.optim.SGD, lr=0.1, momentum=0.9, compression=0.6, ramp=30, allot_every=7)
-    x, y = torch.randn(40, 30), torch.randn(40, 4)
-    total = dlrt.compression(model).dense_parameters
-    for step in range(1, 51):
-        optimizer.zero_grad()
-        model(x).sub(y).square().mean().backward()
-        optimizer.step()
-        have = dlrt.compression(model).evaluation_parameters
-        allowed = 0.4 * total + 0.6 * total * max(0, 1 - step / 30) ** 3
-        assert have <= allowed + 1, step
-    assert have >= 0.4 * total - 55  # the most expensive direction
-    assert all(layer.rank >= 2 for layer in model if isinstance(layer, LowRankLayer))
-
-
-def test_an_average_of_models_is_that_of_their_dense_weights():
-    models = [dlrt.to_low_rank(nn.Sequential(nn.Linear(9, 7), nn.BatchNorm1d(7)), rank=r) for r in (2, 3)]
-    mean = dlrt.average(models)
-    expected = (models[0][0].weight + models[1][0].weight) / 2
-    assert torch.allclose(mean[0].weight, expected, atol=1e-14)
-    assert type(mean[0]) is nn.Linear
-    again = dlrt.to_low_rank(mean, tau=1e-12)
-    assert torch.allclose(again[0].weight, expected, atol=1e-12)
-
-
-def test_an_average_counts_a_weight_that_is_tied_once():
-    models = [GPT((8,), classes=5, width=16, depth=1, heads=2) for _ in range(2)]
-    mean = dlrt.average(
-        [dlrt.to_low_rank(copy.deepcopy(model), skip=["head"]) for model in models], [0.25, 0.75]
-    )
-    expected = 0.25 * models[0].head.weight + 0.75 * models[1].head.weight
-    torch.testing.assert_close(mean.words.weight, expected)
-    assert mean.head.weight is mean.words.weight
-
-
 def test_factors_that_are_no_bases_are_refused_by_name():
     model = dlrt.to_low_rank(NETS["two layers"][0](), rank=3)
     good = copy.deepcopy(model.state_dict())
@@ -451,3 +252,11 @@ def test_factors_that_are_no_bases_are_refused_by_name():
             DLRT(model, torch.optim.SGD, lr=0.1)
         with pytest.raises(RuntimeError, match=r"bases of 2 must be orthonormal"):
             copy.deepcopy(model).load_state_dict(model.state_dict())
+
+
+def test_a_penalty_on_s_alone_moves_s_and_does_not_disturb_the_rest():
+    """core differs from Uᵀ MV then, and must count once."""
+    Y = LowRank.from_dense(torch.randn(9, 7), rank=3)
+    A, E = torch.randn(9, 7), torch.randn(3, 3)
+    M = Tangent(Y.U, Y.V, A @ Y.V, A.mT @ Y.U, Y.U.mT @ A @ Y.V + E)
+    assert torch.allclose(dense(M), projected(A, Y) + Y.U @ E @ Y.V.mT, atol=1e-13)
