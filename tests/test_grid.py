@@ -1,7 +1,6 @@
 """A grid: finished runs are left alone, broken ones go on, a failure is reported and stops nobody else."""
 
 import json
-import math
 import signal
 import sys
 import time
@@ -11,7 +10,7 @@ import pytest
 import torch
 from conftest import fork
 
-from dlrt import grid, tuning
+from dlrt import grid
 from dlrt.errors import RunError
 from dlrt.options import ROOT
 from dlrt.runs import epochs_done, read_metrics
@@ -187,47 +186,3 @@ def test_the_runs_share_the_cores(jobs, runs, threads, tmp_path, script):
     finally:
         torch.set_num_threads(before)
     assert f'"threads": "{threads}"' in (tmp_path / "0" / "config.json").read_text()
-
-
-@pytest.fixture
-def pretend_to_make(monkeypatch):
-    """Let make leave records in which the loss is |log(size / best)|; sizes from 0.1 on diverge."""
-    made = []
-
-    def pretend(plans, results, jobs, may_diverge):
-        for plan in plans:
-            size, best = plan.options["lr"], plan.options["best"]
-            (results / plan.name).mkdir(parents=True, exist_ok=True)
-            (results / plan.name / "config.json").write_text(json.dumps({"options": {"epochs": 1}}))
-            if size < 0.1:
-                record = pd.DataFrame({"epoch": [1], "ranks": [""], "loss": [abs(math.log(size / best))]})
-                record.to_csv(results / plan.name / "metrics.csv", index=False)
-            made.append((best, size))
-
-    monkeypatch.setattr(grid, "make", pretend)
-    return made
-
-
-def short_run(best, size):
-    return grid.RunSpec(f"{best}_{size}", SCRIPT, {"epochs": 1, "best": best, "lr": size})
-
-
-@pytest.mark.parametrize("best", [0.0025, 0.01, 0.08])
-def test_values_are_tried_until_the_best_lies_between_two(best, pretend_to_make, tmp_path):
-    first = {best: (0.04, 0.02), 0.02: (0.01, 0.02, 0.04)}
-    assert tuning.choose(first, short_run, tmp_path, "loss", sign=-1) == {best: best, 0.02: 0.02}
-    assert len(pretend_to_make) == len(set(pretend_to_make))  # one that diverged is not made again
-    sizes = [size for of, size in pretend_to_make if of == best]
-    assert min(sizes) < 0.6 * best
-    assert max(sizes) > 1.8 * best
-    assert [size for of, size in pretend_to_make if of == 0.02] == [0.01, 0.02, 0.04]
-
-
-def test_of_values_that_are_as_good_none_beyond_them_is_tried(pretend_to_make, tmp_path):
-    assert tuning.choose({0.02: (0.01, 0.04)}, short_run, tmp_path, "loss", sign=-1) == {0.02: 0.01}
-    assert len(pretend_to_make) == 2
-
-
-def test_a_choice_whose_values_all_diverge_names_their_runs(pretend_to_make, tmp_path):
-    with pytest.raises(RunError, match=r"all of these diverge: 1_0\.2, 1_0\.4: add smaller step sizes"):
-        tuning.choose({1: (0.2, 0.4)}, short_run, tmp_path, "loss")

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
-from dlrt import errors, grid, plots, summaries, tables, tuning
+from dlrt import errors, plots, summaries, tables
 from dlrt.errors import RunError
 from dlrt.flags import FOLDER_NAME, Parser
 from dlrt.options import ROOT
@@ -122,18 +122,6 @@ def test_runs_that_chose_step_sizes_are_no_results(experiment, tmp_path, run_scr
     assert f"no finished runs in {tmp_path}; make them with: python {experiment}/run.py" in result.stderr
     write_run(tmp_path, "c", [90], [70.0])
     assert list(tables.read(Namespace(results=tmp_path, dataset=None), "")["run"]) == ["c"]
-
-
-def test_a_grid_chooses_among_its_own_runs_and_ends_where_all_diverged(tmp_path):
-    def plan(name, decay, lr):
-        return grid.RunSpec(name, ROOT / "script.py", {"epochs": 1, "decay": decay, "lr": lr})
-
-    for name, lr, validation in (("one", 0.1, 80), ("two", 0.2, 90), ("by hand", 0.3, 99)):
-        write_run(tmp_path, name, [validation], [50], decay=2.0, lr=lr)
-    plans = [plan("one", 2.0, 0.1), plan("two", 2.0, 0.2)]
-    assert tuning.choose_lrs(plans, tmp_path, "decay") == {2.0: 0.2}
-    with pytest.raises(RunError, match="every learning rate diverges at decay 9: add smaller"):
-        tuning.choose_lrs([*plans, plan("three", 9.0, 0.1)], tmp_path, "decay")
 
 
 def test_plain_factors_have_one_step_size_and_dlrt_that_one_and_the_papers(tmp_path, monkeypatch):
