@@ -7,7 +7,7 @@ What is compared: the dense net, a narrower one and plain factors at the paramet
 that budget with kernels as matrices and spatially separable, each with SGD and with Muon; the trained dense
 net cut to the budget and trained on for a third of the epochs; and DLRT as published. Step sizes are those
 that validation chose for each way on a smaller network (probe.csv). With `--tune EPOCHS` short runs of seed 0
-try a half, a quarter and an eighth of them, too, and more until the best lies between two that are worse.
+try a half, a quarter and an eighth of them, too, and more until the best lies between two that are no better.
 (Separable kernels with SGD take the step size of matrices, cuts half of it, the published method 0.2.) The
 first budget comes first, seed by seed, and cuts of trained nets after all its seeds.
 """
@@ -44,7 +44,7 @@ WAYS = {
     "dense": "dense, {}",
 }
 RULES = {"muon": {"update": "muon", "nesterov": True}, "sgd": {"update": "sgd"}}
-SCALES = (0.125, 0.25, 0.5, 1.0)  # of the probe's step size, with --tune: a deeper network may want less
+DIVISORS = (1, 2, 4, 8)  # of the probe's step size, with --tune: a deeper network may want less
 Choice = tuple[str, str]  # a way and a rule
 
 
@@ -94,15 +94,19 @@ def _named(network: str, name: str, options: dict[str, Any], low_rank: bool) -> 
 
 
 def choose_scales(network: str, args: argparse.Namespace, jobs: int) -> dict[Choice, float]:
-    """For each way and rule the scale of its step size that validates best in short runs of seed 0."""
+    """For each way and rule the scale of its step size that validates best in short runs of seed 0.
+
+    These are runs at the first budget; their scales serve for all.
+    """
     common = {**grid.shared_options(args), "epochs": args.tune, "seed": 0}
 
-    def short_run(choice: Choice, scale: float) -> RunSpec:
-        made = plan(network, *choice, args.compressions[0], common, scale)
-        return replace(made, name=f"{network}/tuning/{'_'.join(choice)}_x{scale:g}")
+    def short_run(choice: Choice, divisor: float) -> RunSpec:
+        made = plan(network, *choice, args.compressions[0], common, 1 / divisor)
+        return replace(made, name=f"{network}/tuning/{'_'.join(choice)}_x{1 / divisor:g}")
 
-    first = {(way, rule): SCALES for rule in args.rules for way in WAYS if way in args.ways}
-    return tuning.choose(first, short_run, args.output_dir, "validation_accuracy", jobs=jobs)
+    first = {(way, rule): DIVISORS for rule in args.rules for way in WAYS if way in args.ways}
+    best = tuning.try_values(first, short_run, args.output_dir, "validation_accuracy", jobs=jobs)
+    return {choice: 1 / divisor for choice, divisor in best.items()}
 
 
 def pack(results: Path, archive: Path) -> None:

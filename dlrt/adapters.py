@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from dlrt.attention import PROJECTIONS, Attention, can_unpack, pack
 from dlrt.blocks import Blocks, features, is_conv1d
 from dlrt.convolutions import SAME_IN_DENSE, LowRankConv2d
-from dlrt.exchange import become
 from dlrt.layers import FACTORS, LowRankLayer
 from dlrt.linear import LowRankLinear
 from dlrt.lowrank import at_least_single, svd
+from dlrt.replacing import become
 
 
 class Adapted(nn.Module):

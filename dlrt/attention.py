@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from dlrt.blocks import Blocks
-from dlrt.exchange import become
+from dlrt.replacing import become
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 PACKED = ("in_proj_weight", *(f"{name}_weight" for name in PROJECTIONS), "in_proj_bias")

@@ -15,10 +15,10 @@ from dlrt.convertible import LOW_RANK_TYPES, convertible_layers
 from dlrt.convolutions import SpatialLowRankConv2d
 from dlrt.costs import compression as cost_of
 from dlrt.curvature import Terms, kronecker_factors, terms
-from dlrt.exchange import become
 from dlrt.layers import LowRankLayer
 from dlrt.lowrank import rank_within
 from dlrt.ranks import allocate_ranks, budget_for
+from dlrt.replacing import become
 
 
 def to_low_rank(

@@ -14,9 +14,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from dlrt.attention import Attention, can_unpack
 from dlrt.blocks import Blocks, is_conv1d
 from dlrt.convolutions import LowRankConv2d
-from dlrt.exchange import become
 from dlrt.layers import LowRankLayer
 from dlrt.linear import LowRankLinear
+from dlrt.replacing import become
 
 LOW_RANK_TYPES = {nn.Linear: LowRankLinear, nn.Conv2d: LowRankConv2d}
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dlrt.exchange import give_back, take_over
 from dlrt.layers import LowRankLayer, rows_of
+from dlrt.replacing import give_back, take_over
 from dlrt.thin_convolutions import (
     ConvolutionMap,
     Thin,

@@ -18,7 +18,7 @@ from dlrt.errors import DataError, one_line
 Arrays = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def read(reader: Callable[[str], Any], path: Path) -> Any:
+def read_with(reader: Callable[[str], Any], path: Path) -> Any:
     """What a reader makes of a file; DataError where it fails."""
     try:
         return reader(str(path))
@@ -29,7 +29,6 @@ def read(reader: Callable[[str], Any], path: Path) -> Any:
 
 def read_npz(path: Path) -> Arrays:
     """x_train, y_train, x_test, y_test as Keras writes them: (N, H, W[, C]) uint8, labels (N,) or (N, 1)."""
-
     keys = "x_train", "y_train", "x_test", "y_test"
 
     def known(name: str) -> dict[str, np.ndarray]:
@@ -40,7 +39,7 @@ def read_npz(path: Path) -> Arrays:
         raise DataError(f"{path} is not there: put it there, or name its folder with --data-dir or DLRT_DATA")
     if not zipfile.is_zipfile(path):
         raise DataError(f"{path} is damaged (not an .npz file, or cut short): delete it and fetch it again")
-    found = read(known, path)
+    found = read_with(known, path)
     if missing := [key for key in keys if key not in found]:
         raise DataError(f"{path} must hold {', '.join(keys)}, but lacks {', '.join(missing)}")
     if strange := [key for key in keys if found[key].dtype.kind not in "biuf"]:

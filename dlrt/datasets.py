@@ -14,7 +14,7 @@ import torch
 
 from dlrt.cluttered_digits import HARD, Clutter, clutter, held_out
 from dlrt.data import Dataset
-from dlrt.data_files import Arrays, download, read, read_npz
+from dlrt.data_files import Arrays, download, read_npz, read_with
 from dlrt.errors import DataError
 from dlrt.picture_sets import picture_set
 from dlrt.text import stdlib, text
@@ -52,8 +52,8 @@ def mnist(folder: Path, seed: int) -> Dataset:
         download(lambda: tv.MNIST(folder, download=True), raw, f"{files} in {raw}, or {npz}")
     arrays = []
     for images, labels in MNIST_FILES.values():
-        arrays.append(read(read_image_file, raw / images)[:, None])
-        arrays.append(read(read_label_file, raw / labels))
+        arrays.append(read_with(read_image_file, raw / images)[:, None])
+        arrays.append(read_with(read_label_file, raw / labels))
     return picture_set("mnist", tuple(arrays), seed, validation=10_000)
 
 
@@ -67,9 +67,9 @@ def cifar10(folder: Path, seed: int) -> Dataset:
     from torchvision.datasets.utils import check_integrity
 
     batches, npz = folder / "cifar-10-batches-py", folder / "cifar10.npz"
-    split = partial(picture_set, "cifar10", seed=seed, validation=5_000, shift=4, flip=True)
+    as_data_set = partial(picture_set, "cifar10", seed=seed, validation=5_000, shift=4, flip=True)
     if not batches.is_dir() and npz.is_file():
-        return split(read_npz(npz))
+        return as_data_set(read_npz(npz))
     if not batches.is_dir():
         files = f"{', '.join((*CIFAR10_FILES, 'test_batch'))} in {batches}, or {npz}"
         download(lambda: tv.CIFAR10(folder, download=True), folder, files)
@@ -80,7 +80,7 @@ def cifar10(folder: Path, seed: int) -> Dataset:
     for train in (True, False):
         part = tv.CIFAR10(folder, train=train)
         arrays += [torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets)]
-    return split(tuple(arrays))
+    return as_data_set(tuple(arrays))
 
 
 def digits(folder: Path | None, seed: int) -> Dataset:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dlrt.checks import check_orthonormal, check_rank, check_real
-from dlrt.exchange import replace_data
 from dlrt.lowrank import LowRank, at_least_single
-from dlrt.thin_linear import DenseWeight
+from dlrt.products import DenseWeight
+from dlrt.replacing import replace_data
 
 FACTORS = ("U", "S", "V")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dlrt.exchange import give_back, take_over
 from dlrt.layers import LowRankLayer, rows_of
-from dlrt.thin_linear import LinearMap
+from dlrt.products import LinearMap
+from dlrt.replacing import give_back, take_over
 
 
 class LowRankLinear(LowRankLayer):

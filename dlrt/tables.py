@@ -68,7 +68,7 @@ def read(
 ) -> pd.DataFrame:
     """What the reader finds, and a line for each of its warnings. All runs must have the options in `needs`.
 
-    Runs in a folder "tuning" chose step sizes only, and are left out. The others are all of one data set,
+    Runs in a folder "tuning" chose options only, and are left out. The others are all of one data set,
     that one where it is there; those on others are named and left out. RunError where there is nothing, which
     says which command makes the runs.
     """

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dlrt.thin_linear import in_type_of
+from dlrt.products import in_type_of
 
 # what a convolution has along a direction in which it does nothing
 NEUTRAL = {"size": 1, "kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}

@@ -27,42 +27,48 @@ def choose_lrs(plans: Sequence[RunSpec], results: Path, by: str) -> dict[Any, fl
     return best
 
 
-def choose(
+def try_values(
     first: Mapping[Any, Sequence[float]],
     short_run: Callable[[Any, float], RunSpec],
     results: Path,
     metric: str,
-    sign: int = 1,
+    smallest: bool = False,
     jobs: int = 1,
 ) -> dict[Any, float]:
-    """For each choice the value whose short run ends with the largest metric times sign.
+    """Make short runs; for each case the value whose run ends with the largest metric, or the smallest.
 
-    first[choice] are two values or more to begin with. While the best is the smallest or the largest of those
-    tried, and better than its neighbour, a further one is. RunError where all runs of a choice diverge.
+    first[case] are two values or more to begin with. While the best is the smallest or the largest of those
+    tried, and better than its neighbour, a further one is. Of equals it is the smallest. RunError where all
+    runs of a case diverge.
     """
-    tried = {choice: sorted(values) for choice, values in first.items()}
+    tried = {case: sorted(values) for case, values in first.items()}
     best: dict[Any, float] = {}
     made: set[str] = set()
-    while missing := [choice for choice in tried if choice not in best]:
-        runs = {choice: {value: short_run(choice, value) for value in tried[choice]} for choice in missing}
-        # one that diverged is not tried again
-        new = [run for of_choice in runs.values() for run in of_choice.values() if run.name not in made]
-        grid.make(new, results, jobs, may_diverge=True)
-        made.update(run.name for run in new)
-        for choice, of_choice in runs.items():
-            scores = {
-                value: sign * read_metrics(results / run.name)[metric].iloc[-1]
-                for value, run in of_choice.items()
-                if epochs_done(results / run.name) == run.epochs
-            }
-            if not scores:
-                names = ", ".join(run.name for run in of_choice.values())
-                raise RunError(f"all of these diverge: {names}: add smaller step sizes")
-            if further := _beyond(tried[choice], scores):
-                tried[choice] = sorted([*tried[choice], further])
+    while missing := [case for case in tried if case not in best]:
+        runs = {case: {value: short_run(case, value) for value in tried[case]} for case in missing}
+        # one that diverged in this call is not tried again
+        new = {run.name: run for of_case in runs.values() for run in of_case.values() if run.name not in made}
+        grid.make(list(new.values()), results, jobs, may_diverge=True)
+        made |= new.keys()
+        scores = {case: _scores(of_case, results, metric, smallest) for case, of_case in runs.items()}
+        if hopeless := [run.name for case in missing if not scores[case] for run in runs[case].values()]:
+            raise RunError(f"all of these diverge: {', '.join(hopeless)}: begin with other values")
+        for case in missing:
+            if further := _beyond(tried[case], scores[case]):
+                tried[case] = sorted([*tried[case], further])
             else:
-                best[choice] = max(scores, key=scores.get)
+                best[case] = max(scores[case], key=scores[case].get)
     return best
+
+
+def _scores(runs: Mapping[float, RunSpec], results: Path, metric: str, smallest: bool) -> dict[float, float]:
+    """For each value whose run is finished how good its last epoch is; the larger the better."""
+    sign = -1 if smallest else 1
+    return {
+        value: sign * read_metrics(results / run.name)[metric].iloc[-1]
+        for value, run in runs.items()
+        if epochs_done(results / run.name) == run.epochs
+    }
 
 
 def _beyond(tried: Sequence[float], scores: Mapping[float, float]) -> float | None:

@@ -6,7 +6,7 @@
 The dense net with AdamW and with Muon; for each budget DLRT with three rules, and plain factors and a
 narrower dense net with both optimizers. AdamW steps norms and the embedding, which is the head, too, in all
 of them. The step size of each is the one that validates best in an epoch of seed 0: of those below, and of
-further ones until the best has a worse neighbour on either side. Of DLRT with Muon the time in which the
+further ones until the best lies between two that are no better. Of DLRT with Muon the time in which the
 budget falls is chosen likewise, at the first budget.
 """
 
@@ -66,22 +66,28 @@ def best_step_sizes(
         return replace(run, name=f"tuning/{run.name}_{name}{size:g}")
 
     first = {choice: STEP_SIZES[choice[1]][1] for choice in ways}
-    best = tuning.choose(first, short_run, args.output_dir, "validation_loss", sign=-1, jobs=args.jobs)
+    best = tuning.try_values(
+        first, short_run, args.output_dir, "validation_loss", smallest=True, jobs=args.jobs
+    )
     return {choice: {STEP_SIZES[choice[1]][0]: size} for choice, size in best.items()}
 
 
 def best_ramp(compression: float, size: dict[str, float], args: argparse.Namespace) -> float:
     """The part of the training in which the budget falls that validates best, for DLRT with Muon."""
 
+    def ramp_of(rest: float) -> float:
+        return round(max(0.1, 1 - rest), 3)
+
     def short_run(choice: tuple[str, str], rest: float) -> RunSpec:
-        ramp = round(1 - rest, 4)
+        ramp = ramp_of(rest)
         run = plan(*choice, compression, args, epochs=TUNING_EPOCHS, seed=0, ramp=ramp, **size)
         return replace(run, name=f"tuning/{run.name}_ramp{ramp:g}")
 
-    best = tuning.choose(
-        {OURS: RESTS}, short_run, args.output_dir, "validation_loss", sign=-1, jobs=args.jobs
+    first = {OURS: RESTS}
+    best = tuning.try_values(
+        first, short_run, args.output_dir, "validation_loss", smallest=True, jobs=args.jobs
     )
-    return round(1 - best[OURS], 4)
+    return ramp_of(best[OURS])
 
 
 @errors.boundary("the same command goes on")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from made_up_runs import makes
 from torch.nn.functional import cross_entropy
 
 import dlrt
@@ -200,7 +201,8 @@ def test_every_way_of_the_study_is_a_run_that_its_script_takes(monkeypatch):
     for way, rules in study["RULES"].items():
         for rule in rules:
             name, (smallest, *_) = study["STEP_SIZES"][rule]
-            made = study["plan"](way, rule, 75.0, args, epochs=5, seed=1, **{name: smallest})
+            extra = {"ramp": 0.9} if (way, rule) == study["OURS"] else {}
+            made = study["plan"](way, rule, 75.0, args, epochs=5, seed=1, **{name: smallest}, **extra)
             kind = runpy.run_path(str(made.script))["Options"]
             options = kind.parse("", as_flags(made.options), optimizer="adamw", skip=["head"])
             recorded = {
@@ -213,23 +215,19 @@ def test_every_way_of_the_study_is_a_run_that_its_script_takes(monkeypatch):
     assert 0.7 < 1 - sizes["narrow75_muon_seed1"] / sizes["dense_muon_seed1"] < 0.8
 
 
-def test_the_study_trains_every_seed_as_validation_chose(monkeypatch, tmp_path):
-    """Here the loss is least for step sizes of 0.01 and a budget that falls for nine tenths of the time."""
-    made = {}
+@pytest.mark.parametrize(("falls", "ramp"), [(0.9, 0.9), (0.0, 0.1), (1.0, 0.999)])
+def test_the_study_trains_every_seed_as_validation_chose(falls, ramp, monkeypatch, tmp_path):
+    """Here the loss is least for step sizes of 0.01 and for a budget that falls for a part of the time."""
 
     def step_size(options):
         return options.get("update_lr") or options["lr"]
 
-    def pretend(plans, results, jobs, may_diverge):
-        for plan in plans:
-            rest = 1 - plan.options.get("ramp", 0.6)
-            loss = abs(math.log(step_size(plan.options) / 0.01)) + abs(math.log(rest / 0.1))
-            (results / plan.name).mkdir(parents=True, exist_ok=True)
-            record = pd.DataFrame({"epoch": [1], "validation_loss": [loss]})
-            record.to_csv(results / plan.name / "metrics.csv", index=False)
-            made[plan.name] = plan.options
+    def loss_of(options):
+        assert 0.1 <= options.get("ramp", 0.6) <= 1
+        return abs(math.log(step_size(options) / 0.01)) + abs(options.get("ramp", 0.6) - falls)
 
-    monkeypatch.setattr(grid, "make", pretend)
+    make, made = makes(loss_of)
+    monkeypatch.setattr(grid, "make", make)
     monkeypatch.syspath_prepend(ROOT / "gpt")
     flags = ["--ways", "dlrt", "narrow", "--seeds", "2", "--output-dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["run.py", *flags])
@@ -238,4 +236,4 @@ def test_the_study_trains_every_seed_as_validation_chose(monkeypatch, tmp_path):
     assert len(runs) == 2 * 2 * 5  # budgets, seeds, ways with their rules
     assert all(0.005 < step_size(options) < 0.02 for options in runs.values())
     ramps = {name: options["ramp"] for name, options in runs.items() if "ramp" in options}
-    assert ramps == {f"dlrt{size}_muon_seed{seed}": 0.9 for size in (50, 75) for seed in (0, 1)}
+    assert ramps == {f"dlrt{size}_muon_seed{seed}": ramp for size in (50, 75) for seed in (0, 1)}

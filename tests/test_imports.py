@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     ["checks", "cluttered_digits", "timing", "hooks", "errors"],
     ["lowrank", "plots", "flags", "markup"],
-    ["augmented", "ranks", "exchange", "thin_linear", "blocks"],
+    ["augmented", "ranks", "replacing", "products", "blocks"],
     ["layers"],
     ["linear"],
     ["integrators"],

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 import torchvision
+from small_networks import low_rank_layers
 from torch import nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torchvision.models.vgg import cfgs, make_layers
@@ -93,10 +94,6 @@ NETWORKS = {
         {"recurrent layers have no low-rank form here"},
     ),
 }
-
-
-def low_rank_layers(model):
-    return [module for module in model.modules() if isinstance(module, dlrt.LowRankLayer)]
 
 
 @pytest.mark.parametrize("name", NETWORKS)

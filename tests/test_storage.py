@@ -141,8 +141,9 @@ def test_in_shared_memory_steps_are_in_place_and_a_rank_that_would_change_is_ref
         optimizer.step(closure_for(model, optimizer))
 
 
-def refusal_of_shards(_, when, file):
-    """What a DLRT says of factors that are sharded; to be called in a process of its own."""
+def write_refusal_of_shards(_process, when, file):
+    """Write to a file what a DLRT, or its step, says of factors that are sharded; in a process of its own."""
+    torch.set_num_threads(1)  # the threads of the process before are not there
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     model, mesh = to_low_rank(network(), rank=0.6), init_device_mesh("cpu", (1,))
@@ -152,7 +153,7 @@ def refusal_of_shards(_, when, file):
         optimizer = DLRT(model, torch.optim.SGD, lr=0.01)
         if when == "after":
             fully_shard(model, mesh=mesh)
-        optimizer.step(closure_for(model, optimizer))
+            optimizer.step(closure_for(model, optimizer))
     except ValueError as error:
         file.write_text(str(error))
 
@@ -161,5 +162,5 @@ def refusal_of_shards(_, when, file):
 def test_factors_that_are_sharded_are_refused(when, tmp_path):
     """The threads of a process group would stop the processes that other tests fork."""
     told = tmp_path / "told"
-    torch.multiprocessing.start_processes(refusal_of_shards, (when, told), start_method="fork")
+    torch.multiprocessing.start_processes(write_refusal_of_shards, (when, told), start_method="fork")
     assert re.search(r"factors of 0 must be whole.*DistributedDataParallel", told.read_text())

@@ -1,7 +1,5 @@
 """The numbers of the experiments' tables, from runs made up here."""
 
-import importlib.util
-import json
 import os
 import re
 import shutil
@@ -13,47 +11,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from made_up_runs import load, write_run
 
 from dlrt import errors, plots, summaries, tables
 from dlrt.errors import RunError
 from dlrt.flags import FOLDER_NAME, Parser
 from dlrt.options import ROOT
 from dlrt.summaries import read_runs
-
-
-def load(path):
-    spec = importlib.util.spec_from_file_location(path.replace("/", "_"), ROOT / f"{path}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def write_run(runs, name, validation, test, epochs=None, tau=0.2, ranks="3/4", loss=1.0, **options):
-    """A finished run with these accuracies, epoch by epoch; with weights to begin with from epoch 0 on."""
-    folder = runs / name
-    folder.mkdir(parents=True)
-    first = 0 if options.get("from_checkpoint") else 1
-    count = len(test) - 1 + first
-    options = {"seed": 0, "lr": 0.1, "from_checkpoint": None, "name": name, **options}
-    options["epochs"] = epochs or count
-    frozen = options.get("finetune_epochs", 0)
-    options = {"network": "LeNet5", "dataset": "mnist", **({"tau": tau} if ranks else {}), **options}
-    (folder / "config.json").write_text(json.dumps({"options": options}))
-    rows = pd.DataFrame({
-        "epoch": range(first, count + 1),
-        "frozen_bases": [epoch > count - frozen for epoch in range(first, count + 1)],
-        "tau": tau if ranks else 0.0,
-        "validation_loss": loss,
-        "validation_accuracy": validation,
-        "test_accuracy": test,
-        "ranks": ranks,
-        "evaluation_parameters": 100,
-        "evaluation_compression": 50.0 if ranks else 0.0,
-        "training_parameters": 200,
-        "training_compression": 25.0 if ranks else 0.0,
-        "seconds": 1.0,
-    })  # fmt: skip
-    rows.to_csv(folder / "metrics.csv", index=False)
 
 
 def test_a_setting_has_the_mean_over_its_seeds_at_the_chosen_epoch_and_at_the_last(tmp_path):
@@ -114,7 +78,7 @@ def test_the_step_size_of_plain_factors_is_the_one_best_in_validation(tmp_path):
 
 
 @pytest.mark.parametrize("experiment", ["cifar10", "gpt"])
-def test_runs_that_chose_step_sizes_are_no_results(experiment, tmp_path, run_script):
+def test_runs_that_chose_options_are_no_results(experiment, tmp_path, run_script):
     write_run(tmp_path, "tuning/a", [90], [70.0])
     write_run(tmp_path, "LeNet5/tuning/b", [90], [70.0])
     result = run_script(f"{experiment}/produce_results.py", "--results", tmp_path)

@@ -1,59 +1,55 @@
 """Validation data choose options: among values of a grid, and further ones beyond its ends."""
 
-import json
 import math
 
-import pandas as pd
 import pytest
-from test_tables import write_run
+from made_up_runs import makes, write_run
 
 from dlrt import grid, tuning
 from dlrt.errors import RunError
 from dlrt.options import ROOT
 
 
-@pytest.fixture
-def pretend_to_make(monkeypatch):
-    """Let make leave records in which the loss is |log(size / best)|; sizes from 0.1 on diverge."""
-    made = []
-
-    def pretend(plans, results, jobs, may_diverge):
-        for plan in plans:
-            size, best = plan.options["lr"], plan.options["best"]
-            (results / plan.name).mkdir(parents=True, exist_ok=True)
-            (results / plan.name / "config.json").write_text(json.dumps({"options": {"epochs": 1}}))
-            if size < 0.1:
-                record = pd.DataFrame({"epoch": [1], "ranks": [""], "loss": [abs(math.log(size / best))]})
-                record.to_csv(results / plan.name / "metrics.csv", index=False)
-            made.append((best, size))
-
-    monkeypatch.setattr(grid, "make", pretend)
-    return made
+def loss_of(options):
+    """|log(lr / best)|; step sizes from 0.1 on diverge."""
+    return abs(math.log(options["lr"] / options["best"])) if options["lr"] < 0.1 else math.inf
 
 
 def short_run(best, size):
     return grid.RunSpec(f"{best}_{size}", ROOT / "script.py", {"epochs": 1, "best": best, "lr": size})
 
 
-@pytest.mark.parametrize("best", [0.0025, 0.01, 0.08])
-def test_values_are_tried_until_the_best_lies_between_two(best, pretend_to_make, tmp_path):
-    first = {best: (0.04, 0.02), 0.02: (0.01, 0.02, 0.04)}
-    assert tuning.choose(first, short_run, tmp_path, "loss", sign=-1) == {best: best, 0.02: 0.02}
-    assert len(pretend_to_make) == len(set(pretend_to_make))  # one that diverged is not made again
-    sizes = [size for of, size in pretend_to_make if of == best]
-    assert min(sizes) < 0.6 * best
-    assert max(sizes) > 1.8 * best
-    assert [size for of, size in pretend_to_make if of == 0.02] == [0.01, 0.02, 0.04]
+@pytest.fixture
+def tried(monkeypatch, tmp_path):
+    """The best values that are found, and all that were tried for each, beginning with some."""
+
+    def try_values(first):
+        make, made = makes(loss_of)
+        monkeypatch.setattr(grid, "make", make)
+        best = tuning.try_values(first, short_run, tmp_path, "validation_loss", smallest=True)
+        return best, {case: [o["lr"] for o in made.values() if o["best"] == case] for case in first}
+
+    return try_values
 
 
-def test_of_values_that_are_as_good_none_beyond_them_is_tried(pretend_to_make, tmp_path):
-    assert tuning.choose({0.02: (0.01, 0.04)}, short_run, tmp_path, "loss", sign=-1) == {0.02: 0.01}
-    assert len(pretend_to_make) == 2
+@pytest.mark.parametrize(
+    ("best", "first"), [(0.002, (0.02, 0.2)), (0.01, (0.04, 0.02)), (0.08, (0.02, 0.04))]
+)
+def test_values_are_tried_until_the_best_lies_between_two(best, first, tried):
+    found, values = tried({best: first, 0.02: (0.01, 0.02, 0.04)})
+    assert found == {best: best, 0.02: 0.02}
+    assert min(values[best]) < 0.6 * best
+    assert max(values[best]) > 1.8 * best
+    assert values[0.02] == [0.01, 0.02, 0.04]
 
 
-def test_a_choice_whose_values_all_diverge_names_their_runs(pretend_to_make, tmp_path):
-    with pytest.raises(RunError, match=r"all of these diverge: 1_0\.2, 1_0\.4: add smaller step sizes"):
-        tuning.choose({1: (0.2, 0.4)}, short_run, tmp_path, "loss")
+def test_of_values_that_are_as_good_the_smallest_is_taken_and_none_beyond_it_tried(tried):
+    assert tried({0.02: (0.01, 0.04)}) == ({0.02: 0.01}, {0.02: [0.01, 0.04]})
+
+
+def test_cases_whose_values_all_diverge_are_told_by_their_runs(tried):
+    with pytest.raises(RunError, match=r"all of these diverge: 1_0\.2, 1_0\.4, 2_0\.3, 2_0\.5: begin with"):
+        tried({1: (0.2, 0.4), 0.01: (0.01, 0.02), 2: (0.3, 0.5)})
 
 
 def test_a_grid_chooses_among_its_own_runs_and_ends_where_all_diverged(tmp_path):

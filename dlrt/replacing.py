@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 def take_over(layer: nn.Module, dense: nn.Module) -> nn.Module:
-    """Give a new layer what a dense layer has beside its weight: bias, mode, type, device."""
+    """Give a new low-rank layer what a dense one has beside its weight: bias, mode, type, device."""
     layer.to(dense.weight)
     layer.bias = dense.bias
     layer.S.requires_grad_(dense.weight.requires_grad)

@@ -1,6 +1,6 @@
-"""The products of a linear layer with W = U S Vᵀ, and their backward passes.
+"""Products with W = U S Vᵀ and their backward passes: the weight itself, and the map of a linear layer.
 
-A layer maps x to y = x V Sᵀ Uᵀ + bias: two thin maps with a small one in between. With G = ∇_W L, K = U S and
+That maps x to y = x V Sᵀ Uᵀ + bias: two thin maps with a small one in between. With G = ∇_W L, K = U S and
 L = V Sᵀ, the backward pass gives U the K-gradient G V, V the L-gradient Gᵀ U and S the S-gradient Uᵀ G V, as
 their ordinary `.grad`: all that a step along the manifold needs (Schotthöfer et al. 2022, section 4).
 """
