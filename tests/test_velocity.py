@@ -44,9 +44,19 @@ def test_after_earlier_weights_are_loaded_the_velocity_goes_on_as_the_dense_one(
     assert apart(dense, model) <= 1e-10
 
 
+def projected(M, Y):
+    """The orthogonal projection of a matrix onto the tangent space at Y."""
+    PU, PV = Y.U @ Y.U.mT, Y.V @ Y.V.mT
+    return PU @ M + M @ PV - PU @ M @ PV
+
+
+def dense(M):
+    return M @ torch.eye(len(M.V))
+
+
 def dense_velocity(layer, optimizer):
     MV, core, MU = (optimizer.state[p]["velocity"] for p in (layer.U, layer.S, layer.V))
-    return Tangent(layer.U, layer.V, MV, MU, core) @ torch.eye(len(layer.V))
+    return dense(Tangent(layer.U, layer.V, MV, MU, core))
 
 
 def trained_layer(kind=torch.optim.SGD, **options):
@@ -78,8 +88,7 @@ def test_the_velocity_of_loaded_weights_is_the_tangent_projection_of_the_one_bef
     assert torch.equal(dense_velocity(layer, optimizer), M)  # as if nothing had been
     give(other.state_dict())
     optimizer.state_dict()
-    PU, PV = (basis @ basis.mT for basis in (other.U, other.V))
-    assert torch.allclose(dense_velocity(layer, optimizer), PU @ M + M @ PV - PU @ M @ PV, atol=1e-12)
+    assert torch.allclose(dense_velocity(layer, optimizer), projected(M, other), atol=1e-12)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -133,10 +142,9 @@ def test_a_velocity_follows_a_model_that_changes_its_type_as_well(when):
     layer.float()
     optimizer.state_dict()
     assert optimizer.state[layer.S]["velocity"].dtype == torch.float32
-    PU, PV = (basis @ basis.mT for basis in (other.U, other.V))
     MV, core, MU = (optimizer.state[p]["velocity"].double() for p in (layer.U, layer.S, layer.V))
-    found = Tangent(other.U, other.V, MV, MU, core) @ torch.eye(9)
-    assert torch.allclose(found, PU @ M + M @ PV - PU @ M @ PV, atol=1e-5 * M.norm().item())
+    found = dense(Tangent(other.U, other.V, MV, MU, core))
+    assert torch.allclose(found, projected(M, other), atol=1e-5 * M.norm().item())
 
 
 def test_factors_that_are_replaced_by_others_are_told():
@@ -145,16 +153,6 @@ def test_factors_that_are_replaced_by_others_are_told():
     layer(torch.ones(2, 9)).sum().backward()
     with pytest.raises(RuntimeError, match="must have the parameters of which the DLRT was made"):
         optimizer.step()
-
-
-def projected(M, Y):
-    """The orthogonal projection of a matrix onto the tangent space at Y."""
-    PU, PV = Y.U @ Y.U.mT, Y.V @ Y.V.mT
-    return PU @ M + M @ PV - PU @ M @ PV
-
-
-def dense(M):
-    return M @ torch.eye(len(M.V))
 
 
 def test_a_tangent_vector_is_an_operator():
@@ -200,8 +198,7 @@ def test_the_velocity_of_a_step_is_the_projection_of_the_one_before_while_ranks_
         layer(x).sub(y).square().mean().backward()
         optimizer.step()
         M = projected(M, layer.factors)
-        MV, core, MU = (optimizer.state[p]["velocity"] for p in (layer.U, layer.S, layer.V))
-        assert torch.allclose(dense(Tangent(layer.U, layer.V, MV, MU, core)).detach(), M, atol=1e-11)
+        assert torch.allclose(dense_velocity(layer, optimizer).detach(), M, atol=1e-11)
         ranks.add(layer.rank)
     assert len(ranks) > 1
 
