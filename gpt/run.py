@@ -6,8 +6,7 @@
 The dense net with AdamW and with Muon; for each budget DLRT with three rules, and plain factors and a
 narrower dense net with both optimizers. AdamW steps norms and the embedding, which is the head, too, in all
 of them. The step size of each is the one that validates best in an epoch of seed 0: of those below, and of
-further ones until the best lies between two that are no better. Of DLRT with Muon the time in which the
-budget falls is chosen likewise, at the first budget.
+further ones until the best lies between two that are no better.
 """
 
 from __future__ import annotations
@@ -35,8 +34,6 @@ STEP_SIZES = {  # that of AdamW is for all weights, the others for those that th
     "sgd": ("update_lr", (0.1, 0.3, 1.0)),
     "adam": ("update_lr", (3e-4, 1e-3, 3e-3)),
 }
-OURS = ("dlrt", "muon")
-RESTS = (0.05, 0.1, 0.2)  # what is left of the training when the budget is met, for DLRT with Muon
 TUNING_EPOCHS = 1
 
 
@@ -72,24 +69,6 @@ def best_step_sizes(
     return {choice: {STEP_SIZES[choice[1]][0]: size} for choice, size in best.items()}
 
 
-def best_ramp(compression: float, size: dict[str, float], args: argparse.Namespace) -> float:
-    """The part of the training in which the budget falls that validates best, for DLRT with Muon."""
-
-    def ramp_of(rest: float) -> float:
-        return round(max(0.1, 1 - rest), 3)
-
-    def short_run(choice: tuple[str, str], rest: float) -> RunSpec:
-        ramp = ramp_of(rest)
-        run = plan(*choice, compression, args, epochs=TUNING_EPOCHS, seed=0, ramp=ramp, **size)
-        return replace(run, name=f"tuning/{run.name}_ramp{ramp:g}")
-
-    first = {OURS: RESTS}
-    best = tuning.try_values(
-        first, short_run, args.output_dir, "validation_loss", smallest=True, jobs=args.jobs
-    )
-    return ramp_of(best[OURS])
-
-
 @errors.boundary("the same command goes on")
 def main() -> None:
     parser = grid.make_parser(__doc__, HERE, epochs=3, options=Options)
@@ -101,12 +80,8 @@ def main() -> None:
     add("--depth", type=NATURAL, default=4, help="blocks")
     args = parser.parse_args()
     ways = [(way, rule) for way in args.ways for rule in RULES[way]]
-    ramp = None  # that of the first budget serves for all
     for compression in args.compressions:
         best = best_step_sizes(ways, compression, args)
-        if OURS in best:
-            ramp = ramp or best_ramp(compression, best[OURS], args)
-            best[OURS]["ramp"] = ramp
         for seed in range(args.seeds):
             same = {"epochs": args.epochs, "seed": seed}
             plans = [plan(*choice, compression, args, **same, **best[choice]) for choice in ways]
