@@ -82,10 +82,12 @@ def main() -> None:
     ways = [(way, rule) for way in args.ways for rule in RULES[way]]
     for compression in args.compressions:
         best = best_step_sizes(ways, compression, args)
-        for seed in range(args.seeds):
-            same = {"epochs": args.epochs, "seed": seed}
-            plans = [plan(*choice, compression, args, **same, **best[choice]) for choice in ways]
-            grid.make(plans, args.output_dir, args.jobs, may_diverge=True)
+        plans = [
+            plan(*choice, compression, args, epochs=args.epochs, seed=seed, **best[choice])
+            for seed in range(args.seeds)
+            for choice in ways
+        ]
+        grid.make(plans, args.output_dir, args.jobs, may_diverge=True)
 
 
 if __name__ == "__main__":
