@@ -45,20 +45,21 @@ def write_run(runs, name, validation, test, epochs=None, tau=0.2, ranks="3/4", l
 
 
 def makes(loss_of):
-    """What a grid.make that trains nothing leaves, and the plans it got, by name; inf is a run that diverges.
+    """A grid.make that trains nothing, and the options of the runs that it was asked for, by name.
 
-    loss_of gives the loss of a plan's options.
+    loss_of gives the validation loss of a run by its options, 100 less the accuracy; inf is one that diverges.
     """
     made = {}
 
-    def make(plans, results, jobs, may_diverge):
+    def make(plans, results, jobs=1, may_diverge=False, then=()):
         for plan in plans:
             assert plan.name not in made  # one that diverged is not made again
             loss = loss_of(plan.options)
             (results / plan.name).mkdir(parents=True, exist_ok=True)
             if loss < math.inf:
-                record = pd.DataFrame({"epoch": [plan.epochs], "ranks": [""], "validation_loss": [loss]})
-                record.to_csv(results / plan.name / "metrics.csv", index=False)
+                record = {"epoch": plan.epochs, "ranks": "", "validation_loss": loss}
+                record["validation_accuracy"] = 100 - loss
+                pd.DataFrame([record]).to_csv(results / plan.name / "metrics.csv", index=False)
             made[plan.name] = plan.options
 
     return make, made
