@@ -47,7 +47,7 @@ def write_run(runs, name, validation, test, epochs=None, tau=0.2, ranks="3/4", l
 def makes(loss_of):
     """A grid.make that trains nothing, and the options of the runs that it was asked for, by name.
 
-    loss_of gives the validation loss of a run by its options, 100 less the accuracy; inf is one that diverges.
+    loss_of: the validation loss of a run by its options, inf where it diverges; the accuracy is 100 - loss.
     """
     made = {}
 
