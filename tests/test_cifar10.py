@@ -2,8 +2,6 @@
 
 import json
 import math
-import runpy
-import sys
 import tarfile
 from pathlib import Path
 
@@ -15,7 +13,6 @@ from made_up_runs import makes
 from dlrt import compression, grid
 from dlrt.checkpoint import load_network
 from dlrt.datasets import load
-from dlrt.options import ROOT
 from dlrt.training import evaluate
 
 # a comparison's runs, but another one's: without compressions
@@ -141,20 +138,19 @@ def test_what_cannot_be_is_told_before_any_work(run_script, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
-def test_every_seed_and_budget_is_trained_with_the_scale_that_validates_best(monkeypatch, tmp_path):
-    """Here that is a sixteenth of the probe's step size, less than any that is tried first."""
-    monkeypatch.syspath_prepend(ROOT / "cifar10")
-    probe = runpy.run_path(str(ROOT / "cifar10" / "run.py"))["step_sizes"]("narrow", "muon")["update_lr"]
-    make, made = makes(lambda options: abs(math.log(16 * options["update_lr"] / probe)))
+def test_every_seed_and_budget_is_trained_with_the_scale_that_validates_best(
+    run_script, monkeypatch, tmp_path
+):
+    """Here that is a smaller one than any that is tried first."""
+    make, made = makes(lambda options: abs(math.log(options["update_lr"] / 0.0075)))
     monkeypatch.setattr(grid, "make", make)
-    flags = ["--tune", "1", "--ways", "narrow", "--rules", "muon", "--seeds", "2", "--output-dir"]
-    monkeypatch.setattr(sys, "argv", ["run.py", *flags, str(tmp_path)])
-    runpy.run_path(str(ROOT / "cifar10" / "run.py"), run_name="__main__")
-    tried = [name.split("_x")[1] for name in made if "tuning" in name]
-    assert tried == ["1", "0.5", "0.25", "0.125", "0.0625", "0.03125"]
-    runs = {name: options for name, options in made.items() if "tuning" not in name}
-    assert len(runs) == 3 * 2  # budgets and seeds
-    assert all(options["update_lr"] == pytest.approx(probe / 16) for options in runs.values())
+    flags = ["--tune", 1, "--ways", "narrow", "--rules", "muon", "--seeds", 2, "--output-dir", tmp_path]
+    output(run_script("cifar10/run.py", *flags))
+    tried = {name: made.pop(name)["update_lr"] for name in list(made) if "tuning" in name}
+    best = min(tried.values(), key=lambda size: abs(math.log(size / 0.0075)))
+    assert best < tried["resnet20/tuning/narrow_muon_x0.125"]
+    assert len(made) == 3 * 2  # budgets and seeds
+    assert {options["update_lr"] for options in made.values()} == {best}
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import argparse
 import math
 import runpy
 import shutil
-import sys
 import sysconfig
 from pathlib import Path
 
@@ -214,7 +213,7 @@ def test_every_way_of_the_study_is_a_run_that_its_script_takes(monkeypatch):
     assert 0.7 < 1 - sizes["narrow75_muon_seed1"] / sizes["dense_muon_seed1"] < 0.8
 
 
-def test_the_study_trains_every_seed_as_validation_chose(monkeypatch, tmp_path):
+def test_the_study_trains_every_seed_as_validation_chose(run_script, monkeypatch, tmp_path):
     """Here the loss is least for step sizes of 0.01."""
 
     def step_size(options):
@@ -222,10 +221,8 @@ def test_the_study_trains_every_seed_as_validation_chose(monkeypatch, tmp_path):
 
     make, made = makes(lambda options: abs(math.log(step_size(options) / 0.01)))
     monkeypatch.setattr(grid, "make", make)
-    monkeypatch.syspath_prepend(ROOT / "gpt")
-    flags = ["--ways", "dlrt", "narrow", "--seeds", "2", "--output-dir", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["run.py", *flags])
-    runpy.run_path(str(ROOT / "gpt" / "run.py"), run_name="__main__")
+    result = run_script("gpt/run.py", "--ways", "dlrt", "narrow", "--seeds", 2, "--output-dir", tmp_path)
+    assert result.returncode == 0, result.stderr
     runs = {name: options for name, options in made.items() if not name.startswith("tuning/")}
     assert len(runs) == 2 * 2 * 5  # budgets, seeds, ways with their rules
     assert all(0.005 < step_size(options) < 0.02 for options in runs.values())
