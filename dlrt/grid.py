@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from dlrt.errors import DIVERGED, RunError
 from dlrt.flags import NATURAL, TOLERANCE, HelpFormatter, Parser
-from dlrt.options import NOT_PART_OF_THE_EXPERIMENT, Options, add_flags, as_flags
+from dlrt.option_fields import add_flags, as_flags
+from dlrt.options import NOT_PART_OF_THE_EXPERIMENT, Options
 from dlrt.runs import epochs_done, read_options, same_option
 
 SHARED = ("dataset", "data_dir", "device")  # options of a grid that every one of its runs gets

@@ -12,14 +12,10 @@ from torch import Tensor, nn
 from dlrt.checks import check_orthonormal, check_tolerance
 from dlrt.costs import budget_between
 from dlrt.layers import LowRankLayer
-from dlrt.lowrank import LowRank, leading_subspace, truncated_svd
-from dlrt.ranks import allocate_ranks, direction_scores, falling_budget
+from dlrt.network_step import NetworkStep
+from dlrt.ranks import falling_budget
 from dlrt.settings import Settings, low_rank_layers
 from dlrt.step_checks import check_finite, check_layers, check_no_gradient_waits, check_owner
-from dlrt.velocity import Velocity
-from dlrt.weight_step import WeightStep
-
-Moved = tuple[LowRank, Velocity | None]
 
 
 class DLRT(torch.optim.Optimizer):
@@ -114,6 +110,11 @@ class DLRT(torch.optim.Optimizer):
         return next(group for group in self.param_groups if "update" in group)
 
     @property
+    def _network_step(self) -> NetworkStep:
+        """Made anew each time, since a state that is loaded replaces both."""
+        return NetworkStep(self.layers, self.state, self.group)
+
+    @property
     def tau(self) -> float:
         return self.group["tau"]
 
@@ -150,8 +151,7 @@ class DLRT(torch.optim.Optimizer):
         layers = self._layers_with_gradient()
         if two_passes and layers:
             with _full_precision(self.layers):
-                for layer in (L for L in layers if L.trains_bases):  # not those that a failed pass augmented
-                    self._weight(layer).update_bases()
+                self._network_step.update_bases(layers)
             self.zero_grad()  # those gradients belong to other bases
             with torch.enable_grad():
                 closure()
@@ -159,104 +159,14 @@ class DLRT(torch.optim.Optimizer):
         self.inner.param_groups = [group for group in self.param_groups if "update" not in group]
         self.inner.step()
         with _full_precision(self.layers):
-            self._move(layers, two_passes)
+            self._network_step.move(layers, s_step_alone=two_passes)
         return loss
 
     def _layers_with_gradient(self) -> list[LowRankLayer]:
         """The layers that take part in a step; an error where it would go wrong."""
-        decides = not self.group["frozen"] and self.group["steps"] + 1 >= self.group["allot_at"]
-        check_layers(self.layers, self.state, decides)
+        check_layers(self.layers, self.state, self._network_step.decides_next)
         check_finite(self.layers, self.param_groups)
         return [layer for layer in self.layers if layer.S.grad is not None]
-
-    def _move(self, layers: list[LowRankLayer], two_passes: bool) -> None:
-        """K-, L- and S-step of every layer, or the S-step where bases rest; truncation where it is due."""
-        group = self.group
-        group["steps"] += 1
-        group["s_steps_taken"] += 1
-        rests = group["frozen"] or group["s_steps_taken"] < group["s_steps"]
-        decides = not rests and group["steps"] >= group["allot_at"]
-        if decides:
-            group["allot_at"] = group["steps"] + group["allot_every"]
-        moved: dict[LowRankLayer, Moved] = {}
-        for layer in layers:
-            weight = self._weight(layer)
-            s_step_alone = two_passes or not layer.trains_bases
-            at = weight.s_step() if s_step_alone else weight.parallel_step()
-            if rests:
-                weight.rest(*at)
-                continue
-            due = self.state[layer.S].pop("due", False)
-            if decides and "budget" in group:
-                moved[layer] = at
-            else:
-                self._cut(layer, *at, decides or due)
-        if decides and "budget" in group:
-            self._cut_to_budget(moved)
-        elif decides:
-            for layer in self.layers.keys() - set(layers):  # they are cut when they take part again
-                self.state[layer.S]["due"] = True
-        if not rests:
-            self._end_rest(decides)
-
-    def _end_rest(self, decides: bool) -> None:
-        """Cut the layers whose bases rest; then they train again."""
-        self.group["s_steps_taken"] = 0
-        for layer in self.layers:
-            if not layer.trains_bases:
-                self._cut(layer, *self._at(layer), decides)
-
-    def _cut_to_budget(self, moved: dict[LowRankLayer, Moved], step: int | None = None) -> None:
-        """Cut all layers to the ranks that fit the budget of that step, by default of the next decision."""
-        if step is None:
-            step = self.group["allot_at"] + self.group["s_steps"] - 1  # at the latest
-        now = {layer: moved.get(layer) or self._at(layer) for layer in self.layers}
-        scores = direction_scores([Y_hat.S for Y_hat, _ in now.values()])
-        scores = [values[:most] for values, most in zip(scores, self.group["max_ranks"], strict=True)]
-        budget = falling_budget(*self.group["budget"], step)
-        ranks = allocate_ranks(budget, scores, [layer.shape for layer in now], self.group["min_rank"])
-        for (layer, at), rank in zip(now.items(), ranks, strict=True):
-            if layer in moved or not layer.trains_bases or rank < layer.rank:
-                self._cut(layer, *at, rank=rank)
-
-    def _cut(
-        self,
-        layer: LowRankLayer,
-        Y_hat: LowRank,
-        M: Velocity | None,
-        decides: bool = True,
-        rank: int | None = None,
-    ) -> None:
-        """Truncate by tau and to that rank, or else to the rank that a layer keeps; then its bases train."""
-        weight = self._weight(layer)
-        if self.group["integrator"] == "bug":
-            weight.stay(Y_hat)
-            return
-        if not decides and layer.trains_bases:
-            P, S1, Q = leading_subspace(Y_hat.S, weight.kept_rank)
-        elif not decides:  # after several steps of S its first columns are no longer those that matter
-            P, sigma, Q = truncated_svd(Y_hat.S, max_rank=weight.kept_rank)
-            S1 = sigma.diag()
-        else:
-            most = self._max_rank(layer) if rank is None else rank
-            try:
-                P, sigma, Q = truncated_svd(Y_hat.S, self.tau, min(self.group["min_rank"], most), most)
-            except torch.linalg.LinAlgError as error:
-                raise torch.linalg.LinAlgError(
-                    f"the SVD of S fails in {self.layers[layer]}: {error}"
-                ) from error
-            S1 = sigma.diag()
-        weight.cut(Y_hat, M, P, S1, Q)
-
-    def _max_rank(self, layer: LowRankLayer) -> int:
-        return self.group["max_ranks"][list(self.layers).index(layer)]
-
-    def _weight(self, layer: LowRankLayer) -> WeightStep:
-        return WeightStep(layer, self.layers[layer], self.state, self.group)
-
-    def _at(self, layer: LowRankLayer) -> Moved:
-        """Factors and velocity as they are."""
-        return layer.factors, self._weight(layer).velocity
 
     @torch.no_grad()
     def truncate(self) -> None:
@@ -266,14 +176,9 @@ class DLRT(torch.optim.Optimizer):
         gradient for the present bases still waits for its step.
         """
         self._check_truncation()
-        with _full_precision(self.layers):
-            if not self.group["frozen"]:
-                for layer in self.layers:
-                    self._cut(layer, *self._at(layer), decides="budget" not in self.group)
-                self.group["s_steps_taken"] = 0
-                if "budget" in self.group and self.group["steps"] >= self.group["allot_at"]:
-                    self.group["allot_at"] = self.group["steps"] + self.group["allot_every"]
-                    self._cut_to_budget({})
+        if not self.group["frozen"]:
+            with _full_precision(self.layers):
+                self._network_step.truncate()
 
     @torch.no_grad()
     def freeze_bases(self) -> None:
@@ -282,15 +187,9 @@ class DLRT(torch.optim.Optimizer):
         RuntimeError as of `truncate`.
         """
         self._check_truncation()
-        if self.group["frozen"]:
-            return
-        with _full_precision(self.layers):
-            self._end_rest(decides="budget" not in self.group)
-            if "budget" in self.group:
-                self._cut_to_budget({}, self.group["budget"][2])
-            for layer in self.layers:
-                self._weight(layer).rest(*self._at(layer))
-        self.group["frozen"] = True
+        if not self.group["frozen"]:
+            with _full_precision(self.layers):
+                self._network_step.freeze()
 
     def _check_truncation(self) -> None:
         check_owner(self.layers, self)
@@ -312,7 +211,7 @@ class DLRT(torch.optim.Optimizer):
         """As a dense optimizer keeps its momentum where weights are loaded: by projection to their bases."""
         self._state_is_new = False
         for layer in list(self._bases_before):
-            self._weight(layer).carry_from(*self._bases_before[layer])
+            self._network_step.weight(layer).carry_from(*self._bases_before[layer])
             del self._bases_before[layer]
 
     def __getstate__(self) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -25,13 +24,10 @@ from dlrt.flags import (
     RANK,
     SEED,
     TOLERANCE,
-    HelpFormatter,
-    Kind,
-    Parser,
     device,
-    flag,
     number,
 )
+from dlrt.option_fields import OptionSet, option
 from dlrt.settings import INTEGRATORS, UPDATE_OF
 from dlrt.velocity import UPDATES
 
@@ -44,23 +40,12 @@ AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 TAU, RAMP = 0.1, 0.6
 NOT_PART_OF_THE_EXPERIMENT = ("data_dir", "output_dir", "resume", "quiet", "device", "workers")
 
-T = TypeVar("T", bound="Options")
-
-
-def option(default: Any, help: str, kind: Callable | None = None, *aliases: str, **argument: Any) -> Any:
-    """A field of a dataclass of options: what its value must be, and the rest of argparse's add_argument."""
-    metadata = {"kind": kind, "aliases": aliases, "argument": {"help": help, **argument}}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
 SWITCH = {"action": argparse.BooleanOptionalAction}
 LAYERS = {"nargs": "*", "metavar": "LAYER"}
 
 
 @dataclass(kw_only=True)
-class Options:
+class Options(OptionSet):
     """What every run is. A script with flags of its own adds fields; each has a name in config.json.
 
     Whatever is wrong is an OptionError. A dense network has no tolerance and no bases to freeze.
@@ -102,19 +87,7 @@ class Options:
     quiet: bool = option(False, "print the result only", action="store_true")
 
     def __post_init__(self) -> None:
-        """Check each value, and what one alone does not show."""
-        for spec in fields(self):
-            value, kind = getattr(self, spec.name), spec.metadata["kind"]
-            if value is spec.default:
-                continue
-            if choices := spec.metadata["argument"].get("choices"):
-                kind = Kind(f"one of {', '.join(choices)}", list(choices).__contains__)
-            elif isinstance(spec.default, bool):
-                kind = Kind("True or False", lambda value: isinstance(value, bool))
-            try:
-                setattr(self, spec.name, getattr(kind, "check", kind)(value) if kind else value)
-            except argparse.ArgumentTypeError as error:
-                raise OptionError(f"{flag(spec.name)} {error}") from error
+        super().__post_init__()
         if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
             raise OptionError("--nesterov must come with --optimizer sgd and a --momentum: leave it out")
 
@@ -127,31 +100,6 @@ class Options:
         kind = next(kind for kind in type(self).__mro__ if kind in (DenseOptions, LowRankOptions))
         common = {spec.name for spec in fields(kind)}
         return {spec.name: getattr(self, spec.name) for spec in fields(self) if spec.name not in common}
-
-    @classmethod
-    def parser(cls, description: str, **defaults: Any) -> Parser:
-        """A parser with a flag for each field; a script has defaults of its own."""
-        parser = Parser(description=description, formatter_class=HelpFormatter)
-        add_flags(parser, cls)
-        parser.set_defaults(**defaults)
-        return parser
-
-    @classmethod
-    def parse(cls: type[T], description: str, arguments: Sequence[str] | None = None, **defaults: Any) -> T:
-        """The options on the command line, above a script's defaults; a mistake ends the program with 2."""
-        parser, missing = cls.parser(description, **defaults), object()
-        empty = argparse.Namespace(**{spec.name: missing for spec in fields(cls)})
-        parsed = vars(parser.parse_args(arguments, empty))
-        given = {name: value for name, value in parsed.items() if value is not missing}
-        try:
-            return cls(**{**defaults, **given, **cls.implied(given)})
-        except OptionError as error:
-            parser.error(str(error))
-
-    @classmethod
-    def implied(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """What flags that are given say of others that are not."""
-        return {}
 
 
 @dataclass(kw_only=True)
@@ -306,28 +254,3 @@ class LowRankOptions(Options):
 
 
 RunOptions = DenseOptions | LowRankOptions
-
-
-def add_flags(parser: Parser, options: type[Options], *names: str) -> None:
-    """Flags for the fields of a dataclass, or for some of them."""
-    for spec in fields(options):
-        if "kind" not in spec.metadata:
-            raise TypeError(f"{spec.name} of {options.__name__} must be an option(default, help, kind)")
-        if not names or spec.name in names:
-            default = spec.default_factory() if spec.default_factory is list else spec.default
-            kind = {"type": spec.metadata["kind"]} if spec.metadata["kind"] else {}
-            argument = spec.metadata["argument"]
-            parser.add_argument(
-                flag(spec.name), *spec.metadata["aliases"], default=default, **kind, **argument
-            )
-
-
-def as_flags(options: Mapping[str, Any]) -> list[str]:
-    """The flags that say these options, by their names in config.json."""
-    flags = []
-    for name, value in options.items():
-        if isinstance(value, bool):
-            flags.append(flag(name) if value else f"--no-{flag(name)[2:]}")
-        else:
-            flags += [flag(name), *map(str, value if isinstance(value, list | tuple) else [value])]
-    return flags

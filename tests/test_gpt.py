@@ -21,7 +21,8 @@ from dlrt.data import Split
 from dlrt.errors import DataError
 from dlrt.models import GPT
 from dlrt.models.gpt import rotated
-from dlrt.options import NOT_PART_OF_THE_EXPERIMENT, as_flags
+from dlrt.option_fields import as_flags
+from dlrt.options import NOT_PART_OF_THE_EXPERIMENT
 from dlrt.text import WINDOW, as_text, as_tokens, stdlib, text
 from dlrt.training import evaluate
 

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     ["checks", "cluttered_digits", "timing", "hooks", "errors"],
     ["lowrank", "plots", "flags", "markup"],
+    ["option_fields"],
     ["augmented", "ranks", "replacing", "products", "blocks"],
     ["layers"],
     ["linear"],
@@ -21,6 +22,7 @@ ORDER = [
     ["costs"],
     ["convert", "distributed", "settings", "pendulum"],
     ["weight_step", "step_checks"],
+    ["network_step"],
     ["averaging", "export", "optimizer", "pretrained"],
     ["baselines", "hub"],
     [
@@ -39,7 +41,7 @@ ORDER = [
     ["picture_sets"],
     ["datasets", "checkpoint"],
     ["options", "runs"],
-    ["summaries"],
+    ["summaries", "continuing"],
     ["training", "tables", "grid"],
     ["tuning"],
     ["cams.imputation"],

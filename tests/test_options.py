@@ -15,7 +15,8 @@ from dlrt import SpatialLowRankConv2d
 from dlrt.checkpoint import load_checkpoint, load_network
 from dlrt.datasets import DATASETS
 from dlrt.errors import OptionError
-from dlrt.options import RAMP, ROOT, DenseOptions, LowRankOptions, as_flags
+from dlrt.option_fields import as_flags
+from dlrt.options import RAMP, ROOT, DenseOptions, LowRankOptions
 from dlrt.runs import read_metrics
 
 SCRIPT = ROOT / "mnist" / "lenet5_mnist.py"

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from dlrt import integrators, optimizer, weight_step
+from dlrt import integrators, network_step, weight_step
 from dlrt.timing import wait_for
 
 # the functions in which a step spends its time; one that is called by another counts for itself only
 PARTS = {
     "qr": ((integrators, "augmented"), (torch.linalg, "qr")),
     "s_gradient": tuple((weight_step, name) for name in ("parallel_step", "augment", "update_bases")),
-    "svd": ((optimizer, "truncated_svd"), (optimizer, "leading_subspace")),
+    "svd": ((network_step, "truncated_svd"), (network_step, "leading_subspace")),
 }
 ROUND = 10  # steps from one decision of ranks to the next
 BATCHES = 8  # through which steps go in turn

@@ -1,0 +1,144 @@
+"""One step of all low-rank weights of a network: whose bases are updated, and which ranks they are cut to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dlrt.layers import LowRankLayer
+from dlrt.lowrank import LowRank, leading_subspace, truncated_svd
+from dlrt.ranks import allocate_ranks, direction_scores, falling_budget
+from dlrt.velocity import Velocity
+from dlrt.weight_step import WeightStep
+
+Moved = tuple[LowRank, Velocity | None]
+
+
+@dataclass(frozen=True, eq=False)
+class NetworkStep:
+    """What a DLRT does with its layers, which have names: `state` and `group` are those of a WeightStep.
+
+    The group has the progress, too: steps, steps of S since the last basis update, the step of the next
+    decision of ranks, and whether bases are frozen.
+    """
+
+    layers: dict[LowRankLayer, str]
+    state: dict[torch.nn.Parameter, dict[str, Any]]
+    group: dict[str, Any]
+
+    def weight(self, layer: LowRankLayer) -> WeightStep:
+        return WeightStep(layer, self.layers[layer], self.state, self.group)
+
+    @property
+    def decides_next(self) -> bool:
+        """Whether ranks are due to be decided in the next step, if it updates bases."""
+        return not self.group["frozen"] and self.group["steps"] + 1 >= self.group["allot_at"]
+
+    def update_bases(self, layers: list[LowRankLayer]) -> None:
+        """K- and L-step, the first pass of two; not of those that a pass that failed has augmented."""
+        for layer in (L for L in layers if L.trains_bases):
+            self.weight(layer).update_bases()
+
+    def move(self, layers: list[LowRankLayer], s_step_alone: bool) -> None:
+        """K-, L- and S-step of layers, or the S-step where bases rest; truncation where it is due."""
+        group = self.group
+        group["steps"] += 1
+        group["s_steps_taken"] += 1
+        rests = group["frozen"] or group["s_steps_taken"] < group["s_steps"]
+        decides = not rests and group["steps"] >= group["allot_at"]
+        if decides:
+            group["allot_at"] = group["steps"] + group["allot_every"]
+        moved: dict[LowRankLayer, Moved] = {}
+        for layer in layers:
+            weight = self.weight(layer)
+            at = weight.s_step() if s_step_alone or not layer.trains_bases else weight.parallel_step()
+            if rests:
+                weight.rest(*at)
+                continue
+            due = self.state[layer.S].pop("due", False)
+            if decides and "budget" in group:
+                moved[layer] = at
+            else:
+                self._cut(layer, *at, decides or due)
+        if decides and "budget" in group:
+            self._cut_to_budget(moved)
+        elif decides:
+            for layer in self.layers.keys() - set(layers):  # they are cut when they take part again
+                self.state[layer.S]["due"] = True
+        if not rests:
+            self._end_rest(decides)
+
+    def truncate(self) -> None:
+        """Cut all layers by tau, or, under a budget, to its ranks where a decision is due."""
+        group = self.group
+        for layer in self.layers:
+            self._cut(layer, *self._at(layer), decides="budget" not in group)
+        group["s_steps_taken"] = 0
+        if "budget" in group and group["steps"] >= group["allot_at"]:
+            group["allot_at"] = group["steps"] + group["allot_every"]
+            self._cut_to_budget({})
+
+    def freeze(self) -> None:
+        """Let all bases rest from now on, after a budget is met."""
+        self._end_rest(decides="budget" not in self.group)
+        if "budget" in self.group:
+            self._cut_to_budget({}, self.group["budget"][2])
+        for layer in self.layers:
+            self.weight(layer).rest(*self._at(layer))
+        self.group["frozen"] = True
+
+    def _end_rest(self, decides: bool) -> None:
+        """Cut the layers whose bases rest; then they train again."""
+        self.group["s_steps_taken"] = 0
+        for layer in self.layers:
+            if not layer.trains_bases:
+                self._cut(layer, *self._at(layer), decides)
+
+    def _cut_to_budget(self, moved: dict[LowRankLayer, Moved], step: int | None = None) -> None:
+        """Cut all layers to the ranks that fit the budget of that step, by default of the next decision."""
+        if step is None:
+            step = self.group["allot_at"] + self.group["s_steps"] - 1  # at the latest
+        now = {layer: moved.get(layer) or self._at(layer) for layer in self.layers}
+        scores = direction_scores([Y_hat.S for Y_hat, _ in now.values()])
+        scores = [values[:most] for values, most in zip(scores, self.group["max_ranks"], strict=True)]
+        budget = falling_budget(*self.group["budget"], step)
+        ranks = allocate_ranks(budget, scores, [layer.shape for layer in now], self.group["min_rank"])
+        for (layer, at), rank in zip(now.items(), ranks, strict=True):
+            if layer in moved or not layer.trains_bases or rank < layer.rank:
+                self._cut(layer, *at, rank=rank)
+
+    def _cut(
+        self,
+        layer: LowRankLayer,
+        Y_hat: LowRank,
+        M: Velocity | None,
+        decides: bool = True,
+        rank: int | None = None,
+    ) -> None:
+        """Truncate by tau and to that rank, or else to the rank that a layer keeps; then its bases train."""
+        weight, group = self.weight(layer), self.group
+        if group["integrator"] == "bug":
+            weight.stay(Y_hat)
+            return
+        if not decides and layer.trains_bases:
+            P, S1, Q = leading_subspace(Y_hat.S, weight.kept_rank)
+        elif not decides:  # after several steps of S its first columns are no longer those that matter
+            P, sigma, Q = truncated_svd(Y_hat.S, max_rank=weight.kept_rank)
+            S1 = sigma.diag()
+        else:
+            most = self._max_rank(layer) if rank is None else rank
+            try:
+                P, sigma, Q = truncated_svd(Y_hat.S, group["tau"], min(group["min_rank"], most), most)
+            except torch.linalg.LinAlgError as error:
+                raise torch.linalg.LinAlgError(f"the SVD of S fails in {weight.name}: {error}") from error
+            S1 = sigma.diag()
+        weight.cut(Y_hat, M, P, S1, Q)
+
+    def _max_rank(self, layer: LowRankLayer) -> int:
+        return self.group["max_ranks"][list(self.layers).index(layer)]
+
+    def _at(self, layer: LowRankLayer) -> Moved:
+        """Factors and velocity as they are."""
+        return layer.factors, self.weight(layer).velocity
