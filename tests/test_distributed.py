@@ -13,6 +13,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
+import small_networks
 import torch
 import torch.distributed as dist
 from conftest import fork, plain
@@ -47,9 +48,7 @@ RECIPE = plain(epochs=2, batch_size=12, tau=0.05, augment=True)
 
 def network():
     torch.manual_seed(0)
-    convolution = nn.Conv2d(1, 6, 3)  # of full rank
-    layers = [convolution, nn.Tanh(), nn.Flatten(), nn.Linear(6 * 36, 12), nn.Tanh(), nn.Linear(12, 4)]
-    return to_low_rank(nn.Sequential(*layers), rank=6, skip=["5"])
+    return to_low_rank(small_networks.network(), rank=6, skip=["5"])  # the convolution has full rank
 
 
 def batches():
