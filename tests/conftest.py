@@ -16,6 +16,7 @@ import sklearn.datasets  # noqa: F401  (this and the next for whatever is forked
 import torch
 import torch._dynamo
 
+from dlrt.models import ResNet20
 from dlrt.options import LowRankOptions
 
 
@@ -32,6 +33,17 @@ def float64():
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    """A ResNet20 of random weights, two random pictures, and batch norms that have seen such pictures."""
+    torch.manual_seed(0)
+    model, x = ResNet20(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        for _ in range(20):
+            model(torch.randn(16, 3, 32, 32))
+    return model.eval(), x
 
 
 @pytest.fixture
