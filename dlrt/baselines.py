@@ -16,7 +16,7 @@ from dlrt.lowrank import LowRank, truncate
 from dlrt.ranks import parameters
 from dlrt.velocity import RULES, msign, update_share
 
-SHARES = tuple(k / 200 for k in range(200, 0, -1))  # of the full rank
+SHARES = tuple(k / 200 for k in range(200, -1, -1))  # of the full rank; a rank is 1 at least
 
 
 class Muon(torch.optim.Optimizer):
@@ -122,20 +122,20 @@ def product_decay(optimizer: torch.optim.Optimizer, model: nn.Module, decay: flo
     Frobenius decay, of ‖A B‖² / 2, whose gradients are A (B Bᵀ) and (Aᵀ A) B; decoupled, by lr times decay.
     The optimizer's own weight decay then leaves the factors out. Khodak et al. 2021.
     """
-    pairs = [module for module in model.modules() if isinstance(module, Factors)]
-    factors = {id(layer.weight) for pair in pairs for layer in pair}
+    pairs = [[layer.weight for layer in pair] for pair in model.modules() if isinstance(pair, Factors)]
+    factors = {id(W) for pair in pairs for W in pair}
     for group in list(optimizer.param_groups):
         factor_weights = [p for p in group["params"] if id(p) in factors]
         if factor_weights:
             group["params"] = [p for p in group["params"] if id(p) not in factors]
             optimizer.add_param_group({**group, "params": factor_weights, "weight_decay": 0.0})
 
+    @torch.no_grad()
     def shrink(*_) -> None:
         lr = optimizer.param_groups[0]["lr"]
-        for pair in pairs:
-            B, A = (layer.weight.detach().flatten(1) for layer in pair)
-            of_A, of_B = A @ (B @ B.mT), (A.mT @ A) @ B
-            A.sub_(of_A, alpha=lr * decay)
-            B.sub_(of_B, alpha=lr * decay)
+        for weights in pairs:
+            B, A = (W.flatten(1) for W in weights)  # of a channels-last kernel a copy
+            for W, gradient in zip(weights, ((A.mT @ A) @ B, A @ (B @ B.mT)), strict=True):
+                W.sub_(gradient.view_as(W), alpha=lr * decay)
 
     optimizer.register_step_pre_hook(shrink)

@@ -50,11 +50,21 @@ def test_plain_factors_meet_a_compression_and_are_the_truncated_svd_in_two_even_
     assert model(x).shape == dense(x).shape
     with pytest.raises(ValueError, match=r"compression must be at most 0\.9"):
         plain_factors(ResNet8(), 0.99, skip=["conv1", "linear"])
+    wide = plain_factors(nn.Sequential(nn.Linear(1000, 1000)), 0.996)
+    assert wide[0][0].weight.shape == (2, 1000)
+    assert plain_factors(nn.Sequential(nn.Linear(1000, 1000)), 0.998)[0][0].weight.shape == (1, 1000)
 
 
+NETWORKS = {
+    "linear": lambda: nn.Sequential(nn.Linear(12, 9), nn.Linear(9, 8)),
+    "channels-last": lambda: nn.Sequential(nn.Conv2d(4, 9, 3), nn.Conv2d(9, 8, 3)),
+}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("kind", ["sgd", "muon"])
-def test_product_decay_is_the_gradient_flow_of_the_norm_of_the_product(kind):
-    model = plain_factors(nn.Sequential(nn.Linear(12, 9), nn.Linear(9, 8)), 0.3)
+def test_product_decay_is_the_gradient_flow_of_the_norm_of_the_product(kind, network):
+    model = plain_factors(NETWORKS[network](), 0.3).to(memory_format=torch.channels_last)
     layers = [layer for pair in model for layer in pair]
     if kind == "sgd":
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, weight_decay=5.0)
@@ -62,10 +72,9 @@ def test_product_decay_is_the_gradient_flow_of_the_norm_of_the_product(kind):
         optimizer = Muon(model.parameters(), layers, lr=1e-3, momentum=0.9, weight_decay=5.0)
     product_decay(optimizer, model, decay=0.5)
     before, biases = products(model), [pair[1].bias.detach().clone() for pair in model]
-    gradients = []
-    for pair in model:
-        loss = (pair[1].weight @ pair[0].weight).square().sum() / 2
-        gradients += torch.autograd.grad(loss, [pair[0].weight, pair[1].weight])
+    gradients = torch.autograd.grad(
+        sum(W.square().sum() for W in before) / 2, [layer.weight for layer in layers]
+    )
     expected = [layer.weight - 5e-4 * g for layer, g in zip(layers, gradients, strict=True)]
     for pair in model:
         pair[1].bias.grad = torch.zeros_like(pair[1].bias)
