@@ -156,10 +156,12 @@ def load_adapters(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     """Load an `adapter_state` into a model, in place, which gets adapters where it has none; give it back.
 
     All else rests then, as after `add_adapters`. ValueError, or RuntimeError as from load_state_dict, where
-    the state belongs to another network.
+    the state belongs to another network, or to only some of the adapters that the model has.
     """
     names = [name.removesuffix("adapter.S").rstrip(".") for name in state if name.endswith("adapter.S")]
     own = adapters(model)
+    if missing := sorted({*own} - {*names}) or ([] if names else ["any"]):
+        raise ValueError(f"the state must be of all adapters of the model, got none of {', '.join(missing)}")
     unknown = sorted({*names} - {*(own or _layers(model))})
     if not own and not unknown:
         _adapt(model, names, rank=1)

@@ -22,7 +22,9 @@ class Attention(nn.Module):
     It has the map, the arguments and the attributes of nn.MultiheadAttention, and loads its state dict.
     """
 
-    in_proj_weight = in_proj_bias = None
+    in_proj_weight = in_proj_bias = bias_k = bias_v = None
+    q_proj_weight = k_proj_weight = v_proj_weight = None
+    add_zero_attn = False
     _qkv_same_embed_dim = False  # so torch sees that its fast path, which takes packed weights, is not for it
 
     def __init__(self, packed: nn.MultiheadAttention) -> None:
@@ -134,17 +136,20 @@ def unpacked(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def pack(model: nn.Module) -> nn.Module:
     """Pack attention and blocks whose layers are all dense again, in place; give the model back.
 
-    An nn.TransformerEncoder around any other makes no nested tensors, which only packed weights can take.
+    An nn.TransformerEncoder around any other makes no nested tensors, which only packed weights can take,
+    until they are packed.
     """
     for module in list(model.modules()):
         apart = isinstance(module, Attention | Blocks)
         if apart and all(type(layer) is nn.Linear for layer in module.children()):
             become(module, module.packed())
-    for encoder in model.modules():
-        if isinstance(encoder, nn.TransformerEncoder) and any(
-            isinstance(m, Attention) for m in encoder.modules()
-        ):
-            encoder.use_nested_tensor = False
+    for encoder in (module for module in model.modules() if isinstance(module, nn.TransformerEncoder)):
+        own = vars(encoder)
+        if any(isinstance(module, Attention) for module in encoder.modules()):
+            own.setdefault("nested_when_packed", own["use_nested_tensor"])
+            own["use_nested_tensor"] = False
+        elif "nested_when_packed" in own:
+            own["use_nested_tensor"] = own.pop("nested_when_packed")
     return model
 
 

@@ -89,7 +89,7 @@ def plain_factors(model: nn.Module, compression: float, skip: Iterable[str] = ()
     """
     model = to_low_rank(model, skip=skip)
     layers = list(dict.fromkeys(m for m in model.modules() if isinstance(m, LowRankLayer)))
-    _, budget = budget_between(model, layers, compression, min_rank=1)
+    _, budget = budget_between(model, layers, compression, [1] * len(layers))
 
     def cost(ranks: list[int]) -> int:
         return sum(parameters(r, layer.shape) for r, layer in zip(ranks, layers, strict=True))

@@ -8,6 +8,7 @@ from numbers import Integral
 
 from torch import Tensor, nn
 
+from dlrt.adapters import adapters
 from dlrt.attention import Attention, pack
 from dlrt.blocks import Blocks, block_rows, features, is_linear, is_within, rows_in
 from dlrt.checks import check_compression, check_real, check_tolerance, check_whole
@@ -181,7 +182,8 @@ def _ranks_for(
     """Ranks for a budget of parameters, None for a layer whose factors would cost as much as its weight."""
     cost, shapes = cost_of(model), [tuple(W.shape) for W in weights]
     others = cost.evaluation_parameters - sum(W.numel() for W in weights)
-    budget = budget_for(compression, cost.dense_parameters, others, shapes, min_rank)
+    least = [min(min_rank, *shape) for shape in shapes]
+    budget = budget_for(compression, cost.dense_parameters, others, shapes, least)
     ranks = allocate_ranks(budget, [part.sigma.square().tolist() for part in parts], shapes, min_rank)
     return [
         None if r * sum(shape) >= shape[0] * shape[1] else r for r, shape in zip(ranks, shapes, strict=True)
@@ -196,8 +198,14 @@ def to_dense(model: nn.Module) -> nn.Module:
 def replace_layers(model: nn.Module, make: Callable[[LowRankLayer], nn.Module]) -> nn.Module:
     """Make every low-rank layer what make(layer) is; it stays the same object for whoever holds it.
 
-    Attention and blocks of which no layer is low-rank any more are packed again.
+    Attention and blocks of which no layer is low-rank any more are packed again. ValueError where there are
+    adapters, which are no layers of their own.
     """
+    if beside := adapters(model):
+        raise ValueError(
+            f"{', '.join(beside)} must have no adapters: call dlrt.merge_adapters(model) first, on a copy "
+            "where they are still needed"
+        )
     for layer in list(model.modules()):
         if isinstance(layer, LowRankLayer):
             become(layer, make(layer))

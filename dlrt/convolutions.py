@@ -94,7 +94,8 @@ class LowRankConv2d(LowRankLayer):
     def to_dense(self) -> nn.Conv2d:
         """nn.Conv2d with the same map."""
         same = {name: getattr(self, name) for name in SAME_IN_DENSE}
-        return give_back(self, nn.Conv2d(**same, bias=self.bias is not None, device="meta"))
+        dense = give_back(self, nn.Conv2d(**same, bias=self.bias is not None, device="meta"))
+        return dense.to(memory_format=self._memory_format)
 
     @property
     def weight(self) -> Tensor:
@@ -133,6 +134,11 @@ class LowRankConv2d(LowRankLayer):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 3:
             return self.forward(x[None])[0]
+        if x.dim() != 4:
+            raise ValueError(
+                f"the input must have the shape (N, {self.in_channels}, H, W) or ({self.in_channels}, H, W), "
+                f"got {tuple(x.shape)}"
+            )
         is_laid_out = is_channels_last(x)
         as_channels_last = self._channels_last or is_laid_out
         # a convolution gives the gradient the format of channels-last pictures, if not in double precision

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,15 +64,19 @@ def compression(model: nn.Module) -> Compression:
 
 
 def budget_between(
-    model: nn.Module, layers: Iterable[LowRankLayer], compression_wanted: float, min_rank: int
+    model: nn.Module, layers: Iterable[LowRankLayer], compression_wanted: float, least_ranks: Sequence[int]
 ) -> tuple[int, int]:
-    """How many parameters these layers have, and how many they may have at a compression, a fraction."""
+    """How many parameters these layers have, and how many they may have at a compression, a fraction.
+
+    The least ranks are those of each layer, or its full one where that is less.
+    """
     cost, shapes = compression(model), [layer.shape for layer in layers]
     held = sum(parameters(layer.rank, layer.shape) for layer in layers)
     others = cost.evaluation_parameters - held
-    # lower ranks are raised to min_rank by the first decision
-    start = sum(parameters(max(layer.rank, min(min_rank, *layer.shape)), layer.shape) for layer in layers)
-    end = budget_for(compression_wanted, cost.dense_parameters, others, shapes, min_rank)
+    least = [min(r, *shape) for r, shape in zip(least_ranks, shapes, strict=True)]
+    now = [layer.rank for layer in layers]  # lower ones are raised by the first decision
+    start = sum(parameters(max(ranks), shape) for *ranks, shape in zip(now, least, shapes, strict=True))
+    end = budget_for(compression_wanted, cost.dense_parameters, others, shapes, least)
     return start, min(start, end)
 
 

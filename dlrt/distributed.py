@@ -96,14 +96,23 @@ def reduce_gradients(model: nn.Module) -> None:
         gradient.is_sum = True
 
 
+def remember_sums(parameters: Iterable[Tensor]) -> None:
+    """Before a step uses their gradients: whether these are sums, for what changes ranks without any."""
+    for parameter in parameters:
+        parameter.had_sum = hasattr(parameter.grad, "is_sum")
+
+
 def check_ranks_may_move(S: Tensor, name: str) -> None:
-    """RuntimeError where processes would not change the rank alike, as they do after `reduce_gradients`."""
+    """RuntimeError where processes would not change the rank alike, as they do after `reduce_gradients`.
+
+    What was remembered of the last step tells.
+    """
     if S.device.type == "cpu" and S.is_shared():
         raise RuntimeError(
             f"the rank of {name} would change, and its factors are in memory shared with other processes: "
             'keep ranks (s_steps=1, tau=0, max_rank="initial"), or train a copy.deepcopy of the model'
         )
-    if world_size() > 1 and S.grad is not None and not hasattr(S.grad, "is_sum"):
+    if world_size() > 1 and not getattr(S, "had_sum", True):
         raise RuntimeError(
             f"the rank of {name} would change, and DistributedDataParallel cannot follow: keep ranks "
             '(tau=0, max_rank="initial"), or call dlrt.distributed.reduce_gradients(model) before each step'

@@ -162,8 +162,8 @@ def parallel_step(
 
     F is given by FV (m, s) and FtU (n, r), and core (r, s) stands for Uᵀ F V where a weight has terms of its
     own in there. direction(D, Ŷ) turns the small matrix D into the one along which S moves, for Ŷ = Y in
-    those bases (see `velocity`); without it that is D itself. Bases are an
-    `AugmentedBasis` each, of which `truncate` forms what it keeps.
+    those bases (see `velocity`); without it that is D itself. A basis to which anything is added may be an
+    `AugmentedBasis`, of which `truncate` forms what it keeps.
     """
     Y_hat, D = _augment(Y, FV, FtU, core)
     S1 = Y_hat.S + h * (D if direction is None else direction(D, Y_hat))  # S-step

@@ -44,11 +44,12 @@ class LowRankParameters(dict):
 class LowRankLayer(nn.Module):
     """What the low-rank layers share: the factors of W (m, n), the bias, the forward pass.
 
-    S (r, r) and bias (outputs,) are trained by any optimizer. U (m, r) and V (n, r) have no gradient until a
-    `dlrt.DLRT` owns the layer and sets `trains_bases`. A copy, or a layer read from a file, is nobody's. The
-    subclasses supply `dense_map`, `plain_map` and `map`; `thin_layers`, two of torch's layers without weights
-    for S Vᵀ and U; `input_rows`, a row of x for each product with W of a dense layer, and `output_rows`, the
-    gradient for each of these products, from the gradient g for the output.
+    S (r, r) and bias (outputs,) are trained by any optimizer. U (m, r) and V (n, r) have a gradient only
+    while a `dlrt.DLRT` owns the layer and sets `trains_bases`. A copy, or a layer read from a file, is
+    nobody's. The subclasses supply `in_place_of` and `to_dense`; `weight`, in the form of the dense layer's;
+    `dense_map`, `plain_map` and `map`; `thin_layers`, two of torch's layers without weights for S Vᵀ and U;
+    `input_rows`, a row of x for each product with W of a dense layer, and `output_rows`, the gradient for
+    each of these products, from the gradient g for the output.
     """
 
     outputs: int
@@ -74,6 +75,7 @@ class LowRankLayer(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Random orthonormal bases and equal singular values; the norms are those of torch's dense layers."""
+        self._tell_owner()
         (rows, columns), rank = self.shape, self.rank
         fan_in = rows * columns / self.outputs
         for basis in (self.U, self.V):
@@ -118,6 +120,16 @@ class LowRankLayer(nn.Module):
         for parameter, data in ((self.U, Y.U), (self.S, Y.S), (self.V, Y.V)):
             replace_data(parameter, data)
 
+    def belong_to(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let a DLRT own the layer. When it is gone, bases rest: others would leave them not orthonormal."""
+        this = weakref.ref(self)
+
+        def rest(_: weakref.ref) -> None:
+            if (layer := this()) is not None:
+                layer.trains_bases = False
+
+        self.owner = weakref.ref(optimizer, rest)
+
     def _tell_owner(self) -> None:
         """Before others write into the bases, in which the owner has a velocity; only the layer sees it."""
         owner = None if self.owner is None else self.owner()
@@ -159,11 +171,15 @@ class LowRankLayer(nn.Module):
 
         That of a dense layer is one of full rank.
         """
-        weight = state_dict.pop(f"{prefix}weight", None)
+        own_name, weight = prefix[:-1] or type(self).__name__, state_dict.pop(f"{prefix}weight", None)
         if weight is not None:
-            Y = LowRank.from_dense(self.as_matrix(weight))
-            state_dict.update({f"{prefix}{name}": getattr(Y, name) for name in FACTORS})
-        U, S, V = (state_dict.get(prefix + name) for name in "USV")
+            try:
+                Y = LowRank.from_dense(self.as_matrix(weight))
+                state_dict.update({f"{prefix}{name}": getattr(Y, name) for name in FACTORS})
+            except (IndexError, RuntimeError) as error:  # no matrix, or its SVD fails
+                came = f"{tuple(weight.shape)}, {error}"
+                errors.append(f"the weight of {own_name} must be a finite matrix or kernel, got {came}")
+        U, S, V = (state_dict.get(prefix + name) for name in FACTORS)
         known = U is not None and S is not None and V is not None
         if known and (len(U), len(V)) == self.shape:
             self._tell_owner()
@@ -174,7 +190,7 @@ class LowRankLayer(nn.Module):
                     )
                 )
             try:
-                check_orthonormal(prefix[:-1] or type(self).__name__, U, V)
+                check_orthonormal(own_name, U, V)
             except ValueError as error:
                 errors.append(str(error))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
@@ -185,8 +201,11 @@ class LowRankLayer(nn.Module):
         super().register_parameter(name, param)
 
     def __getstate__(self) -> dict:
-        """A copy belongs to no optimizer."""
-        return {**self.__dict__, "_trains_bases": False, "owner": None}
+        """A copy belongs to no optimizer: its bases rest."""
+        parameters = LowRankParameters(self._parameters)
+        for name in "UV" if self._trains_bases else "":
+            parameters[name] = nn.Parameter(parameters[name].detach(), requires_grad=False)
+        return {**self.__dict__, "_parameters": parameters, "_trains_bases": False, "owner": None}
 
 
 def rows_of(x: Tensor, channels: int) -> Tensor:

@@ -18,7 +18,7 @@ class LowRank:
     space cannot grow beyond m columns. ValueError for shapes that do not fit, TypeError for complex numbers.
     """
 
-    U: Tensor  # from `integrators.parallel_step` to the cut an AugmentedBasis, and V likewise
+    U: Tensor  # from `integrators.parallel_step` to the cut it may be an AugmentedBasis, and V likewise
     S: Tensor
     V: Tensor
 

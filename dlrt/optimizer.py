@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from dlrt.checks import check_orthonormal, check_tolerance
 from dlrt.costs import budget_between
+from dlrt.distributed import remember_sums
 from dlrt.layers import LowRankLayer
 from dlrt.network_step import NetworkStep
 from dlrt.ranks import falling_budget
@@ -92,7 +92,8 @@ class DLRT(torch.optim.Optimizer):
         self.inner = optimizer_class([{"params": rest}], **options)
         group = settings.group(self.inner.defaults, list(self.layers))
         if compression is not None:
-            group["budget"] = *budget_between(model, self.layers, compression, min_rank), ramp
+            least = [min(min_rank, most) for most in group["max_ranks"]]
+            group["budget"] = *budget_between(model, self.layers, compression, least), ramp
         group["params"] = [factor for layer in self.layers for factor in (layer.U, layer.S, layer.V)]
         super().__init__([*self.inner.param_groups, group], self.inner.defaults)
         self.inner.state = self.state
@@ -102,7 +103,7 @@ class DLRT(torch.optim.Optimizer):
         self._bases_before: dict[LowRankLayer, tuple[Tensor, Tensor]] = {}  # of velocities that are to follow
         self._state_is_new = False  # loaded, and no step since
         for layer in self.layers:
-            layer.owner = weakref.ref(self)
+            layer.belong_to(self)
 
     @property
     def group(self) -> dict[str, Any]:
@@ -166,7 +167,9 @@ class DLRT(torch.optim.Optimizer):
         """The layers that take part in a step; an error where it would go wrong."""
         check_layers(self.layers, self.state, self._network_step.decides_next)
         check_finite(self.layers, self.param_groups)
-        return [layer for layer in self.layers if layer.S.grad is not None]
+        layers = [layer for layer in self.layers if layer.S.grad is not None]
+        remember_sums(layer.S for layer in layers)
+        return layers
 
     @torch.no_grad()
     def truncate(self) -> None:

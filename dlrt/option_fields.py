@@ -80,7 +80,7 @@ def add_flags(parser: Parser, options: type[OptionSet], *names: str) -> None:
 
 
 def as_flags(options: Mapping[str, Any]) -> list[str]:
-    """The flags that say these options, by their names in config.json."""
+    """The flags that say these options: switches, numbers, texts and lists, by their names in config.json."""
     flags = []
     for name, value in options.items():
         if isinstance(value, bool):

@@ -122,6 +122,8 @@ class DenseOptions(Options):
         super().__post_init__()
         if self.update_lr and self.update != "muon":
             raise OptionError("--update-lr must come with --update muon: --lr is for all else")
+        if self.update == "sgd" and self.optimizer != "sgd":
+            raise OptionError(f"--update sgd must come with --optimizer sgd, got {self.optimizer}")
         if self.factors and self.from_checkpoint:
             raise OptionError("--factors begins with random weights: leave --from-checkpoint out")
         if self.update != "muon" and not self.factors:
@@ -183,8 +185,7 @@ class LowRankOptions(Options):
     @classmethod
     def implied(cls, given: dict[str, Any]) -> dict[str, Any]:
         """A budget is instead of a script's own tolerance."""
-        budget = given.get("compression") and given.get("ramp") != 0
-        return {"tau": None} if budget and "tau" not in given else {}
+        return {"tau": None} if given.get("compression") and "tau" not in given else {}
 
     def __post_init__(self) -> None:
         """Check, and give values to what is not given and depends on others."""
@@ -194,8 +195,15 @@ class LowRankOptions(Options):
                 f"--max-rank must be at least --min-rank, got {self.max_rank} < {self.min_rank}"
             )
         self._check_rule()
-        if self.tau is None:
-            self.tau, self.tau_warmup = (0.0, 0.0) if self.budget else (TAU, self.tau_warmup)
+        if self.tau is None and self.compression is not None:
+            if self.tau_warmup:
+                raise OptionError(
+                    "--tau-warmup must come with --tau under --compression: it is the tolerance's"
+                )
+            self.tau = self.tau_warmup = 0.0
+            if self.ramp == 0 and self.max_rank is None:  # with a tolerance of 0 ranks would only rise
+                self.max_rank = "initial"
+        self.tau = TAU if self.tau is None else self.tau
         if self.tau_warmup is None:
             self.tau_warmup = self.epochs / 2
         if self.tau_warmup > self.epochs:

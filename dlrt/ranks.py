@@ -20,15 +20,19 @@ def parameters(rank: int, shape: Shape) -> int:
 
 
 def budget_for(
-    compression: float, dense_parameters: int, others: int, shapes: Sequence[Shape], min_rank: int = 1
+    compression: float,
+    dense_parameters: int,
+    others: int,
+    shapes: Sequence[Shape],
+    least_ranks: Sequence[int],
 ) -> int:
     """How many parameters layers of these shapes may have, where `others` are not theirs.
 
-    ValueError where that is below what they have at their smallest ranks.
+    ValueError where that is below what they have at their least ranks.
     """
     check_compression(compression)
     budget = int((1 - compression) * dense_parameters + 1e-6) - others
-    least = sum(parameters(min(min_rank, *shape), shape) for shape in shapes)
+    least = sum(map(parameters, least_ranks, shapes))
     if budget < least:
         most = int(1e4 * (1 - (others + least) / dense_parameters)) / 1e4
         raise ValueError(

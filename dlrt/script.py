@@ -6,7 +6,7 @@ import math
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ def _train(options: RunOptions, network: Network, run: Run, settings: Settings) 
         model = model.to(options.device, memory_format=torch.channels_last)
         optimizer = make_optimizer(model, options, dataset.train.steps(options.batch_size))
     except ValueError as error:
-        raise RunError(f"--{'factors: ' * isinstance(options, DenseOptions)}{error}") from error
+        raise RunError(_with_flag(str(error), options)) from error
     scheduler = make_scheduler(optimizer, options.schedule, options.epochs + options.finetune_epochs)
     about = {
         "network": network.__name__,
@@ -96,6 +96,14 @@ def _train(options: RunOptions, network: Network, run: Run, settings: Settings) 
     metrics = fit(model, optimizer, scheduler, dataset, options, run, about, quiet)
     if distributed.process_rank() == 0:
         print(_result(metrics, run.folder, options.dataset in TEXTS))
+
+
+def _with_flag(message: str, options: RunOptions) -> str:
+    """What the library says of an option, which it names first, by the flag that set it."""
+    name, _, rest = message.partition(" ")
+    if isinstance(options, DenseOptions) and options.factors and name == "compression":
+        return f"--factors {rest}"
+    return f"{flag(name)} {rest}" if name in {spec.name for spec in fields(options)} else message
 
 
 def _begin(
@@ -122,9 +130,8 @@ def _with_factors(model: nn.Module, options: RunOptions, dataset: Dataset, run: 
     """The network in the factors that the options say; the ranks of one that goes on follow."""
     if isinstance(options, DenseOptions):
         return plain_factors(model, options.factors / 100, options.skip) if options.factors else model
-    if run.checkpoint.exists():  # low-rank are the layers that are so there
-        weights = run.load()["model"]
-        dense = [name for name, _ in model.named_modules() if f"{name}.weight" in weights]
+    if state := distributed.on_first_process(run.load):  # low-rank are the layers that are so there
+        dense = [name for name, _ in model.named_modules() if f"{name}.weight" in state["model"]]
         return to_low_rank(model, options.rank or 1, skip=[*options.skip, *dense], spatial=options.spatial)
     kernels = [name for name, m in model.named_modules() if type(m) is nn.Conv2d and m.kernel_size[0] > 1]
     if options.spatial and all(is_within(name, options.skip) for name in kernels):
@@ -145,7 +152,8 @@ def _name(options: RunOptions, settings: Settings) -> str:
     if isinstance(options, DenseOptions):
         kind = f"factors{options.factors:g}" if options.factors else "dense"
     else:
-        kind = f"compression{options.compression:g}" if options.budget else f"tau{options.tau}"
+        kind = f"tau{options.tau}" if options.compression is None else f"compression{options.compression:g}"
+        kind = f"cut_{kind}" if options.ramp == 0 else kind
     rule = "" if options.update in (None, "sgd") else f"_{options.update}"
     return f"{prefix}{kind}{rule}_seed{options.seed}"
 
@@ -168,10 +176,11 @@ def _take_weights(model: nn.Module, path: Path, run: Run) -> str:
     Records can be published, so there is no path in it. A run that continues has weights of its own, and goes
     on without the file; so does one that recorded no checksum.
     """
-    recorded = run.options().get("from_checkpoint") or ""
-    if run.checkpoint.exists() and (
-        recorded == path.name or (recorded.startswith(f"{path.name} ") and not path.exists())
-    ):
+    recorded, goes_on = distributed.on_first_process(
+        lambda: (run.options().get("from_checkpoint") or "", run.checkpoint.exists())
+    )
+    known = recorded == path.name or (recorded.startswith(f"{path.name} ") and not path.exists())
+    if goes_on and known:
         return recorded
     try:
         weights = trained_weights(path)

@@ -152,6 +152,21 @@ def test_the_state_of_the_adapters_alone_loads_into_the_network_without_them():
         assert train(again)[-1] < nn.functional.cross_entropy(first(x), data()[1]) + 1  # it trains on
     with pytest.raises(ValueError, match=r"which has no attention\.k_proj, attention\.out_proj"):
         dlrt.load_adapters(nn.Sequential(nn.Linear(8, 8)), state)
+    with pytest.raises(ValueError, match="got none of any"):
+        dlrt.load_adapters(first, {})
+    assert all(parameter.requires_grad for parameter in first.parameters())
+    part = {name: value for name, value in state.items() if not name.startswith("block.")}
+    with pytest.raises(ValueError, match=r"got none of block\.fc, block\.last"):
+        dlrt.load_adapters(model, part)
+
+
+@pytest.mark.parametrize("change", [dlrt.to_dense, dlrt.export, lambda model: dlrt.average([model, model])])
+def test_what_makes_layers_dense_wants_adapters_merged(change):
+    model, (x, _) = trained(), data()
+    with pytest.raises(ValueError, match=r"conv, fc, .* must have no adapters: call dlrt\.merge_adapters"):
+        change(model)
+    expected = model(x)
+    assert torch.allclose(change(dlrt.merge_adapters(model))(x), expected, atol=1e-12)
 
 
 class Quantised(nn.Module):

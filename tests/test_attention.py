@@ -190,6 +190,15 @@ def test_in_evaluation_an_encoder_multiplies_by_the_low_rank_weights():
         padding = torch.arange(6).expand(3, 6) >= torch.tensor([[6], [4], [3]])
         masked = encoder(x, src_key_padding_mask=padding)
         assert torch.allclose(masked[1, :4], encoder(x[1:2, :4])[0], atol=1e-12)
+    assert not encoder.use_nested_tensor
+    assert dlrt.to_dense(encoder).use_nested_tensor
+
+
+def test_it_has_the_attributes_of_the_packed_one():
+    packed = nn.MultiheadAttention(8, 2)
+    own = {name for name in vars(packed) if not name.startswith("_")} | set(packed._parameters)
+    attention = dlrt.Attention(nn.MultiheadAttention(8, 2))
+    assert not [name for name in own if not hasattr(attention, name)]
 
 
 def vit_b_16():

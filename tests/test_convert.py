@@ -24,6 +24,15 @@ def test_at_full_rank_conversion_and_back_leave_the_network_as_it_was():
         assert not any(isinstance(module, dlrt.LowRankLayer) for module in network.modules())
 
 
+@pytest.mark.parametrize("spatial", [False, True])
+def test_kernels_that_were_channels_last_are_so_again(spatial):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)).to(memory_format=torch.channels_last)
+    dlrt.to_dense(dlrt.to_low_rank(network, rank=2, spatial=spatial))
+    for layer in network:
+        assert layer.weight.is_contiguous(memory_format=torch.channels_last)
+    assert network(torch.randn(2, 3, 8, 8)).is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize(
     ("rank", "expected"),
     [(7, [7, 7, 7]), (22, [20, 22, 22]), (0.5, [10, 25, 250]), (0.001, [1, 1, 1]), (1.0, [20, 50, 500])],

@@ -42,6 +42,8 @@ ORDERS = {  # of the acts of a step, and the error, where there is one
     "backward sum backward sum": "RuntimeError: these gradients are summed already",
     "backward backward sum step backward sum step": "none",
     "backward sum reset backward sum step": "none",
+    "truncate": "none",
+    "keep backward step move truncate": r"RuntimeError: the rank of \d would change",
 }
 RECIPE = plain(epochs=2, batch_size=12, tau=0.05, augment=True)
 
@@ -117,6 +119,10 @@ def broken_epoch(folder):
     epoch_of(data, folder)
 
 
+def keep_ranks(optimizer):
+    optimizer.tau, optimizer.group["allot_at"] = 0.0, 10**6
+
+
 def error_in(order, s_steps):
     """What is said where "backward", "sum" and "step" come in that order, after a step as it should be."""
     model = network()
@@ -126,6 +132,9 @@ def error_in(order, s_steps):
         "sum": lambda: distributed.reduce_gradients(model),
         "step": lambda: (optimizer.step(), optimizer.zero_grad()),
         "reset": lambda: model.zero_grad(),
+        "keep": lambda: keep_ranks(optimizer),
+        "move": lambda: setattr(optimizer, "tau", 0.5),
+        "truncate": lambda: optimizer.truncate(),
     }
     for act in ("backward", "sum", "step"):
         acts[act]()

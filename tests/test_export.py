@@ -81,13 +81,16 @@ def test_a_layer_becomes_two_where_that_is_smaller_and_one_where_not():
 
 def test_an_exported_network_computes_the_same_with_layers_of_torch_only(trained):
     model, x = trained
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = dlrt.DLRT(model, torch.optim.SGD, lr=0.05)
     plain = dlrt.export(model)
     assert torch.allclose(plain(x), model(x), atol=1e-5)
     assert all(kind.__module__.startswith("torch.") for kind in kinds(plain) - {Network})
     assert {nn.Linear, nn.Conv2d, nn.Sequential} <= kinds(plain)
     assert isinstance(model.conv, dlrt.LowRankConv2d)
-    assert model.linear.trains_bases  # its optimizer goes on
+    assert model.linear.trains_bases
+    model(x).sum().backward()
+    optimizer.step()  # goes on
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.zero_()

@@ -1,6 +1,7 @@
 """A low-rank layer is the dense layer of the same weight, and an ordinary module."""
 
 import copy
+import gc
 import io
 import subprocess
 import sys
@@ -162,6 +163,27 @@ def test_the_state_of_a_dense_layer_loads_at_full_rank():
         assert torch.equal(layer.bias, dense.bias)
 
 
+@pytest.mark.parametrize("weight", [torch.ones(6), torch.full((6, 9), float("nan"))])
+def test_a_dense_weight_that_has_no_svd_is_told_with_the_others(weight):
+    model = nn.Sequential(LowRankLinear(9, 6, 2), LowRankLinear(6, 6, 2))
+    state = {
+        "0.weight": weight,
+        "0.bias": torch.ones(6),
+        "1.weight": torch.ones(6, 6),
+        "1.bias": torch.ones(7),
+    }
+    with pytest.raises(
+        RuntimeError, match=r"(?s)the weight of 0 must be a finite matrix.*mismatch for 1\.bias"
+    ):
+        model.load_state_dict(state)
+
+
+def test_a_convolution_tells_what_is_no_picture():
+    for layer in (LowRankConv2d(2, 6, 3, rank=2), SpatialLowRankConv2d(2, 6, 3, rank=2)):
+        with pytest.raises(ValueError, match=r"shape \(N, 2, H, W\) or \(2, H, W\), got \(4, 8\)"):
+            layer(torch.ones(4, 8))
+
+
 def test_a_state_of_another_shape_is_refused():
     with pytest.raises(RuntimeError, match="size mismatch for U"):
         LowRankLinear(9, 6, 2).load_state_dict(LowRankLinear(9, 7, 3).state_dict())
@@ -178,8 +200,49 @@ def test_copies_and_pickles_compute_the_same_and_belong_to_no_optimizer():
         assert torch.equal(other(x), layer(x))
         assert other.S is not layer.S
         assert not other.trains_bases
+        assert [p.requires_grad for p in (other.U, other.S, other.V)] == [False, True, False]
         other(x).sum().backward()
         assert other.U.grad is other.V.grad is None
+
+
+def test_bases_rest_when_their_optimizer_is_gone_and_any_other_leaves_them_orthonormal():
+    layer, x = LowRankLinear(12, 9, 3), torch.randn(20, 12)
+    optimizer = DLRT(layer, torch.optim.SGD, lr=0.1)
+    optimizer = DLRT(layer, torch.optim.SGD, lr=0.1)  # the first one's end does not concern its layers
+    gc.collect()
+    assert layer.trains_bases
+    del optimizer
+    gc.collect()
+    other = torch.optim.SGD(layer.parameters(), lr=0.1)
+    before = copy.deepcopy(layer)
+    for _ in range(5):
+        other.zero_grad()
+        layer(x).square().sum().backward()
+        other.step()
+    assert torch.equal(layer.U, before.U)
+    assert torch.equal(layer.V, before.V)
+    assert not torch.equal(layer.S, before.S)
+
+
+def test_a_layer_that_is_drawn_anew_keeps_its_velocity_as_one_that_is_set():
+    layer, x = LowRankLinear(12, 9, 3), torch.randn(20, 12)
+    optimizer = DLRT(layer, torch.optim.SGD, lr=0.01, momentum=0.9, tau=0.0, max_rank=3)
+
+    def step():
+        optimizer.zero_grad()
+        layer(x).square().sum().backward()
+        optimizer.step()
+
+    step()
+    layer.reset_parameters()
+    step()
+    MV, core = (optimizer.state[factor]["velocity"] for factor in (layer.V, layer.S))
+    MU = optimizer.state[layer.U]["velocity"]
+    shapes = [tuple(T.shape) for T in (MU, MV, core)]
+    assert sorted(shapes) == [(3, 3), (9, 3), (12, 3)]
+    on_U, on_V = (MU, MV) if len(MU) == 9 else (MV, MU)
+    assert torch.allclose(layer.U.mT @ on_U, core, atol=1e-12)
+    assert torch.allclose((layer.V.mT @ on_V).mT, core, atol=1e-12)
 
 
 def test_forward_and_full_backward_hooks_fire():

@@ -15,6 +15,7 @@ from dlrt import SpatialLowRankConv2d
 from dlrt.checkpoint import load_checkpoint, load_network
 from dlrt.datasets import DATASETS
 from dlrt.errors import OptionError
+from dlrt.models import LeNet5
 from dlrt.option_fields import as_flags
 from dlrt.options import RAMP, ROOT, DenseOptions, LowRankOptions
 from dlrt.runs import read_metrics
@@ -62,6 +63,7 @@ IMPOSSIBLE = [
     (["--nesterov", "--integrator", "augmented"], ["--nesterov needs more of the velocity"]),
     (["--amp", "float16", "--integrator", "augmented"], ["takes two gradients a step", "--amp bfloat16"]),
     (["--min-rank", "5", "--max-rank", "3"], ["--max-rank must be at least --min-rank", "3 < 5"]),
+    (["--tau-warmup", "1", "--compression", "60"], ["--tau-warmup must come with --tau"]),
     (["--tau-warmup", "50", "--epochs", "3"], ["--tau-warmup must be at most --epochs", "50 > 3"]),
     (["--max-rank", "all"], ["--max-rank", "whole number from 1 on, or initial", "got 'all'"]),
     (["--compression", "0.6"], ["--compression", "a percentage in [1, 100), 75 and not 0.75, got 0.6"]),
@@ -87,6 +89,7 @@ IMPOSSIBLE = [
 OF_BASELINES = [
     (["--update", "adam"], ["--update", "adam", "sgd", "muon"]),
     (["--update-lr", "0.1"], ["--update-lr must come with --update muon"]),
+    (["--update", "sgd", "--optimizer", "adam"], ["--update sgd must come with --optimizer sgd, got adam"]),
     (["--factors", "0.7"], ["--factors", "a percentage", "got 0.7"]),
     (["--factors", "70", "--from-checkpoint", "a"], ["--factors begins with random weights"]),
     (["--tau", "0.1"], ["--tau"]),
@@ -275,7 +278,7 @@ def test_a_budget_falls_from_full_rank_without_a_tolerance_unless_they_are_given
     start = ["--compression", "80", "--from-checkpoint", "a"]
     assert parse(*start).rank == 1.0
     cut = parse(*start, "--ramp", "0")
-    assert (cut.ramp, cut.rank, cut.tau) == (0.0, None, 0.1)
+    assert (cut.ramp, cut.rank, cut.tau, cut.max_rank) == (0.0, None, 0.0, "initial")
 
 
 def test_the_budget_of_a_run_is_met_at_the_end_of_its_ramp_from_scratch_or_a_checkpoint(lenet5, tmp_path):
@@ -295,19 +298,8 @@ def test_the_budget_of_a_run_is_met_at_the_end_of_its_ramp_from_scratch_or_a_che
 @pytest.mark.parametrize("spatial", [(), ("--spatial",)])
 def test_a_run_starts_at_a_compression_and_keeps_to_it(lenet5, tmp_path, spatial):
     assert lenet5("--name", "dense", dense=True).returncode == 0
-    start = ["--from-checkpoint", tmp_path / "dense", "--tau", "0.001", "--tau-warmup", "0"]
-    budget = [
-        *start,
-        "--compression",
-        "95",
-        "--ramp",
-        "0",
-        "--max-rank",
-        "initial",
-        "--name",
-        "cut",
-        *spatial,
-    ]
+    start = ["--from-checkpoint", tmp_path / "dense", "--ramp", "0"]
+    budget = [*start, "--compression", "95", "--name", "cut", *spatial]
     assert lenet5(*budget).returncode == 0
     compression = read_metrics(tmp_path / "cut")["evaluation_compression"]
     assert 95 <= compression[0] < 95.5
@@ -317,8 +309,9 @@ def test_a_run_starts_at_a_compression_and_keeps_to_it(lenet5, tmp_path, spatial
     (tmp_path / "gone").rename(tmp_path / "dense")
     kinds = {type(module) for module in load_network(tmp_path / "cut")[0].modules()}
     assert (SpatialLowRankConv2d in kinds) == bool(spatial)
-    assert json.loads((tmp_path / "cut" / "config.json").read_text())["options"]["rank"] is None
-    impossible = lenet5(*start, "--compression", "99.9", "--ramp", "0", "--name", "none")
+    recorded = json.loads((tmp_path / "cut" / "config.json").read_text())["options"]
+    assert [recorded[name] for name in ("rank", "tau", "max_rank")] == [None, 0, "initial"]
+    impossible = lenet5(*start, "--compression", "99.9", "--name", "none")
     assert (impossible.returncode, impossible.stderr.count("\n")) == (1, 1)
     assert "--compression must be at most 0.9" in impossible.stderr
 
@@ -348,7 +341,11 @@ def test_a_run_starts_from_the_truncated_weights_of_a_dense_run(lenet5, tmp_path
     torch.save({"conv1.weight": torch.zeros(2)}, tmp_path / "other.pt")
     foreign = lenet5("--from-checkpoint", tmp_path / "other.pt", "--name", "c")
     assert "must be the weights of a dense LeNet5, got" in foreign.stderr
-    assert [each.stderr.count("\n") for each in (other, foreign)] == [1, 1]
+    weights = {name: torch.full_like(W, torch.nan) for name, W in LeNet5().state_dict().items()}
+    torch.save(weights, tmp_path / "diverged.pt")
+    diverged = lenet5("--from-checkpoint", tmp_path / "diverged.pt", "--name", "d")
+    assert ".py: weights must be finite, got inf or nan in conv2" in diverged.stderr
+    assert [each.stderr.count("\n") for each in (other, foreign, diverged)] == [1, 1, 1]
 
 
 def test_a_run_knows_the_weights_it_began_with_and_goes_on_without_their_file(lenet5, tmp_path):

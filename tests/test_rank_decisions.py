@@ -156,6 +156,14 @@ def test_what_a_largest_rank_leaves_of_a_budget_goes_to_other_layers():
     assert [layer.rank for layer in model] == [8, 8]
 
 
+def test_a_budget_below_the_least_ranks_is_met_where_a_largest_rank_is_lower():
+    model = dlrt.to_low_rank(nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40)), rank=1)
+    optimizer = DLRT(model, torch.optim.SGD, lr=1e-9, compression=0.94, ramp=0, max_rank="initial")
+    model(torch.randn(4, 40)).sum().backward()
+    optimizer.step()
+    assert [layer.rank for layer in model] == [1, 1]
+
+
 def test_the_budget_of_a_network_below_its_least_ranks_is_that_of_these():
     model = dlrt.to_low_rank(network(), rank=1)
     optimizer = DLRT(model, torch.optim.SGD, lr=0.1, compression=0.3, ramp=10)

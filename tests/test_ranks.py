@@ -66,6 +66,6 @@ def test_the_budget_falls_along_a_cubic_and_stays():
 @pytest.mark.parametrize("wrong", [60, 1.0, 0.0, -0.5])
 def test_a_percentage_is_no_fraction(wrong):
     with pytest.raises(ValueError, match=r"fraction in \(0, 1\), got"):
-        budget_for(wrong, 1000, 0, [(5, 5)])
+        budget_for(wrong, 1000, 0, [(5, 5)], [1])
     with pytest.raises(ValueError, match=r"must be at most 0\.8"):
-        budget_for(0.9, 1000, 100, [(50, 50)])
+        budget_for(0.9, 1000, 100, [(50, 50)], [1])
