@@ -135,6 +135,9 @@ def main() -> None:
         save_table(record, rows)
     if rows.empty:
         parser.error("--runs must name trained dense networks, as nothing is measured yet, got none")
+    if len(kinds := rows[["network", "dataset"]].drop_duplicates()) > 1:
+        several = ", ".join(" on ".join(kind) for kind in kinds.itertuples(index=False))
+        raise RunError(f"{record} must be of one network and data set, got {several}: give --output-dir")
     count = rows["run"].nunique()
     caption = (
         f"{rows['network'].iloc[0]} on the test pictures of {tables.data(rows)}, {count} network"

@@ -3,9 +3,9 @@
     python cifar10/fine_tune_adapters.py --tune --jobs 2      needs pip install peft; a minute a run and core
 
 The weights rest; a new head, and adapters of the 1 x 1 convolutions, are trained for five epochs, by pictures
-of 64 pixels. All adapters have as many parameters as LoRA of rank 4; those whose ranks move begin with 6. For
-comparison, the head alone and all weights. Step sizes are chosen as in probe.py; a head beside others has
-one for all.
+of 64 pixels. All adapters have as many parameters as LoRA of rank 4, but those of AdaLoRA, which counts
+ranks; those whose ranks move begin with 6. For comparison, the head alone and all weights. Step sizes are
+chosen as in probe.py; a head beside others has one for all.
 """
 
 import json
@@ -31,17 +31,17 @@ from dlrt.training import evaluate
 
 SAMPLES, TEST_SAMPLES, EPOCHS, BATCH, PIXELS = 1000, 3000, 5, 50, 64
 RANK, FIRST_RANK, HEAD_LR = 4, 6, 3e-3
-SMALL, USUAL, LARGE = (
+SMALL, USUAL, WIDE = (
     [{"lr": lr} for lr in lrs]
-    for lrs in ((1e-4, 3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 0.01, 0.03), (0.01, 0.03, 0.1, 0.3))
+    for lrs in ((1e-4, 3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 0.01, 0.03), (1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3))
 )
 SETTINGS = {
-    "DLRT, Muon": USUAL,
+    "DLRT, Muon": WIDE,
     "DLRT, Adam": USUAL,
     "LoRA, AdamW": USUAL,
-    "AdaLoRA, AdamW": LARGE,
+    "AdaLoRA, AdamW": WIDE,
     "AdaLoRA, AdamW, lr 0.01": [{"lr": 0.01}],  # of what is tried the largest that no seed diverges with
-    "the head alone, AdamW": USUAL,
+    "the head alone, AdamW": WIDE,
     "all weights, AdamW": SMALL,
 }
 

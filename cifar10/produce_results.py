@@ -61,16 +61,19 @@ def way(options: dict, low_rank: bool) -> str:
 
 
 def with_ways(found: pd.DataFrame) -> pd.DataFrame:
-    """The runs, with what each is a row of, and their compression against the dense net of full width."""
+    """The runs, with what each is a row of, and their compression against the dense net of full width.
+
+    NaN where no run tells of that net.
+    """
     low_rank = found["ranks"] != ""
     found = found.assign(way=[way(*pair) for pair in zip(found["options"], low_rank, strict=True)])
     found["rule"] = found["options"].map(lambda options: "Muon" if options.get("update") == "muon" else "SGD")
     of_narrow = found["options"].map(lambda options: 100 * (1 - options.get("width", 1) ** 2))
     asked = found["options"].map(lambda options: options.get("compression") or options.get("factors"))
     found["budget"] = pd.to_numeric(asked).fillna(of_narrow.where(found["way"] == "dense, narrower"))
-    whole = (found["evaluation_parameters"] / (1 - found["evaluation_compression"] / 100)).groupby(
-        found["network"]
-    ).transform("max")  # fmt: skip
+    whole = (found["evaluation_parameters"] / (1 - found["evaluation_compression"] / 100)).where(
+        ~found["way"].isin(["dense, narrower", "plain factors"])
+    ).groupby(found["network"]).transform("max")  # fmt: skip
     for phase in ("evaluation", "training"):
         found[f"{phase}_compression"] = 100 * (1 - found[f"{phase}_parameters"] / whole)
     return found
@@ -159,7 +162,7 @@ def publish_study(args: argparse.Namespace, study: pd.DataFrame, data: str) -> N
     absent = [name for name in NETWORKS if name not in set(summary["network"])]
     missing = f"Runs of {', '.join(absent)} are still to come, on a GPU. " if absent else ""
     figures = {}
-    if study["budget"].notna().any():
+    if args.time and study["budget"].notna().any():
         figures["cifar10_training_time"] = study_figures.over_time(study, args.results)
     if (summary["way"] != study_figures.DENSE).any():
         figures["cifar10_accuracy_vs_cr"] = study_figures.relative_to_dense(summary)
@@ -170,7 +173,7 @@ def publish_study(args: argparse.Namespace, study: pd.DataFrame, data: str) -> N
 
 @tables.boundary()
 def main() -> None:
-    args = tables.parse(__doc__, HERE)
+    args = tables.parse(__doc__, HERE, time="draw accuracy over time, too: of runs that had a machine each")
     command = "python cifar10/run.py, or the training scripts beside it"
     found = tables.read(args, command, dataset="cifar10")
     data = tables.data(found)

@@ -83,8 +83,9 @@ def cuts(network: str, compression: float, common: dict[str, Any], results: Path
 
 
 def published(network: str, common: dict[str, Any]) -> RunSpec:
-    """A tolerance and two passes a step; momentum is 0, so that there is no velocity to carry."""
-    options = {"tau": 0.15, "tau_warmup": 0, "lr": 0.2, "momentum": 0.0, "integrator": "augmented"}
+    """A tolerance, two passes and a decision of ranks in each step; without momentum, as there."""
+    options = {"tau": 0.15, "tau_warmup": 0, "lr": 0.2, "momentum": 0.0}
+    options |= {"integrator": "augmented", "allot_every": 1}
     return _named(network, "published", {**common, **options}, low_rank=True)
 
 

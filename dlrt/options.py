@@ -172,6 +172,9 @@ class LowRankOptions(Options):
     )
     min_rank: int = option(2, "of every layer that --max-rank lets have it", NATURAL)
     s_steps: int = option(1, "of S for each basis update", NATURAL)
+    allot_every: int | None = option(
+        None, "steps from one decision of ranks to the next; by default 10", NATURAL
+    )
     max_rank: int | str | None = option(
         None, "of every layer; initial: what it begins with", MAX_RANK, metavar="{RANK,initial}"
     )

@@ -211,6 +211,8 @@ def make_optimizer(model: nn.Module, options: RunOptions, steps: int) -> torch.o
         return _dense_optimizer(model, options, inner)
     same = ("tau", "min_rank", "max_rank", "s_steps", "integrator", "update", "update_lr")
     settings = {name: getattr(options, name) for name in same}
+    if options.allot_every:
+        settings["allot_every"] = options.allot_every
     if options.budget:
         ramp = round(options.ramp * options.epochs * steps)
         settings |= {"compression": options.compression / 100, "ramp": ramp}

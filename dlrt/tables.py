@@ -14,7 +14,7 @@ from torch import nn
 from dlrt import errors, markup, plots
 from dlrt.costs import compression, singular_values
 from dlrt.errors import RunError, one_line
-from dlrt.flags import HelpFormatter, Parser
+from dlrt.flags import HelpFormatter, Parser, flag
 from dlrt.options import ROOT
 from dlrt.plots import Figure
 from dlrt.ranks import parameters
@@ -24,10 +24,10 @@ DATA = {"mnist": "MNIST", "cifar10": "CIFAR-10", "stdlib": "Python's standard li
 COUNTED = "Weights only, biases and norms left out; a layer of rank r counts r (m + n), a dense one m n."
 
 
-def parse(description: str, folder: Path, of_runs: bool = True) -> argparse.Namespace:
+def parse(description: str, folder: Path, of_runs: bool = True, **switches: str) -> argparse.Namespace:
     """The flags of a produce_results.py: where the runs are, and where tables and figures go.
 
-    of_runs: they are those of training scripts, on one data set or another.
+    of_runs: they are those of training scripts, on one data set or another. switches: others, and their help.
     """
     parser = Parser(description=description, formatter_class=HelpFormatter)
     add = parser.add_argument
@@ -39,6 +39,8 @@ def parse(description: str, folder: Path, of_runs: bool = True) -> argparse.Name
     )
     if of_runs:
         add("--dataset", help="whose runs to show; by default that of the committed ones, where it is there")
+    for name, told in switches.items():
+        add(flag(name), action="store_true", help=told)
     args = parser.parse_args()
     args.figures = [args.output_dir] if args.output_dir else [folder, ROOT / "figures"]
     args.output_dir = args.output_dir or folder
@@ -152,9 +154,9 @@ def readable(summary: pd.DataFrame, settings: dict[str, pd.Series]) -> pd.DataFr
         "at the last epoch [%]": spread(summary["last_accuracy"], summary["last_accuracy_std"]),
         "ranks (first seed)": summary["ranks"].replace("", "dense"),
         "evaluation parameters": summary["evaluation_parameters"].map("{:,.0f}".format),
-        "compression [%]": summary["compression"].map("{:.2f}".format),
+        "compression [%]": text(summary["compression"], "{:.2f}"),
         "training parameters": summary["training_parameters"].map("{:,.0f}".format),
-        "training compression [%]": summary["training_compression"].map("{:.2f}".format),
+        "training compression [%]": text(summary["training_compression"], "{:.2f}"),
     })  # fmt: skip
 
 

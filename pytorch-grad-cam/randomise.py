@@ -53,9 +53,9 @@ def measured(
     nets: Sequence[Network], pictures: Sequence[Picture], layer: str, args: Namespace
 ) -> pd.DataFrame:
     """A row for each map of each network, draw and step."""
-    images, rows = nets[0].images(pictures), []
-    targets = predicted(nets[0], images)
+    targets, rows = predicted(nets[0], nets[0].images(pictures)), []
     for network in nets:
+        images = network.images(pictures)
         for draw in range(args.draws):
             for share, name, correlations in cascade(
                 network.model, images, targets, args.method, layer, args.steps, draw
@@ -98,9 +98,9 @@ def main() -> None:
         pictures, failed = readable(paths)
         if not pictures:
             raise RunError(f"no picture in {args.image_path} can be read")
-        one = nets[0].images(pictures[:1])
+        target = predicted(nets[0], nets[0].images(pictures[:1]))
         for network in nets:  # where the method has no map of a network, it ends here
-            explain(network.model, one, predicted(nets[0], one), args.method, layer)
+            explain(network.model, network.images(pictures[:1]), target, args.method, layer)
             networks.warn_if_larger(network)
         networks.warn(nets[0])
         args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -458,3 +458,25 @@ def test_every_photograph_has_classes_of_imagenet_and_a_box_for_each(capsys):
         "rocket.jpg": ["missile"],
     }
     assert all(len(picture.boxes) == len(picture.classes) for picture in found)
+    shuttle, helmet = found[0].classes
+    assert [found[0].boxes_of(number) for number in (shuttle, helmet)] == [
+        ((355, 0, 472, 290),),
+        ((278, 344, 512, 512),),
+    ]
+    assert found[0].boxes_of(helmet + 1) == found[0].boxes  # of what nobody has labelled
+
+
+def test_every_network_sees_pictures_normalised_for_itself(script, runs, pictures, tmp_path):
+    other = save_run(tmp_path / "other")
+    state = torch.load(other / "checkpoint.pt", weights_only=False)
+    state["about"] |= {"mean": [0.8], "std": [0.1]}
+    torch.save(state, other / "checkpoint.pt")
+    flags = ["--checkpoint", runs / "dense_seed0", "--image-path", pictures / "grey.png"]
+    assert script("cam", *flags, "--output-dir", "own")[0] == 0
+    assert script("cam", *flags, "--compare", other, "--output-dir", "both")[0] == 0
+    assert script("cam", "--checkpoint", other, *flags[2:], "--output-dir", "alone")[0] == 0
+    columns = ["network", "raw_sum", "probability"]
+    both, alone = (pd.read_csv(tmp_path / name / "cams.csv")[columns] for name in ("both", "alone"))
+    target = both.iloc[1]
+    assert target["probability"] == pytest.approx(alone.iloc[0]["probability"], rel=1e-4)
+    assert both.iloc[0]["probability"] != pytest.approx(target["probability"], rel=1e-3)

@@ -114,6 +114,12 @@ def test_cuts_that_are_not_trained_on_go_to_a_table_and_a_figure(run_script, tmp
     metrics = pd.read_csv(tmp_path / "a" / "metrics.csv")
     assert list(rows["dense"]) == pytest.approx([metrics["test_accuracy"].iloc[-1]] * 4)
     assert (tmp_path / "out" / "cut_without_training.png").stat().st_size > 10_000
+    rows.assign(run="b", network="VGG16").to_csv(tmp_path / "b.csv", index=False)
+    pooled = pd.concat([rows, pd.read_csv(tmp_path / "b.csv")])
+    pooled.to_csv(tmp_path / "out" / "cut_without_training.csv", index=False)
+    result = run_script("cifar10/cut_without_training.py", *flags)
+    told = "must be of one network and data set, got ResNet20 on digits32, VGG16 on digits32"
+    assert (result.returncode, result.stderr.count("\n"), told in result.stderr) == (1, 1, True)
     result = run_script("cifar10/cut_without_training.py", "--output-dir", "nothing")
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     result = run_script("cifar10/cut_without_training.py", "--runs", "one/a", "two/a")

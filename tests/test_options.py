@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import fork
 
-from dlrt import SpatialLowRankConv2d
+from dlrt import SpatialLowRankConv2d, to_low_rank
 from dlrt.checkpoint import load_checkpoint, load_network
 from dlrt.datasets import DATASETS
 from dlrt.errors import OptionError
@@ -19,6 +19,7 @@ from dlrt.models import LeNet5
 from dlrt.option_fields import as_flags
 from dlrt.options import RAMP, ROOT, DenseOptions, LowRankOptions
 from dlrt.runs import read_metrics
+from dlrt.script import make_optimizer
 
 SCRIPT = ROOT / "mnist" / "lenet5_mnist.py"
 OFFLINE = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")  # nobody listens there
@@ -146,6 +147,12 @@ def test_a_whole_rank_is_a_rank_and_a_rank_with_a_point_a_share():
     for text, value in (("20", 20), ("1", 1), ("1.0", 1.0), ("0.5", 0.5)):
         assert parse("--rank", text).rank == value
         assert type(parse("--rank", text).rank) is type(value)
+
+
+@pytest.mark.parametrize(("given", "every"), [(None, 10), (1, 1)])
+def test_ranks_are_decided_as_often_as_is_asked(given, every):
+    optimizer = make_optimizer(to_low_rank(LeNet5()), LowRankOptions(allot_every=given), steps=5)
+    assert optimizer.group["allot_every"] == every
 
 
 def test_theta_is_tau():

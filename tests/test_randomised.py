@@ -10,6 +10,7 @@ from torch import nn
 from torchvision.models import VisionTransformer
 
 import dlrt
+from dlrt.cams.build_networks import random_weights
 from dlrt.cams.randomised import cascade, randomise, weighted_modules
 from dlrt.cams.targets import of_classes
 
@@ -46,6 +47,17 @@ def test_no_weight_of_a_transformer_stays_as_it_was():
         randomise(module, generator)
     pairs = zip(model.parameters(), before.parameters(), strict=True)
     assert [torch.equal(p, q) for p, q in pairs] == [p.dim() == 1 for p in model.parameters()]
+
+
+def test_the_control_of_random_weights_keeps_no_weight_of_a_transformer():
+    model = VisionTransformer(32, 8, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    drawn = random_weights(model)
+    assert not [n for n, p in drawn.named_parameters() if torch.equal(p, model.get_parameter(n))]
+    again = dict(random_weights(model).named_parameters())
+    assert all(torch.equal(p, again[n]) for n, p in drawn.named_parameters())
 
 
 @pytest.mark.parametrize("rank", [None, 2])

@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from dlrt.cams import group_tests as tests
+from dlrt.cams.study_results import compare
 
 MEASURED = ["kind", "seed", "method", "accuracy", "parameters", "undefined"]
 MEASURED += ["difference", "energy", "faithfulness"]
@@ -95,6 +96,11 @@ def test_the_study_finds_what_was_put_into_its_measurements(run_script, tmp_path
     assert set(zip(differing["comparison"], differing["outcome"], strict=True)) == {
         ("low-rank − dense", "1 − r")
     }
+    raw = compare(pd.read_csv(tmp_path / "measured.csv")).set_index(["comparison", "outcome", "method"])
+    groups = pd.DataFrame(rows, columns=MEASURED).query("method == 'gradcam'").groupby("kind")["energy"]
+    one, other = (groups.get_group(kind).to_numpy() for kind in ("lowrank", "dense"))
+    expected = tests.equivalence_p(one, other, other.std(ddof=1), paired=False)  # without correction
+    assert raw.loc[("A", "energy", "gradcam"), "p_equivalent"] == pytest.approx(expected)
     assert "8 seeds each, fewer than the 20" in printed
     assert (tmp_path / "out/gradcam_study.pdf").is_file()
 

@@ -142,10 +142,16 @@ def test_what_is_measured_is_not_measured_again(results, scripts, tmp_path, caps
 def test_what_is_slow_is_not_measured_at_larger_ranks(scripts):
     settings = scripts.run.settings(["augmented", "bug"], [1])
     args = argparse.Namespace(slowest=1.5, seconds=10)
-    slow = {"repeats": 3, "s_steps": 1, "rank": 40, "median_ms": 4000.0, "dense_median_ms": 2000.0}
-    rows = [{**settings[1]._asdict(), **slow}, {**settings[2]._asdict(), **slow, "median_ms": 2500.0}]
+    slow = {
+        "repeats": 3,
+        "s_steps": 1,
+        "rank": 40,
+        "median_ms": 400.0,
+        "dense_median_ms": 200.0,
+    }  # of ten steps
+    rows = [{**settings[1]._asdict(), **slow}, {**settings[2]._asdict(), **slow, "median_ms": 250.0}]
     rows += [
-        {**settings[3]._asdict(), **slow, "median_ms": 40.0, "dense_median_ms": 20.0}
+        {**settings[3]._asdict(), **slow, "median_ms": 30.0, "dense_median_ms": 15.0}
     ]  # it costs nothing
     assert scripts.run.wanted(80, rows, settings, args) == [settings[0], *settings[2:]]
     assert scripts.run.wanted(40, rows, settings, args) == [settings[0], settings[4]]

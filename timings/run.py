@@ -85,8 +85,14 @@ def contender(model: nn.Module, data: tuple[Tensor, Tensor], setting: Setting, r
     optimizer.step(closure)  # now momentum exists
     if isinstance(optimizer, DLRT):
         optimizer.truncate()
-    steps = math.lcm(ROUND, setting.s_steps) if isinstance(optimizer, DLRT) else 1
+    steps = steps_at_once(setting) if isinstance(optimizer, DLRT) else 1
     return Contender(model, training_steps(optimizer, closure, steps), steps, optimizer, closure)
+
+
+def steps_at_once(setting: Setting) -> int:
+    """Training steps that are timed together: those of a DLRT from one decision of ranks to the next."""
+    low_rank = setting.phase == "training" and setting.integrator != FACTORS
+    return math.lcm(ROUND, setting.s_steps) if low_rank else 1
 
 
 def optimizer_of(model: nn.Module, setting: Setting, rank: int | None) -> torch.optim.Optimizer:
@@ -153,12 +159,15 @@ def quartiles(times: Sequence[float], steps: int = 1) -> Row:
 def wanted(rank: int, rows: list[Row], among: Iterable[Setting], args: argparse.Namespace) -> list[Setting]:
     """The settings without a row at this rank that were not too slow at a smaller one."""
 
+    def setting_of(row: Row) -> Setting:
+        return Setting(*(row[name] for name in Setting._fields))
+
     def too_slow(row: Row) -> bool:
-        took = row["repeats"] * row["s_steps"] * row["median_ms"] / 1e3
+        took = row["repeats"] * steps_at_once(setting_of(row)) * row["median_ms"] / 1e3
         return took > args.seconds and row["median_ms"] > args.slowest * row["dense_median_ms"]
 
     done = [row for row in rows if row["rank"] == rank or (row["rank"] < rank and too_slow(row))]
-    left_out = {Setting(*(row[name] for name in Setting._fields)) for row in done}
+    left_out = {setting_of(row) for row in done}
     return [setting for setting in among if setting not in left_out]
 
 

@@ -90,11 +90,12 @@ def explained(
     What comes back are the rows of cams.csv and those of the figure.
     """
     items = wanted(nets[0], pictures, chosen)
-    x, targets = nets[0].images([item.picture for item in items]), of_classes(item.classes for item in items)
+    shown, targets = [item.picture for item in items], of_classes(item.classes for item in items)
     table, rows = [], [figure_row(item, nets[0]) for item in items]
     for method in args.method:
         first = None
         for net, label in zip(nets, labels(nets), strict=True):
+            x = net.images(shown)
             maps = explain(net.model, x, targets, method, layer, args.aug_smooth, args.eigen_smooth, seed)
             first = first or maps
             gradients = guided_gradients(net.model, x, targets) if args.guided else [None] * len(items)

@@ -54,9 +54,9 @@ def gather(
 
     def run(path: Path, flag: str) -> Network:
         network = networks.placed(known.from_run(path), image_size, reference.device)
-        low_rank = bool(dlrt.compression(network.model).ranks)
-        if low_rank != (flag == "--low-rank"):
-            kind, place = ("low-rank", "--low-rank") if low_rank else ("dense", "--seeds")
+        is_low_rank = bool(dlrt.compression(network.model).ranks)
+        if is_low_rank != (flag == "--low-rank"):
+            kind, place = ("low-rank", "--low-rank") if is_low_rank else ("dense", "--seeds")
             raise ValueError(f"{network.label} is {kind}: give it as {place}, not as {flag}")
         return network
 
@@ -65,7 +65,7 @@ def gather(
 
     found = [Candidate(reference, "reference", method)]
     found += [Candidate(run(path, "--low-rank"), "low-rank", method, _tau(path)) for path in low_rank]
-    found += [Candidate(cut(tau, f"svd_tau{tau:g}"), "SVD", method, tau) for tau in taus]
+    found += [Candidate(cut(tau, f"svd_tau{tau:g}"), "SVD", method, tau) for tau in dict.fromkeys(taus)]
     found += [Candidate(run(path, "--seeds"), "other seed", method) for path in seeds]
     found.append(Candidate(cut(None, "full_rank"), FULL_RANK, method))
     random = replace(reference, model=random_weights(reference.model), label="random_weights")
@@ -75,7 +75,7 @@ def gather(
 
 
 def _tau(run: Path) -> float | None:
-    return Run(run if run.is_dir() else run.parent).options().get("tau")
+    return Run(run if run.is_dir() else run.parent).options().get("tau") or None  # a budget has none
 
 
 def check(found: Sequence[Candidate], layer: str) -> None:
@@ -87,13 +87,21 @@ def check(found: Sequence[Candidate], layer: str) -> None:
 
 
 def random_weights(model: nn.Module) -> nn.Module:
-    """A copy in which every layer has the weights that torch begins with, always the same."""
+    """A copy in which every layer has the weights that torch begins with, always the same.
+
+    What no layer of torch's draws, as the token of a class, is normal with the mean and deviation it had.
+    """
     copy = deepcopy(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(20_221_128)  # of none of the seeds with which networks begin
         for module in copy.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset = getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))
+            own = module.parameters(recurse=False)
+            if reset is not None:
+                reset()
+            for parameter in own if reset is None else ():
+                std, mean = (float(value) for value in torch.std_mean(parameter, correction=0))
+                nn.init.normal_(parameter, mean, std)
     return copy
 
 

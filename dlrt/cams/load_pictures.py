@@ -92,8 +92,7 @@ def _of_dataset(name: str, count: int, data_dir: Path) -> list[Picture]:
     pictures = []
     for number, (image, label) in enumerate(zip(pixels, dataset.test.labels.tolist(), strict=False)):
         array = image.permute(1, 2, 0).numpy().squeeze()
-        own_boxes = (tuple(boxes[number].tolist()),) if len(boxes) else ()
-        pictures.append(
-            Picture(f"{name}_{number:05d}", Image.fromarray(np.ascontiguousarray(array)), (label,), own_boxes)
-        )
+        shows = ((label,), (tuple(boxes[number].tolist()),) if len(boxes) else ())
+        image = Image.fromarray(np.ascontiguousarray(array))
+        pictures.append(Picture(f"{name}_{number:05d}", image, (shows,)))
     return pictures

@@ -68,7 +68,7 @@ def measure(
         maps = same.raw[index], same.displayed[index]
         reference_maps = reference.raw[index], reference.displayed[index]
         about = _about(network, picture, predicted[index], asked[index])
-        boxes = in_boxes(maps[1], picture.boxes, (picture.image.height, picture.image.width))
+        boxes = in_boxes(maps[1], picture.boxes_of(asked[index]), (picture.image.height, picture.image.width))
         first = {**about, "target": "same", "class": about["reference_predicted"]}
         first |= _compared(maps, reference_maps)
         rows.append({**first, **boxes, **{name: values[index] for name, values in tested.items()}})
@@ -98,10 +98,11 @@ def _own_maps(
 
 
 def _about(network: Network, picture: Picture, predicted: int, asked: int) -> dict[str, str]:
-    """What each row about a picture begins with."""
+    """What each row about a picture begins with; of several classes the label is the predicted one."""
+    label = predicted if predicted in picture.classes else next(iter(picture.classes), None)
     return {
         "file": picture.name,
-        "label": network.classes[picture.classes[0]] if picture.classes else "",
+        "label": "" if label is None else network.classes[label],
         "predicted": network.classes[predicted],
         "reference_predicted": network.classes[asked],
     }

@@ -30,9 +30,8 @@ TURNS = {  # by the value of the tag
     8: Image.Transpose.ROTATE_90,
 }
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels; right and bottom are outside
-Labels = dict[
-    str, list[tuple[tuple[int, ...], tuple[Box, ...]]]
-]  # by the name of a file: lines of classes, boxes
+Shown = tuple[tuple[int, ...], tuple[Box, ...]]  # a thing in a picture: its classes, and its boxes
+Labels = dict[str, list[Shown]]  # by the name of a file
 
 
 class PictureError(ValueError):
@@ -41,12 +40,24 @@ class PictureError(ValueError):
 
 @dataclass(frozen=True)
 class Picture:
-    """An upright picture, grey (mode L) or in colour (RGB), its classes where they are known, and boxes."""
+    """An upright picture, grey (mode L) or in colour (RGB), and what it shows, where that is known."""
 
     name: str
     image: Image.Image
-    classes: tuple[int, ...] = ()
-    boxes: tuple[Box, ...] = ()
+    shows: tuple[Shown, ...] = ()
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(number for classes, _ in self.shows for number in classes))
+
+    @property
+    def boxes(self) -> tuple[Box, ...]:
+        return tuple(box for _, boxes in self.shows for box in boxes)
+
+    def boxes_of(self, number: int) -> tuple[Box, ...]:
+        """The boxes of what has that class; where nothing has it, all."""
+        own = tuple(box for classes, boxes in self.shows if number in classes for box in boxes)
+        return own or self.boxes
 
     def pixels(self) -> np.ndarray:
         """(height, width, 3) float32 in [0, 1]."""
@@ -187,16 +198,14 @@ def _box(cell: str) -> Box:
 
 def labelled(picture: Picture, labels: Labels) -> Picture:
     """A picture with what a file of labels says about it. PictureError for a box that is not inside it."""
-    lines = labels.get(picture.name, [])
-    classes = tuple(dict.fromkeys(number for line_classes, _ in lines for number in line_classes))
-    boxes = tuple(box for _, line_boxes in lines for box in line_boxes)
+    picture = replace(picture, shows=tuple(labels.get(picture.name, ())))
     width, height = picture.image.size
-    if outside := [box for box in boxes if min(box[:2]) < 0 or box[2] > width or box[3] > height]:
+    if outside := [box for box in picture.boxes if min(box[:2]) < 0 or box[2] > width or box[3] > height]:
         raise PictureError(
             f"a box must lie in the {width} x {height} pixels of {picture.name}, got "
             f"{' '.join(f'{value:g}' for value in outside[0])}: the picture is left out"
         )
-    return replace(picture, classes=classes, boxes=boxes)
+    return picture
 
 
 def overlay(pixels: np.ndarray, shown: np.ndarray) -> np.ndarray:
