@@ -2,6 +2,8 @@
 
 __version__ = "0.1.0"
 
+from importlib import import_module
+
 from dlrt import fields, integrators
 from dlrt.adapters import adapter_state, add_adapters, load_adapters, merge_adapters, save_lora
 from dlrt.attention import Attention
@@ -49,9 +51,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """StreamingPCA, where it is asked for: scikit-learn takes long to import, and networks do without."""
+    """What is imported where it is asked for: for StreamingPCA scikit-learn is, which takes long."""
     if name == "StreamingPCA":
         from dlrt.streaming import StreamingPCA
 
         return StreamingPCA
+    if name in ("baselines", "models"):
+        return import_module(f"dlrt.{name}")
     raise AttributeError(f"module 'dlrt' has no attribute {name!r}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlrt.attention import PROJECTIONS, Attention, can_unpack, pack
-from dlrt.blocks import Blocks, features, is_conv1d
+from dlrt.blocks import Blocks, features, is_conv1d, is_within
+from dlrt.checks import check_orthonormal, check_whole
 from dlrt.convolutions import SAME_IN_DENSE, LowRankConv2d
 from dlrt.layers import FACTORS, LowRankLayer
 from dlrt.linear import LowRankLinear
@@ -64,9 +65,10 @@ class Adapted(nn.Module):
         weight = getattr(self.base, "weight", None)
         known = isinstance(self.base, nn.Linear | nn.Conv2d) or is_conv1d(self.base)
         if not known or not weight.is_floating_point():
+            kind = f" of {weight.dtype}" if known else ""
             raise ValueError(
                 "adapters are merged into floating-point weights of nn.Linear and nn.Conv2d, got "
-                f"{type(self.base).__name__}: keep them beside it"
+                f"{type(self.base).__name__}{kind}: keep them beside it"
             )
         return (at_least_single(weight) + self._beside()).to(weight.dtype).detach()
 
@@ -89,13 +91,14 @@ def add_adapters(model: nn.Module, rank: int = 8, target: str | Iterable[str] | 
     r (m + n), of the m n numbers that the layer has. ValueError for a rank below 1, where a target names no
     layer, and for a second set of adapters.
     """
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
+    check_whole("rank", rank)
     if any(isinstance(module, Adapted) for module in model.modules()):
         raise ValueError("the model must have no adapters yet: call dlrt.merge_adapters(model) first")
     names, chosen = _layers(model), None
     if target is not None:
-        target = (target,) if isinstance(target, str) else target
+        target = (target,) if isinstance(target, str) else tuple(target)
+        if not target:
+            raise ValueError("target must name a layer, or be None for all, got nothing")
         matches = {stem: [name for name in names if f".{stem}." in f".{name}."] for stem in target}
         if unknown := [stem for stem, found in matches.items() if not found]:
             raise ValueError(
@@ -105,16 +108,19 @@ def add_adapters(model: nn.Module, rank: int = 8, target: str | Iterable[str] | 
     return _adapt(model, [name for name in names if chosen is None or name in chosen], rank)
 
 
-def _layers(model: nn.Module) -> list[str]:
-    """The names of the layers that can have adapters, also of those that packed attention would have."""
-    names = []
+def _layers(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """The layers that can have adapters, by name, also those that packed attention would have; and (m, n)."""
+    shapes = {}
     for name, module in model.named_modules():
         if can_unpack(module):
-            names += [f"{name}.{projection}".lstrip(".") for projection in PROJECTIONS]
-        linear = hasattr(module, "in_features") and not isinstance(module, Blocks)
-        if linear or is_conv1d(module) or (isinstance(module, nn.Conv2d) and module.groups == 1):
-            names.append(name)
-    return names
+            widths = (module.embed_dim, module.kdim, module.vdim)
+            for projection, width in zip(PROJECTIONS, widths, strict=True):
+                shapes[f"{name}.{projection}".lstrip(".")] = module.embed_dim, width
+        if isinstance(module, nn.Conv2d) and module.groups == 1:
+            shapes[name] = tuple(module.weight.flatten(1).shape)
+        elif is_conv1d(module) or (hasattr(module, "in_features") and not isinstance(module, Blocks)):
+            shapes[name] = features(module)[::-1]
+    return shapes
 
 
 def _adapt(model: nn.Module, names: Iterable[str], rank: int) -> nn.Module:
@@ -135,6 +141,7 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     """
     merged = {m: m.merged_weight() for m in model.modules() if isinstance(m, Adapted)}
     for module, weight in merged.items():
+        module.adapter.owner = None  # a DLRT that steps on is told
         module.base.weight = nn.Parameter(weight, requires_grad=False)  # others may share the old one
         become(module, module.base)
     return pack(model)
@@ -158,20 +165,41 @@ def load_adapters(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     All else rests then, as after `add_adapters`. ValueError, or RuntimeError as from load_state_dict, where
     the state belongs to another network, or to only some of the adapters that the model has.
     """
+    if not isinstance(state, Mapping):
+        raise TypeError(f"the state must be a dict as of dlrt.adapter_state, got {type(state).__name__}")
     names = [name.removesuffix("adapter.S").rstrip(".") for name in state if name.endswith("adapter.S")]
     own = adapters(model)
     if missing := sorted({*own} - {*names}) or ([] if names else ["any"]):
         raise ValueError(f"the state must be of all adapters of the model, got none of {', '.join(missing)}")
-    unknown = sorted({*names} - {*(own or _layers(model))})
-    if not own and not unknown:
+    shapes = {name: layer.shape for name, layer in own.items()} or _layers(model)
+    if unknown := sorted({*names} - {*shapes}):
+        raise ValueError(f"the state must be of adapters of this model, which has no {', '.join(unknown)}")
+    for name in names:  # before anything is changed
+        _check_factors(name, state, shapes[name])
+    if not own:
         _adapt(model, names, rank=1)
-    if unknown := unknown or model.load_state_dict(state, strict=False).unexpected_keys:
+    if unknown := model.load_state_dict(state, strict=False).unexpected_keys:
         raise ValueError(f"the state must be of adapters of this model, which has no {', '.join(unknown)}")
     return model
 
 
+def _check_factors(name: str, state: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
+    """ValueError where a state has no U (m, r), S (r, r) and V (n, r) for a layer, or no numbers in them."""
+    U, S, V = (state.get(f"{name}.adapter.{factor}".lstrip("."), torch.empty(0)) for factor in FACTORS)
+    (m, n), r = shape, len(S)
+    expected = [(m, r), (r, r), (n, r)]
+    if [tuple(T.shape) for T in (U, S, V)] != expected:
+        came = ", ".join(str(tuple(T.shape)) for T in (U, S, V))
+        raise ValueError(f"the adapter of {name} must have U, S and V of {m} x {n} weights, got {came}")
+    if not S.isfinite().all():
+        raise ValueError(f"S of the adapter of {name} must be finite, got inf or nan")
+    check_orthonormal(f"the adapter of {name}", U, V)
+
+
 def save_lora(model: nn.Module, folder: Path | str, padded: bool = False) -> None:
     """Write the adapters as a LoRA checkpoint of peft: adapter_config.json and adapter_model.safetensors.
+
+    Modules that are trained beside them, such as a new head, go along as modules_to_save.
 
     U S Vᵀ = B A with B = U P √Σ, A = √Σ Qᵀ Vᵀ for S = P Σ Qᵀ. Every adapter has its rank, and that as alpha:
     peft then multiplies by 1. padded fills all up to the largest rank with zeros, for programs that take one
@@ -193,6 +221,10 @@ def save_lora(model: nn.Module, folder: Path | str, padded: bool = False) -> Non
     for name, layer in layers.items():
         A, B = lora_factors(layer, ranks[name])
         tensors |= {f"base_model.model.{name}.lora_{kind}.weight": X for kind, X in (("A", A), ("B", B))}
+    beside = _trained_beside(model)
+    for name in beside:
+        module_state = model.get_submodule(name).state_dict()
+        tensors |= {f"base_model.model.{name}.{key}": X.contiguous() for key, X in module_state.items()}
     patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != largest}
     config = {
         "peft_type": "LORA",
@@ -207,6 +239,7 @@ def save_lora(model: nn.Module, folder: Path | str, padded: bool = False) -> Non
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
+        "modules_to_save": beside or None,
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -217,6 +250,26 @@ def save_lora(model: nn.Module, folder: Path | str, padded: bool = False) -> Non
         save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     else:
         torch.save(tensors, folder / "adapter_model.bin")
+
+
+def _trained_beside(model: nn.Module) -> list[str]:
+    """The modules with trained parameters of their own that are no adapters.
+
+    ValueError for the model itself and for layers that have adapters.
+    """
+    layers = adapters(model)
+    factors = {id(p) for layer in layers.values() for p in layer.parameters()}
+    names = [
+        name
+        for name, module in model.named_modules()
+        if any(p.requires_grad and id(p) not in factors for p in module.parameters(recurse=False))
+    ]
+    if within := [name for name in names if not name or is_within(name, layers)]:
+        raise ValueError(
+            f"peft saves whole modules beside adapters, and {within[0] or 'the model'} has parameters of its "
+            "own that are trained: freeze them, or keep dlrt.adapter_state"
+        )
+    return names
 
 
 def lora_factors(layer: LowRankLayer, rank: int) -> tuple[Tensor, Tensor]:

@@ -68,7 +68,7 @@ class Attention(nn.Module):
         if not (batched and self.batch_first):
             q, k, v = (x.transpose(0, 1) if batched else x[None] for x in (q, k, v))
         q, k, v = (x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
-        mask = _added_mask(attn_mask, key_padding_mask, q.shape[0], q.dtype)
+        mask = _added_mask(attn_mask, key_padding_mask, (*q.shape[:3], k.shape[2]), q.dtype)
         dropout, weights = self.dropout if self.training else 0.0, None
         if need_weights:
             scores = q @ k.mT * self.head_dim**-0.5  # (N, heads, L, S)
@@ -154,15 +154,28 @@ def pack(model: nn.Module) -> nn.Module:
 
 
 def _added_mask(
-    attn_mask: Tensor | None, key_padding_mask: Tensor | None, samples: int, dtype: torch.dtype
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    scores: tuple[int, int, int, int],
+    dtype: torch.dtype,
 ) -> Tensor | None:
     """What is added to scores (N, heads, L, S); True in a mask means that a key is left out."""
-    masks = []
-    if attn_mask is not None:  # (L, S) or (N heads, L, S)
-        masks.append(attn_mask.unflatten(0, (samples, -1)) if attn_mask.dim() == 3 else attn_mask)
-    if key_padding_mask is not None:  # (N, S) or (S,)
-        masks.append(key_padding_mask.view(samples, 1, 1, -1))
+    (N, heads, L, S), masks = scores, []
+    if attn_mask is not None:
+        _check_mask("attn_mask", attn_mask, (L, S), (N * heads, L, S))
+        masks.append(attn_mask.unflatten(0, (N, heads)) if attn_mask.dim() == 3 else attn_mask)
+    if key_padding_mask is not None:
+        _check_mask("key_padding_mask", key_padding_mask, *((N, S), (S,))[: 2 if N == 1 else 1])
+        masks.append(key_padding_mask.view(N, 1, 1, S))
     for i, mask in enumerate(masks):
         if mask.dtype == torch.bool:
             masks[i] = torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
     return sum(masks).to(dtype) if masks else None
+
+
+def _check_mask(name: str, mask: Tensor, *shapes: tuple[int, ...]) -> None:
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"{name} must be of bool, or of the numbers that are added, got {mask.dtype}")
+    if tuple(mask.shape) not in shapes:
+        allowed = " or ".join(map(str, shapes))
+        raise ValueError(f"{name} must have the shape {allowed}, got {tuple(mask.shape)}")

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dlrt.adapters import adapters
 from dlrt.convert import load_factors
 from dlrt.costs import compression
 
@@ -22,8 +23,10 @@ def save_pretrained(model: nn.Module, folder: Path | str, **about: Any) -> None:
     """Write a network's state_dict, and its ranks and compression with what else there is to say about it.
 
     folder is made where it is not there. ImportError without safetensors, TypeError for what JSON has no form
-    for.
+    for, ValueError for a network with adapters.
     """
+    if adapters(model):
+        raise ValueError("the model must have no adapters: merge them, or save dlrt.adapter_state(model)")
     cost, folder = compression(model), Path(folder)
     facts = {**about, "ranks": cost.ranks, "evaluation_compression": cost.evaluation_compression}
     text = json.dumps(facts, indent=2) + "\n"

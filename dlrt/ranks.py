@@ -37,7 +37,8 @@ def budget_for(
         most = int(1e4 * (1 - (others + least) / dense_parameters)) / 1e4
         raise ValueError(
             f"compression must be at most {most:g} ({100 * most:g} %) here, with ranks of min_rank and the "
-            f"layers that stay dense, got {compression:g}: ask for less, or let fewer layers stay dense"
+            f"layers that stay dense, got {compression:g} ({100 * compression:g} %): ask for less, or let "
+            "fewer layers stay dense"
         )
     return budget
 

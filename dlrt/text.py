@@ -35,7 +35,7 @@ def text(folder: Path, seed: int) -> Dataset:
     """
     if not folder.is_dir():
         raise DataError(f"--data-dir must be a folder with *.txt files, got {folder}")
-    files = [path.read_bytes() for path in sorted(folder.rglob("*.txt"))]
+    files = [path.read_bytes() for path in sorted(folder.rglob("*.txt")) if path.is_file()]
     pieces = [file[start : start + PIECE] for file in files for start in range(0, len(file), PIECE)]
     return _split("text", pieces, seed, sum(map(len, pieces)), f", *.txt below {folder}")
 
@@ -48,8 +48,8 @@ def _split(name: str, documents: Sequence[bytes], seed: int, most: int, where: s
     train, _ = _take(rest, whole - 2 * (whole // 12))
     if min(map(len, (test, validation, train))) <= WINDOW:
         raise DataError(
-            f"{name}: every split needs more than {WINDOW} bytes, got {len(documents)} documents of {whole} "
-            f"bytes in all{where}: add some"
+            f"{name}: each of three splits needs whole documents of more than {WINDOW} bytes, got "
+            f"{len(documents)} of {whole} bytes in all{where}: add some"
         )
     return Dataset(name, *map(_windows, (train, validation, test)), 256, (), (), shift=0, flip=False)
 

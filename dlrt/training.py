@@ -52,6 +52,8 @@ def fit(
     scaler = GradScaler(dataset.train.images.device.type, enabled=options.amp == "float16")
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
     rows, chosen = continued(parts, run)
+    if rows:  # the checkpoint has them where metrics.csv was lost
+        distributed.on_first_process(lambda: run.write_metrics(rows))
     total = options.epochs + options.finetune_epochs
     first = rows[-1]["epoch"] + 1 if rows else 0 if options.from_checkpoint else 1
     for epoch in range(first, total + 1):

@@ -160,6 +160,37 @@ def test_the_state_of_the_adapters_alone_loads_into_the_network_without_them():
         dlrt.load_adapters(model, part)
 
 
+def test_a_state_that_does_not_fit_leaves_the_network_as_it_was():
+    model, other = trained(), Network()
+    state, before = dlrt.adapter_state(model), copy.deepcopy(model.state_dict())
+    wrong = {
+        "must be orthonormal": {"fc.adapter.U": 2 * state["fc.adapter.U"]},
+        "must be finite": {"fc.adapter.S": torch.full_like(state["fc.adapter.S"], torch.nan)},
+        r"U, S and V of 8 x 8 weights, got .*, \(9, 3\)": {"fc.adapter.V": torch.ones(9, 3)},
+    }
+    for told, change in wrong.items():
+        for network in (model, other):
+            with pytest.raises(ValueError, match=told):
+                dlrt.load_adapters(network, state | change)
+    incomplete = {name: value for name, value in state.items() if name != "fc.adapter.V"}
+    with pytest.raises(ValueError, match="U, S and V of 8 x 8"):
+        dlrt.load_adapters(other, incomplete)
+    with pytest.raises(TypeError, match="must be a dict as of"):
+        dlrt.load_adapters(other, [1])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not [m for m in other.modules() if isinstance(m, dlrt.LowRankLayer)]
+    assert all(parameter.requires_grad for parameter in other.parameters())
+
+
+def test_an_optimizer_of_adapters_that_are_merged_is_told_when_it_steps():
+    model, (x, y) = dlrt.add_adapters(Network(), target="fc"), data()
+    optimizer = dlrt.DLRT(model, torch.optim.SGD, lr=0.05)
+    dlrt.merge_adapters(model).requires_grad_(True)
+    nn.functional.cross_entropy(model(x), y).backward()
+    with pytest.raises(RuntimeError, match="must belong to the DLRT that steps"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("change", [dlrt.to_dense, dlrt.export, lambda model: dlrt.average([model, model])])
 def test_what_makes_layers_dense_wants_adapters_merged(change):
     model, (x, _) = trained(), data()
@@ -206,8 +237,11 @@ def test_what_cannot_have_adapters_is_told():
     model = Network()
     with pytest.raises(ValueError, match=r"target names no layer of the model: f; it has conv, attention\.q"):
         dlrt.add_adapters(model, target=["fc", "f"])
-    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
-        dlrt.add_adapters(model, rank=0)
+    for rank in (0, 1.5, True, "8"):
+        with pytest.raises(ValueError, match=rf"rank must be a whole number from 1 on, got {rank!r}"):
+            dlrt.add_adapters(model, rank=rank)
+    with pytest.raises(ValueError, match="target must name a layer, or be None for all"):
+        dlrt.add_adapters(model, target=())
     assert all(parameter.requires_grad for parameter in model.parameters())
     dlrt.add_adapters(model, target="block")
     assert list(dlrt.compression(model).ranks) == ["block.fc.adapter", "block.last.adapter"]
@@ -253,6 +287,21 @@ def test_a_lora_checkpoint_needs_adapters_that_peft_has_names_for(tmp_path):
         dlrt.save_lora(Network(), tmp_path)
     with pytest.raises(ValueError, match=r"peft has no layers attention\.q_proj"):
         dlrt.save_lora(dlrt.add_adapters(Network()), tmp_path)
+    model = trained()
+    model.fc.base.bias.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"fc\.base has parameters of its own that are trained"):
+        dlrt.save_lora(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_head_that_is_trained_beside_goes_along_in_a_lora_checkpoint(tmp_path):
+    model = trained()
+    model.head.requires_grad_(True)
+    dlrt.save_lora(model, tmp_path)
+    config, tensors = json.loads((tmp_path / "adapter_config.json").read_text()), lora(tmp_path)
+    assert config["modules_to_save"] == ["head"]
+    for kind in ("weight", "bias"):
+        assert torch.equal(tensors[f"base_model.model.head.{kind}"], getattr(model.head, kind))
 
 
 def test_peft_computes_the_same_from_a_lora_checkpoint(tmp_path):
@@ -261,6 +310,7 @@ def test_peft_computes_the_same_from_a_lora_checkpoint(tmp_path):
     first, (x, _) = Network().float(), data()
     x = x.float()
     model = dlrt.add_adapters(copy.deepcopy(first), rank=3, target=("conv", "fc", "last"))
+    model.head.requires_grad_(True)
     budget = {"compression": 0.5, "ramp": 2, "allot_every": 1}
     optimizer = dlrt.DLRT(model, torch.optim.SGD, lr=0.05, update="muon", **budget)
     for _ in range(4):

@@ -194,6 +194,25 @@ def test_in_evaluation_an_encoder_multiplies_by_the_low_rank_weights():
     assert dlrt.to_dense(encoder).use_nested_tensor
 
 
+@pytest.mark.parametrize(
+    ("masks", "told"),
+    [
+        ({"attn_mask": torch.ones(5, 5, dtype=torch.int64)}, "attn_mask must be of bool"),
+        ({"key_padding_mask": torch.ones(2, 5, dtype=torch.uint8)}, "key_padding_mask must be of bool"),
+        ({"attn_mask": torch.zeros(1, 5)}, r"shape \(5, 5\) or \(8, 5, 5\), got \(1, 5\)"),
+        ({"attn_mask": torch.zeros(2, 5, 5)}, r"shape \(5, 5\) or \(8, 5, 5\), got \(2, 5, 5\)"),
+        ({"key_padding_mask": torch.zeros(2, 1)}, r"shape \(2, 5\), got \(2, 1\)"),
+        ({"key_padding_mask": torch.zeros(5)}, r"shape \(2, 5\), got \(5,\)"),
+    ],
+)
+def test_masks_that_the_packed_one_refuses_are_refused(masks, told):
+    packed, x = nn.MultiheadAttention(8, 4, batch_first=True), torch.randn(2, 5, 8)
+    with pytest.raises((AssertionError, RuntimeError)):
+        packed(x, x, x, **masks)
+    with pytest.raises((TypeError, ValueError), match=told):
+        dlrt.to_low_rank(packed)(x, x, x, **masks)
+
+
 def test_it_has_the_attributes_of_the_packed_one():
     packed = nn.MultiheadAttention(8, 2)
     own = {name for name in vars(packed) if not name.startswith("_")} | set(packed._parameters)
