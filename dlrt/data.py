@@ -48,6 +48,7 @@ class Dataset:
 
     mean and std, per channel and of pixels in [0, 1], are what the images were normalised by; text has none.
     A shift by up to `shift` pixels, and a mirror image where flip is set, leave the class what it is.
+    checksum tells data apart that have one name, whatever the seed of the split.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Dataset:
     std: tuple[float, ...]
     shift: int
     flip: bool
+    checksum: str = ""
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import DEVNULL, Popen
 from tempfile import TemporaryFile
@@ -62,12 +62,14 @@ def shared_options(args: argparse.Namespace) -> dict[str, Any]:
 class RunSpec:
     """A run to make: a training script and its options, by the names that they have in config.json.
 
-    name is the run's folder below that of the results; `epochs` is among the options.
+    name is the run's folder below that of the results; `epochs` is among the options. recorded is what the
+    run's record says beside them.
     """
 
     name: str
     script: Path
     options: Mapping[str, Any]
+    recorded: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def epochs(self) -> int:
@@ -87,7 +89,7 @@ class RunSpec:
             return []
         return [
             f"{name} {was.get(name)!r} instead of {value!r}"
-            for name, value in {"finetune_epochs": 0, **self.options}.items()
+            for name, value in {"finetune_epochs": 0, **self.options, **self.recorded}.items()
             if name not in NOT_PART_OF_THE_EXPERIMENT and not _same(name, was.get(name), value)
         ]
 

@@ -118,6 +118,8 @@ def _begin(
         raise RunError(f"--dataset {options.dataset} is not for this network{given}: {error}") from error
     _check_skip(options.skip, model)
     record = options.record() | {"network": network.__name__}
+    if dataset.checksum:
+        record["data"] = dataset.checksum
     if options.from_checkpoint:
         record["from_checkpoint"] = _take_weights(model, options.from_checkpoint, run)
     else:

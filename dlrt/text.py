@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sysconfig
+import zlib
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -37,7 +39,8 @@ def text(folder: Path, seed: int) -> Dataset:
         raise DataError(f"--data-dir must be a folder with *.txt files, got {folder}")
     files = [path.read_bytes() for path in sorted(folder.rglob("*.txt")) if path.is_file()]
     pieces = [file[start : start + PIECE] for file in files for start in range(0, len(file), PIECE)]
-    return _split("text", pieces, seed, sum(map(len, pieces)), f", *.txt below {folder}")
+    dataset = _split("text", pieces, seed, sum(map(len, pieces)), f", *.txt below {folder}")
+    return replace(dataset, checksum=f"{zlib.crc32(b''.join(files)):08x}")
 
 
 def _split(name: str, documents: Sequence[bytes], seed: int, most: int, where: str = "") -> Dataset:

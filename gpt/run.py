@@ -18,6 +18,7 @@ from pathlib import Path
 from gpt_text import Options
 
 from dlrt import errors, grid, tuning
+from dlrt.datasets import load
 from dlrt.flags import NATURAL, PERCENT
 from dlrt.grid import RunSpec
 
@@ -49,7 +50,8 @@ def plan(way: str, rule: str, compression: float, args: argparse.Namespace, **op
     }[way]
     size = "" if way == "dense" else f"{compression:g}"
     script = HERE / f"gpt_text{'' if way == 'dlrt' else '_baseline'}.py"
-    return RunSpec(f"{way}{size}_{rule}_seed{options['seed']}", script, options)
+    recorded = {"data": args.data} if args.data else {}
+    return RunSpec(f"{way}{size}_{rule}_seed{options['seed']}", script, options, recorded)
 
 
 def best_step_sizes(
@@ -76,9 +78,12 @@ def main() -> None:
     percent = {"type": PERCENT, "metavar": "PERCENT", "nargs": "+"}
     add("--compressions", **percent, default=[50.0, 75.0], help="budgets, the most important first")
     add("--ways", choices=RULES, nargs="+", default=list(RULES), help="to train")
-    add("--width", type=NATURAL, default=128, help="of the residual stream")
+    add("--width", type=NATURAL, default=128, help="of the residual stream, a multiple of 8")
     add("--depth", type=NATURAL, default=4, help="blocks")
     args = parser.parse_args()
+    if args.width % 8:
+        parser.error(f"--width must be a multiple of 8, got {args.width}")
+    args.data = load(args.dataset, args.data_dir, 0).checksum  # what is wrong with the data is told once
     ways = [(way, rule) for way in args.ways for rule in RULES[way]]
     for compression in args.compressions:
         best = best_step_sizes(ways, compression, args)

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 import runpy
 import shutil
 import sysconfig
@@ -14,7 +15,7 @@ from made_up_runs import makes
 from torch.nn.functional import cross_entropy
 
 import dlrt
-from dlrt import grid
+from dlrt import grid, tuning
 from dlrt.__main__ import main as command_line
 from dlrt.checkpoint import load_network
 from dlrt.data import Split
@@ -111,14 +112,18 @@ def test_texts_of_ones_own_are_read_from_a_folder(tmp_path):
     (tmp_path / "books").mkdir()
     (tmp_path / "books" / "one.txt").write_text("wörter und 语言 " * 20_000, encoding="utf-8")
     (tmp_path / "other.py").write_text("#" * 50_000)
+    (tmp_path / "folder.txt").mkdir()  # no file
     dataset = text(tmp_path, 0)
     dataset.check()
+    assert dataset.checksum == text(tmp_path, 1).checksum
     whole = len(("wörter und 语言 " * 20_000).encode())
     parts = [len(split) * WINDOW for split in (dataset.train, dataset.validation, dataset.test)]
     assert 0.9 * whole < sum(parts) <= whole
     assert "wörter und 语言" in as_text(dataset.test.images[0])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"text: every split needs more .* got 0 documents .*\*.txt below"):
+    with pytest.raises(
+        DataError, match=r"text: each of three splits needs .* got 0 of 0 bytes .*\*.txt below"
+    ):
         text(tmp_path / "empty", 0)
     for wrong in ("nowhere", "other.py"):
         with pytest.raises(DataError, match=rf"must be a folder with \*.txt files, got .*{wrong}"):
@@ -196,7 +201,9 @@ def test_runs_leave_bits_per_byte_a_table_and_samples(quick, tmp_path, run_scrip
 def test_every_way_of_the_study_is_a_run_that_its_script_takes(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "gpt")
     study = runpy.run_path(str(ROOT / "gpt" / "run.py"))
-    args = argparse.Namespace(width=128, depth=4, dataset="stdlib", data_dir=Path("data"), device="cpu")
+    args = argparse.Namespace(
+        width=128, depth=4, dataset="stdlib", data_dir=Path("data"), device="cpu", data=""
+    )
     sizes = {}
     for way, rules in study["RULES"].items():
         for rule in rules:
@@ -212,6 +219,28 @@ def test_every_way_of_the_study_is_a_run_that_its_script_takes(monkeypatch):
     assert len(sizes) == 9
     assert study["plan"]("narrow", "muon", 99.0, args, epochs=5, seed=1).options["width"] >= 8
     assert 0.7 < 1 - sizes["narrow75_muon_seed1"] / sizes["dense_muon_seed1"] < 0.8
+
+
+def test_a_text_is_part_of_what_a_run_is(quick, tmp_path, run_script, monkeypatch):
+    flags = ("--update", "muon", "--update-lr", 0.02, "--name", "dense_muon_seed0", "--lr", 0.003)
+    assert run_script("gpt/gpt_text_baseline.py", *quick, *flags).returncode == 0
+    (tmp_path / "texts" / "fox.txt").write_text("another fox. " * 4000)
+    resumed = run_script("gpt/gpt_text_baseline.py", *quick, *flags, "--resume")
+    assert (resumed.returncode, resumed.stderr.count("\n")) == (1, 1)
+    assert "was begun with other options (data " in resumed.stderr
+    monkeypatch.setattr(tuning, "try_values", lambda first, *_, **__: dict.fromkeys(first, 0.02))
+    study = run_script("gpt/run.py", *quick, "--ways", "dense", "--compressions", 50, "--seeds", 1)
+    assert (study.returncode, study.stderr.count("\n")) == (1, 1)
+    assert re.search(r"dense_muon_seed0 was made with .*data '[0-9a-f]{8}' instead of", study.stderr)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"), [(["--width", 13], "a multiple of 8"), (["--data-dir", "no"], "must be a folder")]
+)
+def test_a_mistake_is_told_once_and_before_any_run(flags, told, quick, run_script, tmp_path):
+    result = run_script("gpt/run.py", *quick, *flags)
+    assert (result.returncode != 0, result.stderr.count("\n"), told in result.stderr) == (True, 1, True)
+    assert not (tmp_path / "results").exists()
 
 
 def test_the_study_trains_every_seed_as_validation_chose(run_script, monkeypatch, tmp_path):

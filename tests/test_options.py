@@ -221,6 +221,9 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(finished, t
         for name, weight in straight[weights].items():
             assert torch.equal(weight, resumed[weights][name]), name
     assert len(read_metrics(run)) == 3
+    (run / "metrics.csv").unlink()  # the checkpoint has them, too
+    assert call(tmp_path, *arguments, "--resume").returncode == 0
+    assert len(read_metrics(run)) == 3
 
 
 def test_ctrl_c_ends_with_130_and_says_how_to_continue(tmp_path):
