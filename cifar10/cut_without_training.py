@@ -109,6 +109,14 @@ def figure(rows: pd.DataFrame) -> Figure:
     return made
 
 
+def _check_alike(rows: pd.DataFrame, record: Path) -> None:
+    """RunError where rows are of several networks or data sets: a mean over them would say nothing."""
+    kinds = sorted({(row["network"], row["dataset"]) for row in rows.to_dict("records")})
+    if len(kinds) > 1:
+        several = ", ".join(" on ".join(kind) for kind in kinds)
+        raise RunError(f"{record} must be of one network and data set, got {several}: give --output-dir")
+
+
 @errors.boundary()
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=HelpFormatter)
@@ -125,19 +133,19 @@ def main() -> None:
     folder = args.output_dir or Path(__file__).parent
     record = folder / f"{NAME}.csv"
     rows = read_table(record, Cut) if record.exists() else pd.DataFrame(columns=list(Cut.__annotations__))
+    _check_alike(rows, record)
     for run in args.runs:
         cuts = rows[rows["run"] == run.name]
         done = set(zip(cuts["asked"], cuts["way"], strict=True))
         missing = [at for at in product(args.compressions, WAYS) if at not in done]
+        about = load_network(run)[1] if missing else {}
+        _check_alike(pd.DataFrame([*rows.to_dict("records"), *([about] if about else [])]), record)
         made = measure(run, missing, args.data_dir) if missing else []
         rows = pd.DataFrame([*rows.to_dict("records"), *made])
         folder.mkdir(parents=True, exist_ok=True)
         save_table(record, rows)
     if rows.empty:
         parser.error("--runs must name trained dense networks, as nothing is measured yet, got none")
-    if len(kinds := rows[["network", "dataset"]].drop_duplicates()) > 1:
-        several = ", ".join(" on ".join(kind) for kind in kinds.itertuples(index=False))
-        raise RunError(f"{record} must be of one network and data set, got {several}: give --output-dir")
     count = rows["run"].nunique()
     caption = (
         f"{rows['network'].iloc[0]} on the test pictures of {tables.data(rows)}, {count} network"

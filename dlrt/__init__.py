@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 from importlib import import_module
 
 from dlrt import fields, integrators
-from dlrt.adapters import adapter_state, add_adapters, load_adapters, merge_adapters, save_lora
+from dlrt.adapters import adapter_state, add_adapters, load_adapters, merge_adapters
 from dlrt.attention import Attention
 from dlrt.averaging import average
 from dlrt.blocks import Blocks
@@ -15,6 +15,7 @@ from dlrt.costs import Compression, compression, singular_values
 from dlrt.export import export
 from dlrt.layers import LowRankLayer
 from dlrt.linear import LowRankLinear
+from dlrt.lora import save_lora
 from dlrt.lowrank import LowRank, truncate
 from dlrt.optimizer import DLRT
 from dlrt.pretrained import from_pretrained, save_pretrained

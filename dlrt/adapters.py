@@ -8,23 +8,18 @@ move, and under a budget all layers compete for the parameters. LoRA (Hu et al. 
 from __future__ import annotations
 
 import copy
-import json
-import re
 from collections.abc import Iterable, Mapping
-from importlib.util import find_spec
-from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlrt.attention import PROJECTIONS, Attention, can_unpack, pack
-from dlrt.blocks import Blocks, features, is_conv1d, is_within
+from dlrt.blocks import Blocks, features, is_conv1d
 from dlrt.checks import check_orthonormal, check_whole
 from dlrt.convolutions import SAME_IN_DENSE, LowRankConv2d
 from dlrt.layers import FACTORS, LowRankLayer
 from dlrt.linear import LowRankLinear
-from dlrt.lowrank import at_least_single, svd
+from dlrt.lowrank import LowRank, at_least_single
 from dlrt.replacing import become
 
 
@@ -61,9 +56,9 @@ class Adapted(nn.Module):
         return y + self.adapter(x.to(self.adapter.S.dtype)).to(y.dtype)
 
     def merged_weight(self) -> Tensor:
-        """The sum of both weights; ValueError where that of the base is quantised or low-rank."""
+        """The sum of both weights; ValueError where that of the base is quantised."""
         weight = getattr(self.base, "weight", None)
-        known = isinstance(self.base, nn.Linear | nn.Conv2d) or is_conv1d(self.base)
+        known = isinstance(self.base, nn.Linear | nn.Conv2d | LowRankLayer) or is_conv1d(self.base)
         if not known or not weight.is_floating_point():
             kind = f" of {weight.dtype}" if known else ""
             raise ValueError(
@@ -118,9 +113,14 @@ def _layers(model: nn.Module) -> dict[str, tuple[int, int]]:
                 shapes[f"{name}.{projection}".lstrip(".")] = module.embed_dim, width
         if isinstance(module, nn.Conv2d) and module.groups == 1:
             shapes[name] = tuple(module.weight.flatten(1).shape)
-        elif is_conv1d(module) or (hasattr(module, "in_features") and not isinstance(module, Blocks)):
+        elif is_conv1d(module) or (is_sized(module) and not isinstance(module, Blocks)):
             shapes[name] = features(module)[::-1]
     return shapes
+
+
+def is_sized(module: nn.Module) -> bool:
+    """Whether a module has as many inputs and outputs as a linear layer, of whatever weights, says."""
+    return hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
 def _adapt(model: nn.Module, names: Iterable[str], rank: int) -> nn.Module:
@@ -137,13 +137,19 @@ def _adapt(model: nn.Module, names: Iterable[str], rank: int) -> nn.Module:
 def merge_adapters(model: nn.Module) -> nn.Module:
     """Add the adapters of a model to the weights beside them, in place, and leave plain layers, which rest.
 
-    ValueError, before anything is changed, where a weight is quantised or low-rank.
+    A low-rank layer stays one, of the sum of both ranks. ValueError, before anything is changed, where a
+    weight is quantised.
     """
     merged = {m: m.merged_weight() for m in model.modules() if isinstance(m, Adapted)}
     for module, weight in merged.items():
         module.adapter.owner = None  # a DLRT that steps on is told
-        module.base.weight = nn.Parameter(weight, requires_grad=False)  # others may share the old one
-        become(module, module.base)
+        base = module.base
+        if isinstance(base, LowRankLayer):
+            rank = min(base.rank + module.adapter.rank, *base.shape)
+            base.factors = LowRank.from_dense(base.as_matrix(weight), rank)
+        else:
+            base.weight = nn.Parameter(weight, requires_grad=False)  # others may share the old one
+        become(module, base)
     return pack(model)
 
 
@@ -172,112 +178,31 @@ def load_adapters(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     if missing := sorted({*own} - {*names}) or ([] if names else ["any"]):
         raise ValueError(f"the state must be of all adapters of the model, got none of {', '.join(missing)}")
     shapes = {name: layer.shape for name, layer in own.items()} or _layers(model)
-    if unknown := sorted({*names} - {*shapes}):
-        raise ValueError(f"the state must be of adapters of this model, which has no {', '.join(unknown)}")
-    for name in names:  # before anything is changed
+    now = {name.replace("base.", ""): value.shape for name, value in model.state_dict().items()}
+    beside = {name: value.shape for name, value in state.items() if ".adapter." not in f".{name}"}
+    unknown = {*names} - {*shapes} | {name for name in beside if name.replace("base.", "") not in now}
+    if unknown:
+        told = ", ".join(sorted(unknown))
+        raise ValueError(f"the state must be of adapters of this model, which has no {told}")
+    for name, shape in beside.items():
+        if shape != now[name.replace("base.", "")]:
+            came = f"{tuple(shape)} instead of {tuple(now[name.replace('base.', '')])}"
+            raise ValueError(f"the state must be of this model, got {name} of the shape {came}")
+    for name in names:
         _check_factors(name, state, shapes[name])
-    if not own:
+    if not own:  # only now is anything changed
         _adapt(model, names, rank=1)
-    if unknown := model.load_state_dict(state, strict=False).unexpected_keys:
-        raise ValueError(f"the state must be of adapters of this model, which has no {', '.join(unknown)}")
+    model.load_state_dict(state, strict=False)
     return model
 
 
 def _check_factors(name: str, state: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
-    """ValueError where a state has no U (m, r), S (r, r) and V (n, r) for a layer, or no numbers in them."""
-    U, S, V = (state.get(f"{name}.adapter.{factor}".lstrip("."), torch.empty(0)) for factor in FACTORS)
-    (m, n), r = shape, len(S)
-    expected = [(m, r), (r, r), (n, r)]
-    if [tuple(T.shape) for T in (U, S, V)] != expected:
+    """ValueError where a state has no U (m, k), S (k, l) and V (n, l) for a layer, or no numbers in them."""
+    U, S, V = (state.get(f"{name}.adapter.{factor}".lstrip("."), torch.empty(0, 0)) for factor in FACTORS)
+    (m, n), whose = shape, f"{name}.adapter".lstrip(".")
+    if S.dim() != 2 or (U.shape, V.shape) != ((m, S.shape[0]), (n, S.shape[1])):
         came = ", ".join(str(tuple(T.shape)) for T in (U, S, V))
-        raise ValueError(f"the adapter of {name} must have U, S and V of {m} x {n} weights, got {came}")
+        raise ValueError(f"{whose} must have U, S and V of {m} x {n} weights, got {came}")
     if not S.isfinite().all():
-        raise ValueError(f"S of the adapter of {name} must be finite, got inf or nan")
-    check_orthonormal(f"the adapter of {name}", U, V)
-
-
-def save_lora(model: nn.Module, folder: Path | str, padded: bool = False) -> None:
-    """Write the adapters as a LoRA checkpoint of peft: adapter_config.json and adapter_model.safetensors.
-
-    Modules that are trained beside them, such as a new head, go along as modules_to_save.
-
-    U S Vᵀ = B A with B = U P √Σ, A = √Σ Qᵀ Vᵀ for S = P Σ Qᵀ. Every adapter has its rank, and that as alpha:
-    peft then multiplies by 1. padded fills all up to the largest rank with zeros, for programs that take one
-    rank only. Without safetensors installed it is adapter_model.bin. ValueError without adapters, and for
-    those within `dlrt.Attention` or `dlrt.Blocks`, whose layers peft has no names for.
-    """
-    layers, tensors = adapters(model), {}
-    if not layers:
-        raise ValueError("the model must have adapters, got none: call dlrt.add_adapters(model) first")
-    around = {name: model.get_submodule(name.rpartition(".")[0]) for name in layers}
-    if packed := [name for name, module in around.items() if isinstance(module, Attention | Blocks)]:
-        raise ValueError(
-            f"peft has no layers {', '.join(packed)}: merge adapters of what was packed, or give it none"
-        )
-    ranks = {name: layer.rank for name, layer in layers.items()}
-    largest = max(ranks.values())
-    if padded:
-        ranks = dict.fromkeys(ranks, largest)
-    for name, layer in layers.items():
-        A, B = lora_factors(layer, ranks[name])
-        tensors |= {f"base_model.model.{name}.lora_{kind}.weight": X for kind, X in (("A", A), ("B", B))}
-    beside = _trained_beside(model)
-    for name in beside:
-        module_state = model.get_submodule(name).state_dict()
-        tensors |= {f"base_model.model.{name}.{key}": X.contiguous() for key, X in module_state.items()}
-    patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != largest}
-    config = {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": None,
-        "inference_mode": True,
-        "target_modules": "|".join(map(re.escape, layers)),  # as one pattern, for names end alike
-        "r": largest,
-        "lora_alpha": largest,
-        "rank_pattern": patterns,
-        "alpha_pattern": patterns,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "modules_to_save": beside or None,
-    }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if find_spec("safetensors"):
-        from safetensors.torch import save_file
-
-        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    else:
-        torch.save(tensors, folder / "adapter_model.bin")
-
-
-def _trained_beside(model: nn.Module) -> list[str]:
-    """The modules with trained parameters of their own that are no adapters.
-
-    ValueError for the model itself and for layers that have adapters.
-    """
-    layers = adapters(model)
-    factors = {id(p) for layer in layers.values() for p in layer.parameters()}
-    names = [
-        name
-        for name, module in model.named_modules()
-        if any(p.requires_grad and id(p) not in factors for p in module.parameters(recurse=False))
-    ]
-    if within := [name for name in names if not name or is_within(name, layers)]:
-        raise ValueError(
-            f"peft saves whole modules beside adapters, and {within[0] or 'the model'} has parameters of its "
-            "own that are trained: freeze them, or keep dlrt.adapter_state"
-        )
-    return names
-
-
-def lora_factors(layer: LowRankLayer, rank: int) -> tuple[Tensor, Tensor]:
-    """A and B of U S Vᵀ = B A, filled up to a rank with zeros; of a convolution as two kernels."""
-    P, sigma, Qh = svd(layer.S.detach())
-    root, more = sigma.sqrt(), rank - layer.rank
-    A = F.pad(root[:, None] * Qh @ layer.V.mT, (0, 0, 0, more))
-    B = F.pad(layer.U @ (P * root), (0, more))
-    if isinstance(layer, LowRankConv2d):
-        A, B = A.unflatten(1, (layer.in_channels, *layer.kernel_size)), B[:, :, None, None]
-    return A.detach().contiguous(), B.detach().contiguous()
+        raise ValueError(f"S of {whose} must be finite, got inf or nan")
+    check_orthonormal(whose, U, V)

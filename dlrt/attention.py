@@ -68,6 +68,9 @@ class Attention(nn.Module):
         if not (batched and self.batch_first):
             q, k, v = (x.transpose(0, 1) if batched else x[None] for x in (q, k, v))
         q, k, v = (x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+        if key_padding_mask is not None:
+            N, S = k.shape[0], k.shape[2]
+            _check_mask("key_padding_mask", key_padding_mask, (N, S) if batched else (S,))
         mask = _added_mask(attn_mask, key_padding_mask, (*q.shape[:3], k.shape[2]), q.dtype)
         dropout, weights = self.dropout if self.training else 0.0, None
         if need_weights:
@@ -165,7 +168,6 @@ def _added_mask(
         _check_mask("attn_mask", attn_mask, (L, S), (N * heads, L, S))
         masks.append(attn_mask.unflatten(0, (N, heads)) if attn_mask.dim() == 3 else attn_mask)
     if key_padding_mask is not None:
-        _check_mask("key_padding_mask", key_padding_mask, *((N, S), (S,))[: 2 if N == 1 else 1])
         masks.append(key_padding_mask.view(N, 1, 1, S))
     for i, mask in enumerate(masks):
         if mask.dtype == torch.bool:

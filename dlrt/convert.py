@@ -201,7 +201,7 @@ def replace_layers(model: nn.Module, make: Callable[[LowRankLayer], nn.Module]) 
     Attention and blocks of which no layer is low-rank any more are packed again. ValueError where there are
     adapters, which are no layers of their own.
     """
-    if beside := adapters(model):
+    if beside := [name or "the model" for name in adapters(model)]:
         raise ValueError(
             f"{', '.join(beside)} must have no adapters: call dlrt.merge_adapters(model) first, on a copy "
             "where they are still needed"

@@ -98,7 +98,7 @@ def reduce_gradients(model: nn.Module) -> None:
 
 def remember_sums(parameters: Iterable[Tensor]) -> None:
     """Before a step uses their gradients: whether these are sums, for what changes ranks without any."""
-    for parameter in parameters:
+    for parameter in parameters if world_size() > 1 else ():
         parameter.had_sum = hasattr(parameter.grad, "is_sum")
 
 

@@ -36,7 +36,7 @@ def budget_for(
     if budget < least:
         most = int(1e4 * (1 - (others + least) / dense_parameters)) / 1e4
         raise ValueError(
-            f"compression must be at most {most:g} ({100 * most:g} %) here, with ranks of min_rank and the "
+            f"compression must be at most {most:g} ({100 * most:g} %) here, with the least ranks and the "
             f"layers that stay dense, got {compression:g} ({100 * compression:g} %): ask for less, or let "
             "fewer layers stay dense"
         )

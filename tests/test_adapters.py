@@ -172,6 +172,11 @@ def test_a_state_that_does_not_fit_leaves_the_network_as_it_was():
         for network in (model, other):
             with pytest.raises(ValueError, match=told):
                 dlrt.load_adapters(network, state | change)
+    head = {"head.weight": torch.ones(3, 9)}
+    with pytest.raises(ValueError, match=r"got head\.weight of the shape \(3, 9\) instead of \(3, 8\)"):
+        dlrt.load_adapters(other, state | head)
+    with pytest.raises(ValueError, match=r"which has no tail\.weight"):
+        dlrt.load_adapters(other, state | {"tail.weight": torch.ones(3)})
     incomplete = {name: value for name, value in state.items() if name != "fc.adapter.V"}
     with pytest.raises(ValueError, match="U, S and V of 8 x 8"):
         dlrt.load_adapters(other, incomplete)
@@ -180,6 +185,15 @@ def test_a_state_that_does_not_fit_leaves_the_network_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not [m for m in other.modules() if isinstance(m, dlrt.LowRankLayer)]
     assert all(parameter.requires_grad for parameter in other.parameters())
+
+
+def test_a_state_between_two_basis_updates_loads():
+    first = Network()
+    model = dlrt.add_adapters(copy.deepcopy(first), rank=3, target=("conv", "fc", "last"))
+    train(model, steps=5, s_steps=4)
+    state, (x, _) = dlrt.adapter_state(model), data()
+    assert any(S.shape[0] != S.shape[1] for name, S in state.items() if name.endswith("S"))
+    assert torch.allclose(dlrt.load_adapters(first, state)(x), model(x), atol=1e-12)
 
 
 def test_an_optimizer_of_adapters_that_are_merged_is_told_when_it_steps():
@@ -228,6 +242,10 @@ def test_weights_of_other_types_rest_beside_adapters_in_single_precision():
         assert not torch.equal(model(x), y)
         if kind == "Linear":
             assert dlrt.merge_adapters(model)[0].weight.dtype == torch.bfloat16
+        elif kind == "LowRankLinear":
+            expected, rank = model(x), model[0].base.rank + model[0].adapter.rank
+            assert torch.allclose(dlrt.merge_adapters(model)(x), expected, atol=1e-12)
+            assert model[0].rank == min(rank, 6)
         else:
             with pytest.raises(ValueError, match=f"got {kind}: keep them beside it"):
                 dlrt.merge_adapters(model)
@@ -242,6 +260,8 @@ def test_what_cannot_have_adapters_is_told():
             dlrt.add_adapters(model, rank=rank)
     with pytest.raises(ValueError, match="target must name a layer, or be None for all"):
         dlrt.add_adapters(model, target=())
+    one_sided = nn.ModuleDict({"fc": nn.Linear(8, 8), "head": nn.AdaptiveLogSoftmaxWithLoss(8, 9, [3, 5])})
+    dlrt.add_adapters(one_sided, target="fc")  # the head has no number of outputs
     assert all(parameter.requires_grad for parameter in model.parameters())
     dlrt.add_adapters(model, target="block")
     assert list(dlrt.compression(model).ranks) == ["block.fc.adapter", "block.last.adapter"]
@@ -287,6 +307,10 @@ def test_a_lora_checkpoint_needs_adapters_that_peft_has_names_for(tmp_path):
         dlrt.save_lora(Network(), tmp_path)
     with pytest.raises(ValueError, match=r"peft has no layers attention\.q_proj"):
         dlrt.save_lora(dlrt.add_adapters(Network()), tmp_path)
+    model = trained()
+    model.block.scale = nn.Parameter(torch.ones(8))
+    with pytest.raises(ValueError, match=r"block has parameters of its own that are trained"):
+        dlrt.save_lora(model, tmp_path)
     model = trained()
     model.fc.base.bias.requires_grad_(True)
     with pytest.raises(ValueError, match=r"fc\.base has parameters of its own that are trained"):

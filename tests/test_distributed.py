@@ -266,6 +266,9 @@ def test_the_networks_of_the_readme_communicate_less_than_dense_ones(both):
     for line in lines:
         assert float(line.split("fewer bytes ")[1].split()[0]) > 1
         assert "low-rank messages 1 " in line
+    assert float(lines[0].split("fewer bytes ")[1].split()[0]) == pytest.approx(
+        4.15, abs=0.01
+    )  # all products
 
 
 def test_running_statistics_are_averaged(both):

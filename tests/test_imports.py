@@ -19,6 +19,7 @@ ORDER = [
     ["thin_convolutions"],
     ["velocity", "curvature", "fields", "attention", "convolutions", "streaming"],
     ["adapters", "convertible"],
+    ["lora"],
     ["costs"],
     ["convert", "distributed", "settings", "pendulum"],
     ["weight_step", "step_checks"],

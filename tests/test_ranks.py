@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dlrt.ranks import allocate_ranks, budget_for, falling_budget, parameters
@@ -27,6 +27,7 @@ def kept(ranks, scores):
     return sum(sum(score[:rank]) for rank, score in zip(ranks, scores, strict=True))
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 @given(LAYERS, st.floats(0, 1))
 def test_the_budget_is_kept_and_no_exchange_of_a_direction_for_another_keeps_more(layers, share):
     shapes = [shape for shape, _ in layers]

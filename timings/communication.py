@@ -58,10 +58,11 @@ def dense_messages(model: nn.Module) -> list[int]:
 
 def low_rank_messages(model: nn.Module) -> list[int]:
     """Bytes of each message in a step of DLRT that takes one pass."""
-    DLRT(model, torch.optim.SGD, lr=1e-4, tau=0.0)
+    optimizer = DLRT(model, torch.optim.SGD, lr=1e-4, tau=0.0)
     backward(model)
     with counted() as messages:
         distributed.reduce_gradients(model)
+    optimizer.step()
     return messages
 
 

@@ -79,7 +79,7 @@ def digest(pictures: Sequence[Picture]) -> str:
     sums = hashlib.sha256()
     for picture in pictures:
         image = picture.image
-        about = picture.name, image.mode, image.size, picture.classes, picture.boxes
+        about = picture.name, image.mode, image.size, picture.shows
         sums.update(repr(about).encode() + image.tobytes())
     return sums.hexdigest()[:12]
 
