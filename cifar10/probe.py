@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from tuned_runs import Comparison, Made, training_batches
 
 from dlrt import DLRT, compression, errors, to_low_rank
-from dlrt.baselines import Muon, plain_factors
+from dlrt.baselines import Muon, plain_factors, product_decay
 from dlrt.data import Split
 from dlrt.datasets import load
 from dlrt.models import ResNet8
@@ -84,6 +84,8 @@ def make(
             optimizer = Muon(model.parameters(), hidden, nesterov=True, **COMMON, **setting)
         else:
             optimizer = torch.optim.SGD(model.parameters(), **COMMON, **setting)
+        if row.kind == "factors":
+            product_decay(optimizer, model)
     return model.to(memory_format=torch.channels_last), optimizer
 
 

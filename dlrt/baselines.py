@@ -116,17 +116,20 @@ def as_factors(layer: LowRankLayer) -> nn.Module:
     return Factors(*plain) if isinstance(plain, nn.Sequential) else plain
 
 
-def product_decay(optimizer: torch.optim.Optimizer, model: nn.Module, decay: float) -> None:
-    """Let each step first shrink the products A B, as weight decay shrinks dense weights, and not A and B.
+def product_decay(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Let the optimizer's weight decay shrink products A B, as it shrinks dense weights, and not A and B.
 
-    Frobenius decay, of ‖A B‖² / 2, whose gradients are A (B Bᵀ) and (Aᵀ A) B; decoupled, by lr times decay.
-    The optimizer's own weight decay then leaves the factors out. Khodak et al. 2021.
+    Frobenius decay, of ‖A B‖² / 2, whose gradients are A (B Bᵀ) and (Aᵀ A) B; each step first shrinks by lr
+    times it. Of SGD, where decay goes through the momentum, it is worth 1 / (1 - momentum) as much. Khodak et
+    al. 2021.
     """
     pairs = [[layer.weight for layer in pair] for pair in model.modules() if isinstance(pair, Factors)]
-    factors = {id(W) for pair in pairs for W in pair}
+    factors, decay = {id(W) for pair in pairs for W in pair}, 0.0
     for group in list(optimizer.param_groups):
         factor_weights = [p for p in group["params"] if id(p) in factors]
         if factor_weights:
+            momentum = 0.0 if "update_share" in group else group.get("momentum", 0.0)
+            decay = group["weight_decay"] / (1 - momentum)
             group["params"] = [p for p in group["params"] if id(p) not in factors]
             optimizer.add_param_group({**group, "params": factor_weights, "weight_decay": 0.0})
 
@@ -138,4 +141,5 @@ def product_decay(optimizer: torch.optim.Optimizer, model: nn.Module, decay: flo
             for W, gradient in zip(weights, ((A.mT @ A) @ B, A @ (B @ B.mT)), strict=True):
                 W.sub_(gradient.view_as(W), alpha=lr * decay)
 
-    optimizer.register_step_pre_hook(shrink)
+    if decay:
+        optimizer.register_step_pre_hook(shrink)

@@ -230,10 +230,8 @@ def _dense_optimizer(model: nn.Module, options: DenseOptions, inner: dict) -> to
         optimizer = Muon(model.parameters(), hidden, **inner)
     else:
         optimizer = OPTIMIZERS[options.optimizer](model.parameters(), **inner)
-    if options.factors and options.weight_decay:
-        # of SGD the decay goes through the momentum, and is worth so much more
-        through_momentum = options.optimizer == "sgd" and options.update != "muon"
-        product_decay(optimizer, model, options.weight_decay / (1 - options.momentum * through_momentum))
+    if options.factors:
+        product_decay(optimizer, model)
     return optimizer
 
 
