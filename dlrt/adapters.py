@@ -168,8 +168,8 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 def load_adapters(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     """Load an `adapter_state` into a model, in place, which gets adapters where it has none; give it back.
 
-    All else rests then, as after `add_adapters`. ValueError, or RuntimeError as from load_state_dict, where
-    the state belongs to another network, or to only some of the adapters that the model has.
+    All else rests then, as after `add_adapters`. ValueError, before anything is changed, where the state
+    belongs to another network, or to only some of the adapters that the model has.
     """
     if not isinstance(state, Mapping):
         raise TypeError(f"the state must be a dict as of dlrt.adapter_state, got {type(state).__name__}")
@@ -178,22 +178,35 @@ def load_adapters(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     if missing := sorted({*own} - {*names}) or ([] if names else ["any"]):
         raise ValueError(f"the state must be of all adapters of the model, got none of {', '.join(missing)}")
     shapes = {name: layer.shape for name, layer in own.items()} or _layers(model)
-    now = {name.replace("base.", ""): value.shape for name, value in model.state_dict().items()}
-    beside = {name: value.shape for name, value in state.items() if ".adapter." not in f".{name}"}
-    unknown = {*names} - {*shapes} | {name for name in beside if name.replace("base.", "") not in now}
-    if unknown:
-        told = ", ".join(sorted(unknown))
-        raise ValueError(f"the state must be of adapters of this model, which has no {told}")
-    for name, shape in beside.items():
-        if shape != now[name.replace("base.", "")]:
-            came = f"{tuple(shape)} instead of {tuple(now[name.replace('base.', '')])}"
-            raise ValueError(f"the state must be of this model, got {name} of the shape {came}")
+    _check_beside(model, state, names)
+    if unknown := sorted({*names} - {*shapes}):
+        raise ValueError(f"the state must be of adapters of this model, which has no {', '.join(unknown)}")
     for name in names:
         _check_factors(name, state, shapes[name])
-    if not own:  # only now is anything changed
+    if not own:
         _adapt(model, names, rank=1)
     model.load_state_dict(state, strict=False)
     return model
+
+
+def _check_beside(model: nn.Module, state: Mapping[str, Tensor], names: Iterable[str]) -> None:
+    """ValueError where what a state has beside these adapters is no part of a model, or of another shape."""
+    prefixes = [f"{name}.".lstrip(".") for name in names]
+    factors = {f"{prefix}adapter.{factor}" for prefix in prefixes for factor in FACTORS}
+    bases = tuple(f"{prefix}base." for prefix in prefixes)
+
+    def without_base(key: str) -> str:
+        """The name that a part of a layer has before the layer gets an adapter."""
+        return next((p.removesuffix("base.") + key.removeprefix(p) for p in bases if key.startswith(p)), key)
+
+    now = {without_base(key): value.shape for key, value in model.state_dict().items()}
+    beside = {key: value.shape for key, value in state.items() if key not in factors}
+    if unknown := sorted(key for key in beside if without_base(key) not in now):
+        raise ValueError(f"the state must be of adapters of this model, which has no {', '.join(unknown)}")
+    for key, shape in beside.items():
+        if shape != now[without_base(key)]:
+            came = f"{tuple(shape)} instead of {tuple(now[without_base(key)])}"
+            raise ValueError(f"the state must be of this model, got {key} of the shape {came}")
 
 
 def _check_factors(name: str, state: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
