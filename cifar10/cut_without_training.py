@@ -12,6 +12,7 @@ again; the table goes beside it, the figure to figures/ as well.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from copy import deepcopy
 from itertools import product
 from pathlib import Path
@@ -52,10 +53,15 @@ class Cut(TypedDict):
 
 def all_alike(model: nn.Module, share: float, skip: list[str]) -> nn.Module:
     """Every layer cut to the largest share of its full rank at which the network has that compression."""
-    for of_rank in SHARES:
-        cut = to_low_rank(deepcopy(model), rank=of_rank, skip=skip)
-        if compression(cut).evaluation_compression >= 100 * share:
-            return cut
+
+    def cut(of_rank: float) -> nn.Module:
+        return to_low_rank(deepcopy(model), rank=of_rank, skip=skip)
+
+    first = bisect_left(
+        SHARES, 100 * share, key=lambda of_rank: compression(cut(of_rank)).evaluation_compression
+    )
+    if first < len(SHARES):
+        return cut(SHARES[first])
     raise RunError(f"ranks of 1 are more than a compression of {100 * share:g} % leaves: ask for less")
 
 

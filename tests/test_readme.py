@@ -56,15 +56,15 @@ def test_a_command_of_the_readme_runs(command, tmp_path, request):
         warmup = [] if "baseline" in script else ["--tau-warmup", "0"]
         flags += [*QUICK, *warmup, "--output-dir", str(tmp_path)]
     elif script == "timings/step.py":
-        flags += ["--repeats", "1", "--width", "64", "--ranks", "2", "7", "--networks", "mlp"]
+        flags += ["--repeats", "1", "--runs", "1", "--width", "64", "--ranks", "2", "--networks", "mlp"]
         flags += ["--output-dir", str(tmp_path)]
     elif script == "timings/pca.py":
         flags += ["--sizes", "64", "--repeats", "2", "--output-dir", str(tmp_path)]
     elif script == "timings/growth.py":
-        flags += ["--width", "32", "--widths", "16", "32", "--depths", "1", "2", "--ranks", "2", "4"]
+        flags += ["--width", "32", "--widths", "16", "--depths", "1", "--ranks", "2"]
         flags += ["--repeats", "1", "--output-dir", str(tmp_path)]
     elif script == "timings/at_scale.py":
-        flags += ["--output-dir", str(tmp_path)]
+        flags += ["--ranks", "64", "--output-dir", str(tmp_path)]
     elif script == "timings/memory.py":
         flags += ["--width", "64", "--ranks", "2", "--output-dir", str(tmp_path)]
     elif script == "pytorch-grad-cam/cam.py":
