@@ -11,8 +11,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 import pytest
+from made_up_cam_runs import pictures, runs, script
 from PIL import Image
-from test_cam_scripts import pictures, runs, script
 
 from dlrt.cams import drawings, load_pictures, summary
 from dlrt.cams.comparison import check_full_rank

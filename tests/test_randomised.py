@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from made_up_cam_runs import ROOT, save_run
 from torch import nn
 from torchvision.models import VisionTransformer
 
@@ -88,8 +89,6 @@ def test_a_cascade_begins_with_the_own_maps_and_leaves_the_model_as_it_was(model
 
 
 def test_the_script_leaves_a_row_for_each_map_and_a_figure(run_script, tmp_path):
-    from test_cam_scripts import ROOT, save_run
-
     save_run(tmp_path / "runs" / "dense")
     flags = ["--checkpoint", tmp_path / "runs" / "dense", "--image-path", ROOT / "test_images", "--rank", 2]
     flags += ["--steps", 2, "--draws", 2, "--output-dir", "out"]

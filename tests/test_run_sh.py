@@ -6,7 +6,7 @@ import sys
 
 import pandas as pd
 import pytest
-from test_cam_scripts import ROOT
+from made_up_cam_runs import ROOT
 
 
 def run_sh(*flags, **variables):
