@@ -17,9 +17,9 @@ HERE = Path(__file__).parent
 TAUS = (0.09, 0.11, 0.13, 0.15, 0.2, 0.3, 0.4, 0.45)
 BEST_TAUS = (0.15, 0.2, 0.27, 0.35, 0.4)
 BEST = {"batch_size": 64, "lr": 0.03, "weight_decay": 3e-4}
-BEST_DLRT = {"s_steps": 10}
+BEST_DLRT = {"s_steps": 10, "integrator": "parallel"}
 PLAIN = {"weight_decay": 0, "augment": False, "label_smoothing": 0}
-PLAIN_DLRT = {"tau_warmup": 0, "skip": ["fc2"]}
+PLAIN_DLRT = {"tau_warmup": 0, "skip": ["fc2"], "integrator": "parallel"}
 
 
 @errors.boundary("the same command goes on")

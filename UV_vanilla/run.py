@@ -28,6 +28,7 @@ def main() -> None:
 
     def plan(method: str, decay: float, lr: float, seed: int) -> grid.RunSpec:
         options = {**grid.shared_options(args), "epochs": args.epochs, "decay": decay, "lr": lr, "seed": seed}
+        options |= {"integrator": "parallel"} if method == "dlrt" else {}
         return grid.RunSpec(f"{method}_decay{decay:g}_lr{lr:g}_seed{seed}", HERE / SCRIPTS[method], options)
 
     seeds = [(decay, seed) for seed in range(args.seeds) for decay in args.decays]

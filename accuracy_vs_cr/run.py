@@ -20,8 +20,8 @@ from dlrt.flags import NATURAL, POSITIVE
 HERE = Path(__file__).parent
 TAUS = (0.03, 0.05, 0.07, 0.09, 0.11, 0.13, 0.15, 0.17)
 TRAINING = {"lr": 0.1}
-DLRT = {"rank": 0.25, "s_steps": 40}
-RETRAINING = {"tau": 0, "tau_warmup": 0, "s_steps": 10, "cut_by": "weights"}
+DLRT = {"rank": 0.25, "s_steps": 40, "integrator": "parallel"}
+RETRAINING = {"tau": 0, "tau_warmup": 0, "s_steps": 10, "integrator": "parallel", "cut_by": "weights"}
 
 
 @errors.boundary("the same command goes on")

@@ -29,7 +29,7 @@ from dlrt.errors import RunError
 from dlrt.flags import PERCENT, HelpFormatter, Parser
 from dlrt.options import DATA_DIR, ROOT
 from dlrt.plots import LOOK, Figure, mpl, plt
-from dlrt.runs import read_table
+from dlrt.runs import lock, read_table
 from dlrt.training import evaluate
 
 NAME = "cut_without_training"
@@ -138,6 +138,9 @@ def main() -> None:
         parser.error("--runs must have different names, by which their rows are known")
     folder = args.output_dir or Path(__file__).parent
     record = folder / f"{NAME}.csv"
+    if args.runs:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock(folder, "--output-dir")
     rows = read_table(record, Cut) if record.exists() else pd.DataFrame(columns=list(Cut.__annotations__))
     _check_alike(rows, record)
     for run in args.runs:
@@ -148,7 +151,6 @@ def main() -> None:
         _check_alike(pd.DataFrame([*rows.to_dict("records"), *([about] if about else [])]), record)
         made = measure(run, missing, args.data_dir) if missing else []
         rows = pd.DataFrame([*rows.to_dict("records"), *made])
-        folder.mkdir(parents=True, exist_ok=True)
         save_table(record, rows)
     if rows.empty:
         parser.error("--runs must name trained dense networks, as nothing is measured yet, got none")

@@ -1,10 +1,10 @@
 """What fine-tuning adds at high compression: DLRT, then S and the rest trained on in bases that are frozen.
 
-    python cifar10/fine_tune_effects.py --jobs 2                            two hours on two CPU cores
-    python cifar10/fine_tune_effects.py --networks lenet5 --epochs 20 --finetune-epochs 20 --seeds 3
+    python cifar10/fine_tune_effects.py --networks lenet5 --seeds 3 --jobs 2         an hour on two CPU cores
+    python cifar10/fine_tune_effects.py --seeds 3 --jobs 8 --device cuda
 
-Beside each run stands its control, of as many epochs without freezing. The paper has 20 epochs of each, for
-which the larger networks want a GPU. `produce_results.py` makes the table of accuracy before and after.
+Beside each run stands its control, of as many epochs without freezing. The larger networks want a GPU.
+`produce_results.py` makes the table of accuracy before and after.
 """
 
 from pathlib import Path
@@ -25,10 +25,10 @@ TAUS = {"lenet5": 0.25, "alexnet": 0.2, "vgg16": 0.25, "resnet20": 0.4}
 
 @errors.boundary("the same command goes on")
 def main() -> None:
-    parser = grid.make_parser(__doc__, HERE, epochs=4, seeds=1)
+    parser = grid.make_parser(__doc__, HERE, epochs=20, seeds=1)
     parser.set_defaults(dataset="cifar10")
     add = parser.add_argument
-    add("--finetune-epochs", type=NATURAL, default=4, help="of every run, after --epochs")
+    add("--finetune-epochs", type=NATURAL, default=20, help="of every run, after --epochs")
     add("--networks", choices=SCRIPTS, nargs="+", default=list(SCRIPTS), help="to train")
     add("--rank", type=RANK, default=0.25, help="to begin with, a share of the full rank")
     args = parser.parse_args()

@@ -149,7 +149,7 @@ def publish_fine_tuning(args: argparse.Namespace, found: pd.DataFrame, data: str
     without = effects[(effects["not frozen [%]"] == "") & (effects["τ"] != "")]
     if len(without):
         names = ", ".join(without["network"] + " (" + without["epochs"] + ")")
-        missing += f" Controls of {names} are still to come."
+        missing += f" {names}, of an older core, have no controls."
     caption = FINE_TUNING.format(data=data, missing=missing)
     short = ("network", "epochs", "before [%]", "after [%]", "not frozen [%]", "compression [%]")
     tables.write(effects, args.output_dir, caption, "fine_tune_effects", short)
@@ -178,7 +178,7 @@ def main() -> None:
     found = tables.read(args, command, dataset="cifar10")
     data = tables.data(found)
     has_part = found.get("finetune_epochs", pd.Series(0, found.index)) > 0
-    tuned = has_part | found["run"].map(lambda run: FOLDER in (args.results.resolve() / run).parts)
+    tuned = has_part | found["run"].map(lambda run: FOLDER in (args.results.resolve().name, *Path(run).parts))
     if has_part.any():
         publish_fine_tuning(args, found[tuned], data)
     elif tuned.all():

@@ -1,6 +1,6 @@
 """The study behind the tables of CIFAR-10: ways to train a small network from scratch, at equal epochs.
 
-    python cifar10/run.py --jobs 2                         ResNet20; about 20 minutes a run and core
+    python cifar10/run.py --jobs 2 --tune 1                ResNet20; half an hour a run and core
     python cifar10/run.py --preset gpu --device cuda       all three networks, 30 to 60 epochs
 
 What is compared: the dense net, a narrower one and plain factors at the parameters of each budget, DLRT under
@@ -9,7 +9,8 @@ net cut to the budget and trained on for a third of the epochs; and DLRT as publ
 that validation chose for each way on a smaller network (probe.csv). With `--tune EPOCHS` short runs of seed 0
 try a half, a quarter and an eighth of them, too, and more until the best lies between two that are no better.
 (Separable kernels with SGD take the step size of matrices, cuts half of it, the published method 0.2.) The
-first budget comes first, seed by seed, and cuts of trained nets after all its seeds.
+first budget comes first, seed by seed, and cuts of trained nets after all its seeds. Each preset has a folder
+of its own, results/ and results_gpu/.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ EPOCHS = {  # of each network
     "gpu": {"resnet20": 60, "vgg16": 30, "alexnet": 30},
 }
 JOBS = {"cpu": 2, "gpu": 8}  # runs at a time
+RESULTS = {"cpu": "results", "gpu": "results_gpu"}
 # of the probe's rows those whose step sizes the ways take
 WAYS = {
     "matrices": "DLRT, budget 75 %, {}",
@@ -156,8 +158,9 @@ def main() -> None:
     add("--tune", type=COUNT, default=0, metavar="EPOCHS", help="of the runs that choose step sizes")
     add("--minutes", type=POSITIVE, help="stop after that time; the same command goes on")
     add("--archive", type=Path, metavar="PATH", help="pack the records of all runs into this .tar.gz")
-    parser.set_defaults(dataset="cifar10", jobs=None)
+    parser.set_defaults(dataset="cifar10", jobs=None, output_dir=None)
     args = parser.parse_args()
+    args.output_dir = args.output_dir or HERE / RESULTS[args.preset]
     if "cut" in args.ways and not ("dense" in args.ways and "muon" in args.rules):
         parser.error("--ways cut begins with the dense net that muon trained: add dense, and --rules muon")
     epochs = EPOCHS["gpu"] | EPOCHS[args.preset]

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from dlrt import markup, tables
 from dlrt.data import Dataset, Split, augmented_batch
+from dlrt.errors import RunError
 from dlrt.flags import NATURAL, HelpFormatter, Parser
 from dlrt.options import DATA_DIR
-from dlrt.runs import damaged, read_table
+from dlrt.runs import damaged, lock, read_table
 
-AGAIN = "delete it and make the runs again, with --tune"
+AGAIN = "delete what is damaged, and make those runs again, with --tune"
 
 
 class Made(TypedDict):
@@ -63,6 +64,7 @@ class Comparison:
         add("--output-dir", type=Path, default=folder, help=f"of {self.name}.csv and {self.name}.md")
         args = parser.parse_args()
         args.output_dir.mkdir(parents=True, exist_ok=True)
+        lock(args.output_dir, "--output-dir", self)
         record = args.output_dir / f"{self.name}.csv"
 
         def make(wanted: list[tuple[str, int, dict]]) -> None:
@@ -129,7 +131,10 @@ def training_batches(
 
 
 def recorded(path: Path, column: str = "seed") -> pd.DataFrame:
-    """The runs in a file, none where it is not there; RunError where it is damaged, or has no such column."""
+    """The runs in a file, none where it is not there.
+
+    RunError where it is damaged, has no such column, or has a run twice.
+    """
     if not path.exists():
         return pd.DataFrame(columns=list(Made.__annotations__))
     runs = read_table(path, Made, AGAIN)
@@ -140,6 +145,10 @@ def recorded(path: Path, column: str = "seed") -> pd.DataFrame:
     whole = runs["validation_accuracy"].notna().all() and column in runs and runs[column].notna().all()
     if not whole or not all(isinstance(setting, dict) for setting in settings):
         raise damaged(path, AGAIN)
+    if (twice := runs.duplicated(["row", "seed", "setting"])).any():
+        raise RunError(
+            f"{path}, line {runs.index[twice][0] + 2}: every run must be there once: delete that line"
+        )
     return runs
 
 

@@ -128,10 +128,11 @@ def _shipped() -> str:
     return ", ".join(sorted(path.stem for path in WEIGHTS.glob("*.pt")))
 
 
-def trained_weights(run: Path) -> dict[str, torch.Tensor]:
+def trained_weights(run: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The weights of the chosen epoch of a run or of a network in `WEIGHTS`, or a state dict in a file.
 
-    RunError where there is none of these.
+    The second value is what the checkpoint says about the network, nothing for a state dict. RunError where
+    there is none of these.
     """
     path = checkpoint_of(run)
     if (run / "config.json").exists() and not path.exists():
@@ -145,7 +146,7 @@ def trained_weights(run: Path) -> dict[str, torch.Tensor]:
     weights = state.get("chosen", state)
     if not _are_weights(weights):
         raise RunError(f"{path} holds no state dict of tensors alone: save one with torch.save")
-    return weights
+    return weights, state["about"] if "chosen" in state else {}
 
 
 def _are_weights(state: Any) -> bool:

@@ -113,12 +113,16 @@ def _bundled_digits(size: int, test: int) -> Arrays:
 
 
 def digits_in_clutter(folder: Path | None, seed: int) -> Dataset:
-    """4,000 / 500 / 500 `cluttered_digits` of 32 x 32 pixels, made on the spot; needs no folder."""
+    """4,000 / 500 / 500 `cluttered_digits` of 32 x 32 pixels, made on the spot; needs no folder.
+
+    Training and validation are other pictures of the same handwritten digits, the test is of digits of its
+    own.
+    """
     return picture_set("clutter", _arrays(clutter(4500, seed=0), held_out()), seed, validation=500)
 
 
 def digits_in_hard_clutter(folder: Path | None, seed: int) -> Dataset:
-    """1,000 / 300 / 500 harder ones of 20 x 20 pixels, for a study of many small networks."""
+    """1,000 / 300 / 500 harder ones of 20 x 20 pixels, for a study of many small networks; of such digits."""
     made = _arrays(clutter(1300, seed=0, layout=HARD), held_out(HARD))
     return picture_set("hard_clutter", made, seed, validation=300)
 

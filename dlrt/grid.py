@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from subprocess import DEVNULL, Popen
 from tempfile import TemporaryFile
@@ -19,10 +19,11 @@ from typing import IO, Any
 import torch
 from tqdm import tqdm
 
+from dlrt.datasets import TEXTS, load
 from dlrt.errors import DIVERGED, RunError
 from dlrt.flags import NATURAL, TOLERANCE, HelpFormatter, Parser
 from dlrt.option_fields import add_flags, as_flags
-from dlrt.options import NOT_PART_OF_THE_EXPERIMENT, Options
+from dlrt.options import DATA_DIR, NOT_PART_OF_THE_EXPERIMENT, Options
 from dlrt.runs import epochs_done, read_options, same_option
 
 SHARED = ("dataset", "data_dir", "device")  # options of a grid that every one of its runs gets
@@ -58,18 +59,16 @@ def shared_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in SHARED}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RunSpec:
     """A run to make: a training script and its options, by the names that they have in config.json.
 
-    name is the run's folder below that of the results; `epochs` is among the options. recorded is what the
-    run's record says beside them.
+    name is the run's folder below that of the results; `epochs` is among the options.
     """
 
     name: str
     script: Path
     options: Mapping[str, Any]
-    recorded: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def epochs(self) -> int:
@@ -82,14 +81,14 @@ class RunSpec:
         command = [sys.executable, str(self.script), "--quiet", *as_flags({**self.options, **place})]
         return command + ["--resume"] * folder.exists()
 
-    def other_options(self, results: Path) -> list[str]:
-        """In which options the run that is there differs from this plan."""
+    def other_options(self, results: Path, **recorded: Any) -> list[str]:
+        """In which options the run that is there differs from this plan, or in what else is recorded."""
         was = read_options(results / self.name)
         if not was:
             return []
         return [
             f"{name} {was.get(name)!r} instead of {value!r}"
-            for name, value in {"finetune_epochs": 0, **self.options, **self.recorded}.items()
+            for name, value in {"finetune_epochs": 0, **self.options, **recorded}.items()
             if name not in NOT_PART_OF_THE_EXPERIMENT and not _same(name, was.get(name), value)
         ]
 
@@ -112,17 +111,16 @@ def make(
 
     A run that fails is reported and the others go on; then RunError, unless it was for a loss that is not
     finite and runs may diverge. Ctrl-C and SIGTERM (exit code 143) stop the runs, whose last complete epochs
-    are kept. RunError before any is made where a run is there with other options or damaged. Records without
-    weights are finished runs, too, unless one of the plans `then` is missing and begins with those weights:
-    such a run is made again.
+    are kept. RunError before any is made where a run is there with other options, of other data, or damaged.
+    Records without weights are finished runs, too, unless one of the plans `then` is missing and begins with
+    those weights: its record is deleted when it is made again.
     """
     if not plans:
         return
-    for plan in plans:
-        if other := plan.other_options(results):
-            was = f"{results / plan.name} was made with {', '.join(other)}"
-            raise RunError(f"{was}: move it, or take another --output-dir")
+    plans = list({plan.name: plan for plan in plans}.values())
+    _check_there(plans, results)
     missing = _missing(plans, then, results)
+    _check_data(plans, missing, results)
     results.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     codes = _run_all(plans, missing, results, jobs)
@@ -130,6 +128,24 @@ def make(
     print(f"{len(plans) - len(codes)} of {len(plans)} runs are in {results}")
     if failed:
         raise RunError(f"failed: {', '.join(failed)}; the same command tries them again")
+
+
+def _check_there(plans: Sequence[RunSpec], results: Path, **recorded: Any) -> None:
+    for plan in plans:
+        if other := plan.other_options(results, **recorded):
+            was = f"{results / plan.name} was made with {', '.join(other)}"
+            raise RunError(f"{was}: move it, or take another --output-dir")
+
+
+def _check_data(plans: Sequence[RunSpec], missing: Sequence[RunSpec], results: Path) -> None:
+    """Load the data once, before several runs would fetch them, and compare: where a run is still to be made.
+
+    Texts, which are never fetched, are compared always.
+    """
+    shared = plans[0].options
+    if "dataset" in shared and (missing or shared["dataset"] in TEXTS):
+        data = load(shared["dataset"], shared.get("data_dir", DATA_DIR), seed=0)
+        _check_there(plans, results, data=data.checksum)
 
 
 def _missing(plans: Sequence[RunSpec], then: Sequence[RunSpec], results: Path) -> list[RunSpec]:
@@ -163,6 +179,8 @@ def _run_all(
             while waiting or running:
                 while waiting and len(running) < jobs:
                     plan = waiting.pop(0)
+                    if not (results / plan.name / "checkpoint.pt").exists():
+                        (results / plan.name / "metrics.csv").unlink(missing_ok=True)
                     command = plan.command(results, threads)
                     log = logs.enter_context(TemporaryFile())  # a pipe that nobody reads would stop the run
                     process = Popen(command, env=environment, stdout=DEVNULL, stderr=log)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import torch
 from torch import Tensor
 
@@ -51,7 +53,15 @@ def picture_set(
         std=tuple(std.tolist()),
         shift=shift,
         flip=flip,
+        checksum=_checksum(arrays),
     )
+
+
+def _checksum(arrays: Arrays) -> str:
+    found = 0
+    for array, kind in zip(arrays, 2 * (torch.uint8, torch.int64), strict=True):
+        found = zlib.crc32(array.to(kind).contiguous().numpy(), found)
+    return f"{found:08x}"
 
 
 def _check(name: str, arrays: Arrays) -> None:

@@ -60,7 +60,7 @@ class Run:
         The folder is this process's until it ends, however it ends: another one that starts there is refused.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock()
+        lock(self.folder, "--name", self)
         was = self.options()
         begun = any(path != self.config and path.suffix != ".part" for path in self.folder.iterdir())
         other = differences(was, config, "->", "name") if was else ""  # a folder may move
@@ -80,21 +80,6 @@ class Run:
         """The options that the folder's run was begun with; none where there is no run."""
         return read_options(self.folder)
 
-    def _lock(self) -> None:
-        if fcntl is None:
-            return
-        folder = os.open(self.folder, os.O_RDONLY)
-        weakref.finalize(self, os.close, folder)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(
-                f"another process writes to {self.folder}: wait for it, or choose another --name"
-            ) from None
-        except OSError as error:  # some network file systems have no locks
-            reason = error.strerror
-            warnings.warn(f"{self.folder} cannot be locked ({reason}): start one run only", stacklevel=2)
-
     def save(self, state: dict[str, Any]) -> None:
         """Write the checkpoint and, from its list state["metrics"] of rows, metrics.csv.
 
@@ -108,13 +93,35 @@ class Run:
         save_table(self.folder / "metrics.csv", pd.DataFrame(rows), RESUME)
 
     def load(self) -> dict[str, Any] | None:
-        """The last checkpoint, or None where no epoch was completed; RunError for a damaged one."""
+        """The last checkpoint, or None where no epoch was completed; RunError for a damaged or lost one."""
         if not self.checkpoint.exists():
+            if (self.folder / "metrics.csv").exists():
+                raise RunError(
+                    f"{self.folder} holds the record of a run without its weights: move it, or {AGAIN}"
+                )
             return None
         try:
             return load_checkpoint(self.checkpoint)
         except RunError as error:
             raise RunError(f"{error}: delete it to begin anew") from error
+
+
+def lock(folder: Path, flag: str, owner: object = None) -> None:
+    """Make a folder this process's until it ends, or as long as owner is there; RunError if it is another's.
+
+    flag chooses another folder.
+    """
+    if fcntl is None:
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    if owner is not None:
+        weakref.finalize(owner, os.close, opened)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RunError(f"another process writes to {folder}: wait for it, or choose another {flag}") from None
+    except OSError as error:  # some network file systems have no locks
+        warnings.warn(f"{folder} cannot be locked ({error.strerror}): start one run only", stacklevel=3)
 
 
 def environment() -> dict[str, Any]:
@@ -204,7 +211,12 @@ def epochs_done(folder: Path) -> int:
 
 
 def same_option(name: str, one: Any, other: Any) -> bool:
-    """Whether two values of an option are the same; in a record that is too old to have it, it is not set."""
+    """Whether two values of an option are the same; in a record that is too old to have it, it is not set.
+
+    A record that is too old to have the checksum of its data may be of any.
+    """
+    if name == "data":
+        return one == other or None in (one, other)
     if name == "rank" and type(one) is not type(other):  # 1 is a rank, 1.0 the full one
         return False
     return one == other or not (one or other)

@@ -87,6 +87,7 @@ def _train(options: RunOptions, network: Network, run: Run, settings: Settings) 
         "shape": list(dataset.shape),
         "classes": dataset.classes,
         "dataset": dataset.name,
+        "seed": options.seed,
         "mean": list(dataset.mean),
         "std": list(dataset.std),
     }
@@ -118,10 +119,9 @@ def _begin(
         raise RunError(f"--dataset {options.dataset} is not for this network{given}: {error}") from error
     _check_skip(options.skip, model)
     record = options.record() | {"network": network.__name__}
-    if dataset.checksum:
-        record["data"] = dataset.checksum
+    record["data"] = dataset.checksum
     if options.from_checkpoint:
-        record["from_checkpoint"] = _take_weights(model, options.from_checkpoint, run)
+        record["from_checkpoint"] = _take_weights(model, options, run)
     else:
         record.pop("cut_by", None)  # there is nothing to cut
     distributed.on_first_process(lambda: run.start(record, options.resume))
@@ -172,12 +172,14 @@ def _result(metrics: pd.DataFrame, folder: Path, of_text: bool) -> str:
     )
 
 
-def _take_weights(model: nn.Module, path: Path, run: Run) -> str:
+def _take_weights(model: nn.Module, options: RunOptions, run: Run) -> str:
     """Load the weights to begin with; give what the run records of them, a name and a checksum.
 
     Records can be published, so there is no path in it. A run that continues has weights of its own, and goes
-    on without the file; so does one that recorded no checksum.
+    on without the file; so does one that recorded no checksum. RunError for weights of another seed, which
+    were trained on pictures that this one sets aside for validation.
     """
+    path = options.from_checkpoint
     recorded, goes_on = distributed.on_first_process(
         lambda: (run.options().get("from_checkpoint") or "", run.checkpoint.exists())
     )
@@ -185,11 +187,16 @@ def _take_weights(model: nn.Module, path: Path, run: Run) -> str:
     if goes_on and known:
         return recorded
     try:
-        weights = trained_weights(path)
+        weights, about = trained_weights(path)
     except RunError as error:
         raise RunError(f"--from-checkpoint: {error}") from error
     if any(name.split(".")[-1] == "S" for name in weights):
         raise RunError(f"--from-checkpoint {path} is of a low-rank network: give a dense one's")
+    if about.get("dataset") == options.dataset and about.get("seed", options.seed) != options.seed:
+        raise RunError(
+            f"--seed must be {about['seed']}, as that of {path} is: it draws the validation split, and those "
+            f"weights were trained on what seed {options.seed} sets aside"
+        )
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

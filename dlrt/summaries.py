@@ -31,7 +31,8 @@ def read_runs(results: Path) -> pd.DataFrame:
         metrics = read_metrics(folder)
         try:
             chosen = metrics.loc[chosen_epoch(metrics)].to_dict()
-            last, seconds = metrics["test_accuracy"].iloc[-1], metrics["seconds"].mean()
+            last = metrics["test_accuracy"].iloc[-1]
+            seconds = metrics.loc[metrics["epoch"] > 0, "seconds"].mean()  # nothing is trained in epoch 0
         except KeyError as error:
             raise damaged(folder / "metrics.csv") from error
         rows.append({

@@ -81,7 +81,7 @@ def read(
         except FileNotFoundError:
             found = None
     if found is not None and reader is read_runs:
-        found = found[["tuning" not in Path(run).parts for run in found["run"]]]
+        found = found[["tuning" not in Path(run).parent.parts for run in found["run"]]]
     for warning in caught:
         errors.report(warning.message)
     if found is None or found.empty:

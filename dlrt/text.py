@@ -6,7 +6,6 @@ import sysconfig
 import zlib
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -39,8 +38,7 @@ def text(folder: Path, seed: int) -> Dataset:
         raise DataError(f"--data-dir must be a folder with *.txt files, got {folder}")
     files = [path.read_bytes() for path in sorted(folder.rglob("*.txt")) if path.is_file()]
     pieces = [file[start : start + PIECE] for file in files for start in range(0, len(file), PIECE)]
-    dataset = _split("text", pieces, seed, sum(map(len, pieces)), f", *.txt below {folder}")
-    return replace(dataset, checksum=f"{zlib.crc32(repr(pieces).encode()):08x}")
+    return _split("text", pieces, seed, sum(map(len, pieces)), f", *.txt below {folder}")
 
 
 def _split(name: str, documents: Sequence[bytes], seed: int, most: int, where: str = "") -> Dataset:
@@ -54,7 +52,9 @@ def _split(name: str, documents: Sequence[bytes], seed: int, most: int, where: s
             f"{name}: each of three splits needs whole documents of more than {WINDOW} bytes, got "
             f"{len(documents)} of {whole} bytes in all{where}: add some"
         )
-    return Dataset(name, *map(_windows, (train, validation, test)), 256, (), (), shift=0, flip=False)
+    splits = map(_windows, (train, validation, test))
+    checksum = f"{zlib.crc32(repr(documents).encode()):08x}"
+    return Dataset(name, *splits, 256, (), (), shift=0, flip=False, checksum=checksum)
 
 
 def _shuffled(documents: Sequence[bytes], seed: int) -> list[bytes]:

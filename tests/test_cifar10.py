@@ -13,6 +13,7 @@ from made_up_runs import makes
 from dlrt import compression, grid
 from dlrt.checkpoint import load_network
 from dlrt.datasets import load
+from dlrt.options import ROOT
 from dlrt.training import evaluate
 
 # a comparison's runs, but another one's: without compressions
@@ -159,6 +160,14 @@ def test_every_seed_and_budget_is_trained_with_the_scale_that_validates_best(
     assert best < tried["resnet20/tuning/narrow_muon_x0.125"]
     assert len(made) == 3 * 2  # budgets and seeds
     assert {options["update_lr"] for options in made.values()} == {best}
+
+
+def test_a_run_that_is_recorded_twice_is_told_and_not_counted_twice(tmp_path, run_script):
+    whole = (ROOT / "cifar10" / "probe.csv").read_text()
+    (tmp_path / "probe.csv").write_text(whole + whole.splitlines()[1] + "\n")
+    result = run_script("cifar10/probe.py", "--output-dir", tmp_path)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert f"line {len(whole.splitlines()) + 1}: every run must be there once" in result.stderr
 
 
 @pytest.mark.parametrize(

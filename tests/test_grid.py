@@ -31,7 +31,7 @@ if start and not (pathlib.Path(start) / "checkpoint.pt").exists():
 folder = pathlib.Path(flags["--output-dir"], flags["--name"])
 folder.mkdir(parents=True, exist_ok=True)
 options = {"epochs": int(flags["--epochs"]), "threads": flags["--workers"]}
-options |= {"from_checkpoint": start and pathlib.Path(start).name}
+options |= {"from_checkpoint": start and pathlib.Path(start).name, "dataset": flags.get("--dataset")}
 (folder / "config.json").write_text(json.dumps({"options": options}))
 (folder / "metrics.part").write_text(f"epoch,ranks\\n{options['epochs']},\\n")
 (folder / "metrics.part").replace(folder / "metrics.csv")
@@ -97,6 +97,23 @@ def test_records_without_weights_are_made_again_only_where_a_missing_run_begins_
         assert weights.exists() == missing
         weights.touch()
         grid.make([after], tmp_path)
+
+
+def test_a_run_of_other_data_is_not_taken_for_the_one_planned(tmp_path, script):
+    """Nor is a run asked for twice made twice."""
+    for number, folder in enumerate(("one", "other")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.txt").write_text(f"word {number} " * 20_000)
+    plans = [
+        grid.RunSpec(name, script, {"epochs": 1, "dataset": "text", "data_dir": tmp_path / "one"})
+        for name in ("first", "first", "second")
+    ]
+    grid.make(plans, tmp_path, jobs=2)
+    assert grid.make(plans, tmp_path) is None
+    config = tmp_path / "first" / "config.json"
+    config.write_text(json.dumps({"options": {"epochs": 1, "data": "0", "dataset": "text"}}))
+    with pytest.raises(RunError, match=r"first was made with data '0' instead of '[0-9a-f]{8}': move it"):
+        grid.make(plans, tmp_path)
 
 
 def test_a_run_of_other_options_is_not_taken_for_the_one_planned(tmp_path):

@@ -359,8 +359,8 @@ def test_a_run_starts_from_the_truncated_weights_of_a_dense_run(lenet5, tmp_path
 
 
 def test_a_run_knows_the_weights_it_began_with_and_goes_on_without_their_file(lenet5, tmp_path):
-    for seed, name in enumerate(("start", "another")):
-        assert lenet5("--name", name, "--seed", seed, dense=True).returncode == 0
+    for lr, name in ((0.05, "start"), (0.06, "another")):
+        assert lenet5("--name", name, "--lr", lr, dense=True).returncode == 0
     flags = ["--from-checkpoint", tmp_path / "start", "--name", "a", "--quiet"]
     assert lenet5(*flags).returncode == 0
     assert lenet5(*flags, "--resume").returncode == 0
@@ -375,3 +375,22 @@ def test_a_run_knows_the_weights_it_began_with_and_goes_on_without_their_file(le
     assert f"was begun with other options (from_checkpoint '{recorded}' -> 'start " in refused.stderr
     config.write_text(config.read_text().replace(recorded, "start"))  # as it was recorded without a checksum
     assert lenet5(*flags, "--resume").returncode == 0
+
+
+def test_weights_of_another_seed_have_seen_the_validation_split(lenet5, tmp_path):
+    assert lenet5("--name", "start", dense=True).returncode == 0
+    result = lenet5("--from-checkpoint", tmp_path / "start", "--name", "a", "--seed", 1)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert "--seed must be 0, as that of" in result.stderr
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_record_of_a_run_without_weights_is_not_written_over(lenet5, tmp_path):
+    assert lenet5("--name", "a").returncode == 0
+    (tmp_path / "a" / "checkpoint.pt").unlink()
+    record = (tmp_path / "a" / "metrics.csv").read_bytes()
+    for flags in ((), ("--resume",)):
+        result = lenet5("--name", "a", *flags)
+        assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+        assert (tmp_path / "a" / "metrics.csv").read_bytes() == record
+    assert "holds the record of a run without its weights: move it, or delete" in result.stderr

@@ -4,6 +4,8 @@ import json
 import re
 import runpy
 import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,8 +13,11 @@ import pandas as pd
 import pytest
 import torch
 from conftest import fork
+from made_up_runs import makes
 
 import dlrt
+from dlrt import grid
+from dlrt.runs import epochs_done
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -108,6 +113,36 @@ def test_a_grid_of_the_readme_has_these_flags(command, tmp_path, run_script):
     flags += ["--output-dir", tmp_path / "results", "--nonsense"]
     told = "unrecognized arguments: --nonsense (--help lists all options)\n"
     assert run_script(script, *flags).stderr == f"{Path(script).name}: {told}"
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in GRIDS if c.endswith("--tune 1") or "/fine_tune_e" in c or "gpt/run" in c]
+)
+def test_a_grid_of_the_readme_goes_on_with_the_runs_that_are_committed(
+    command, tmp_path, run_script, monkeypatch
+):
+    """It trains nothing: what is there is compared, and what is missing made up."""
+    script, *flags = shlex.split(command)[1:]
+    results = f"{Path(script).parent}/results"
+    listing = ["git", "ls-files", "-z", results]
+    listed = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=False).stdout.split("\0")
+    for path in filter(None, listed):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, tmp_path / path)
+    make, made = makes(lambda options: 1.0)
+    there = []
+
+    def compare_and_make(plans, results, *_, **options):
+        for plan in plans:
+            assert plan.name in made or plan.other_options(results) == []
+        missing = [plan for plan in plans if epochs_done(results / plan.name) < plan.epochs]
+        there.extend(set(plans) - set(missing))
+        make([plan for plan in missing if plan.name not in made], results)
+
+    monkeypatch.setattr(grid, "make", compare_and_make)
+    result = run_script(script, *flags, "--output-dir", tmp_path / results)
+    assert result.returncode == 0, result.stderr
+    assert there or not any(listed)
 
 
 def test_make_has_the_commands_of_the_readme():

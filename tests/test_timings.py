@@ -139,6 +139,15 @@ def test_what_is_measured_is_not_measured_again(results, scripts, tmp_path, caps
     assert "was begun with other options (width 64 -> 32)" in capsys.readouterr().err
 
 
+def test_one_grid_is_measured_with_one_version_of_torch(results, scripts, tmp_path, capsys):
+    shutil.copytree(results, tmp_path / "results")
+    config = tmp_path / "results" / "small" / "config.json"
+    config.write_text(config.read_text().replace(torch.__version__, "2.9.9"))
+    with pytest.raises(SystemExit):
+        call(scripts.run, *GRID, "--name", "small", "--output-dir", tmp_path / "results")
+    assert f"was measured with torch 2.9.9, this is {torch.__version__}" in capsys.readouterr().err
+
+
 def test_what_is_slow_is_not_measured_at_larger_ranks(scripts):
     settings = scripts.run.settings(["augmented", "bug"], [1])
     args = argparse.Namespace(slowest=1.5, seconds=10)

@@ -32,10 +32,11 @@ from tqdm import tqdm
 from dlrt import DLRT, compression, errors
 from dlrt.baselines import as_factors
 from dlrt.convert import replace_layers
+from dlrt.errors import RunError
 from dlrt.flags import FOLDER_NAME, NATURAL, POSITIVE, device
 from dlrt.models import MLP
 from dlrt.options import DEFAULT_DEVICE
-from dlrt.runs import Run, read_metrics
+from dlrt.runs import Run, read_config, read_metrics
 from dlrt.settings import INTEGRATORS
 from dlrt.timing import Timing, in_turn
 
@@ -177,6 +178,11 @@ def make(args: argparse.Namespace) -> str:
     run = Run(args.output_dir / (args.name or device.replace(",", "").replace(" ", "_").lower()))
     options = {"device": device, "kind": torch.device(args.device).type, "width": args.width}
     run.start({**options, "batch_size": args.batch_size}, resume=True)
+    was = read_config(run.folder)["versions"]["torch"]
+    if was != torch.__version__:
+        raise RunError(
+            f"{run.folder} was measured with torch {was}, this is {torch.__version__}: take another --name"
+        )
     found = read_metrics(run.folder, Timing)
     rows = [] if found is None else found.fillna({"integrator": ""}).to_dict("records")
     torch.manual_seed(0)
