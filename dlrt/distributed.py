@@ -119,6 +119,16 @@ def check_ranks_may_move(S: Tensor, name: str) -> None:
         )
 
 
+def check_bases_may_rest(S: Tensor, name: str) -> None:
+    """RuntimeError under DistributedDataParallel, which waits for all parameters that it was made with."""
+    if world_size() > 1 and not getattr(S, "had_sum", True):
+        raise RuntimeError(
+            f"the bases of {name} would rest, and DistributedDataParallel would wait for their gradients: "
+            "wrap the model after optimizer.freeze_bases(), keep s_steps=1, or call "
+            "dlrt.distributed.reduce_gradients(model) before each step instead"
+        )
+
+
 @torch.no_grad()
 def average_buffers(model: nn.Module) -> None:
     """Give all processes the mean of their running statistics, which saw different shares of the batches."""

@@ -75,8 +75,10 @@ class LowRankLayer(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Random orthonormal bases and equal singular values; the norms are those of torch's dense layers."""
-        self._tell_owner()
         (rows, columns), rank = self.shape, self.rank
+        self._tell_owner((rank, rank))
+        if self.S.shape != (rank, rank):  # bases rest
+            self.write(LowRank(self.U[:, :rank], self.S[:rank, :rank], self.V[:, :rank]))
         fan_in = rows * columns / self.outputs
         for basis in (self.U, self.V):
             basis.copy_(nn.init.orthogonal_(at_least_single(basis)))
@@ -112,7 +114,7 @@ class LowRankLayer(nn.Module):
 
     @factors.setter
     def factors(self, Y: LowRank) -> None:
-        self._tell_owner()
+        self._tell_owner(Y.S.shape)
         self.write(Y)
 
     def write(self, Y: LowRank) -> None:
@@ -130,11 +132,11 @@ class LowRankLayer(nn.Module):
 
         self.owner = weakref.ref(optimizer, rest)
 
-    def _tell_owner(self) -> None:
-        """Before others write into the bases, in which the owner has a velocity; only the layer sees it."""
+    def _tell_owner(self, shape: tuple[int, int]) -> None:
+        """Before others write factors, with S of that shape; the owner's velocity is in the present bases."""
         owner = None if self.owner is None else self.owner()
         if owner is not None:
-            owner.remember_bases(self)
+            owner.remember_bases(self, shape)
 
     @property
     def trains_bases(self) -> bool:
@@ -182,7 +184,7 @@ class LowRankLayer(nn.Module):
         U, S, V = (state_dict.get(prefix + name) for name in FACTORS)
         known = U is not None and S is not None and V is not None
         if known and (len(U), len(V)) == self.shape:
-            self._tell_owner()
+            self._tell_owner(S.shape)
             if S.shape != self.S.shape:
                 self.write(
                     LowRank(

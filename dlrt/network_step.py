@@ -119,12 +119,15 @@ class NetworkStep:
     ) -> None:
         """Truncate by tau and to that rank, or else to the rank that a layer keeps; then its bases train."""
         weight, group = self.weight(layer), self.group
-        if group["integrator"] == "bug":
+        keeps_rank = group["integrator"] == "bug"
+        if keeps_rank and layer.trains_bases:
             weight.stay(Y_hat)
             return
         if not decides and layer.trains_bases:
             P, S1, Q = leading_subspace(Y_hat.S, weight.kept_rank)
-        elif not decides:  # after several steps of S its first columns are no longer those that matter
+        elif (
+            not decides or keeps_rank
+        ):  # after several steps of S its first columns are no longer those that matter
             P, sigma, Q = truncated_svd(Y_hat.S, max_rank=weight.kept_rank)
             S1 = sigma.diag()
         else:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dlrt.checks import check_orthonormal, check_tolerance
 from dlrt.costs import budget_between
-from dlrt.distributed import remember_sums
+from dlrt.distributed import checksum, remember_sums
 from dlrt.layers import LowRankLayer
 from dlrt.network_step import NetworkStep
 from dlrt.ranks import falling_budget
@@ -101,7 +101,7 @@ class DLRT(torch.optim.Optimizer):
             rows, columns = layer.S.shape  # differ where another DLRT has yet to truncate: bases rest
             layer.trains_bases = layer in self.layers and rows == columns
         self._bases_before: dict[LowRankLayer, tuple[Tensor, Tensor]] = {}  # of velocities that are to follow
-        self._state_is_new = False  # loaded, and no step since
+        self._awaited: set[LowRankLayer] = set()  # whose state was loaded, and whose factors are to follow
         for layer in self.layers:
             layer.belong_to(self)
 
@@ -200,19 +200,26 @@ class DLRT(torch.optim.Optimizer):
         if not self.group["frozen"]:
             check_no_gradient_waits(self.layers)
 
-    def remember_bases(self, layer: LowRankLayer) -> None:
+    def remember_bases(self, layer: LowRankLayer, shape: tuple[int, int]) -> None:
         """Keep the bases of a layer into which others are about to be written: its velocity is theirs.
 
-        Not where the optimizer's state was loaded just before: then the model's follows, to which it belongs.
+        Not where these are the factors that a state, loaded before, belongs to. Its bases train from now on,
+        but rest where S is to have another shape than (r, r), and where they are frozen.
         """
-        past = self.state.get(layer.S, ())
-        if not self._state_is_new and ("velocity" in past or "squares" in past):
+        if layer in self._awaited:
+            self._awaited.remove(layer)
+            return
+        past = self.state.get(layer.S, {})
+        if "velocity" in past or "squares" in past:
             self._bases_before.setdefault(layer, (layer.U.detach().clone(), layer.V.detach().clone()))
+        if not self.group["frozen"]:
+            past.pop("rank", None)
+            layer.trains_bases = shape[0] == shape[1]
 
     @torch.no_grad()
     def _carry_velocities(self) -> None:
         """As a dense optimizer keeps its momentum where weights are loaded: by projection to their bases."""
-        self._state_is_new = False
+        self._awaited.clear()
         for layer in list(self._bases_before):
             self._network_step.weight(layer).carry_from(*self._bases_before[layer])
             del self._bases_before[layer]
@@ -224,8 +231,9 @@ class DLRT(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As of any torch optimizer; the factors' group has the ranks and the progress of the integrator."""
-        if not self._state_is_new:
+        if not self._awaited:
             self._carry_velocities()
+        self.group["bases"] = self._checksums()
         self.group["ranks"] = [list(layer.S.shape) for layer in self.layers]
         self.group["resting"] = [not layer.trains_bases for layer in self.layers]
         return super().state_dict()
@@ -250,11 +258,16 @@ class DLRT(torch.optim.Optimizer):
             )
         super().load_state_dict(state_dict)
         self._bases_before.clear()
-        self._state_is_new = True
+        there = zip(self.layers, self._checksums(), own.get("bases", [None] * len(ranks)), strict=True)
+        self._awaited = {layer for layer, bases, of_state in there if bases != of_state}
         self.inner.state = self.state
         for (layer, name), rests in zip(self.layers.items(), own["resting"], strict=True):
             check_orthonormal(name, layer.U, layer.V)
             layer.trains_bases = not rests
+
+    def _checksums(self) -> list[list[int]]:
+        """By which a state knows the bases that its velocity is in."""
+        return [[checksum(layer.U), checksum(layer.V)] for layer in self.layers]
 
 
 def _full_precision(layers: dict[LowRankLayer, str]) -> torch.autocast:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dlrt.augmented import formed
-from dlrt.distributed import check_ranks_may_move
+from dlrt.distributed import check_bases_may_rest, check_ranks_may_move
 from dlrt.integrators import Direction, augment, galerkin, parallel_step, update_bases
 from dlrt.layers import LowRankLayer
 from dlrt.lowrank import LowRank
@@ -51,7 +51,8 @@ class WeightStep:
     def velocity(self) -> Velocity | None:
         """M of the last step; of a layer whose bases rest, in these alone."""
         U, V, _ = self._factors
-        MV, MU, core = (self.state[factor].get("velocity") for factor in self._factors)
+        past = ((factor, self.state[factor].get("velocity")) for factor in self._factors)
+        MV, MU, core = (None if product is None else product.to(factor) for factor, product in past)
         if core is None:
             return None
         return LowRank(U, core, V) if MV is None else Tangent(U, V, MV, MU, core)
@@ -130,6 +131,8 @@ class WeightStep:
 
     def rest(self, Y_hat: LowRank, M: Velocity | None) -> None:
         """Leave the layer in these bases, and of the velocity what lies in them."""
+        if self.layer.trains_bases:
+            check_bases_may_rest(self.layer.S, self.name)
         rank = self.kept_rank
         Y_hat = LowRank(formed(Y_hat.U), Y_hat.S, formed(Y_hat.V))
         self._put(Y_hat, None, None, None if M is None else coefficients(M, Y_hat))

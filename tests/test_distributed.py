@@ -44,6 +44,7 @@ ORDERS = {  # of the acts of a step, and the error, where there is one
     "backward sum reset backward sum step": "none",
     "truncate": "none",
     "keep backward step move truncate": r"RuntimeError: the rank of \d would change",
+    "keep backward step freeze": r"RuntimeError: the (rank|bases) of \d would",
 }
 RECIPE = plain(epochs=2, batch_size=12, tau=0.05, augment=True)
 
@@ -135,6 +136,7 @@ def error_in(order, s_steps):
         "keep": lambda: keep_ranks(optimizer),
         "move": lambda: setattr(optimizer, "tau", 0.5),
         "truncate": lambda: optimizer.truncate(),
+        "freeze": lambda: (optimizer.zero_grad(), optimizer.freeze_bases()),
     }
     for act in ("backward", "sum", "step"):
         acts[act]()
