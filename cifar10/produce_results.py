@@ -128,6 +128,9 @@ def fine_tuned(found: pd.DataFrame, folder: Path) -> pd.DataFrame:
     groups = pd.DataFrame(rows).sort_values("seed").groupby(["network", "τ", "epochs"], sort=False)
     accuracies = ["before", "after", "not frozen"]
     mean, std = (getattr(groups[accuracies], name)() for name in ("mean", "std"))
+    mean["not frozen"] = mean["not frozen"].where(
+        groups["not frozen"].count() == groups.size()
+    )  # of all seeds
     table = mean.index.to_frame(index=False)
     table["seeds"] = groups.size().map(str).to_list()
     for column in accuracies:

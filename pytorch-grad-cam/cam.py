@@ -24,6 +24,7 @@ from dlrt import errors, plots
 from dlrt.cams import METHODS, check_options, network_flags, networks
 from dlrt.cams.batch_maps import chosen_classes, explained
 from dlrt.cams.figure import figure
+from dlrt.cams.guided import check_guided
 from dlrt.cams.load_pictures import batches, readable
 from dlrt.cams.map_records import warn_of_changes, write_records
 from dlrt.cams.pictures import files
@@ -69,11 +70,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         nets = network_flags.read_all(args)
         layer, *_ = (network_flags.target_layer(nets[0], args.target_layer, method) for method in args.method)
         networks.check_alike(nets, layer)
+        for network in nets if args.guided else ():
+            check_guided(network.model)
         classes = chosen_classes(args.targets, nets[0], paths)
         args.output_dir.mkdir(parents=True, exist_ok=True)
     except (RunError, ValueError, OSError) as error:
         parser.error(str(error))
-    networks.warn(nets[0])
+    networks.warn(nets)
     for network in nets:
         networks.warn_if_larger(network)
     table, rows, failed = [], [], False

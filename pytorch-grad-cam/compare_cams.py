@@ -75,8 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run.start(options, resume=True)
     except (RunError, DataError, ValueError, OSError) as error:
         parser.error(str(error))
-    for network in {one.network.trained: one.network for one in reversed(found)}.values():
-        networks.warn(network)  # once of each size
+    networks.warn([one.network for one in found])
     settings = measure.Settings(layer, args.batch_size, not args.no_faithfulness)
     compare(found, pictures, settings, run.folder)
     if args.time_shares:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from dlrt import errors, plots
 from dlrt.cams import explain, network_flags, networks
-from dlrt.cams.load_pictures import readable
+from dlrt.cams.load_pictures import batches, readable
 from dlrt.cams.networks import Network
 from dlrt.cams.pictures import Picture, files
 from dlrt.cams.randomised import cascade
@@ -31,6 +32,8 @@ from dlrt.checkpoint import save_table
 from dlrt.errors import RunError
 from dlrt.flags import NATURAL, HelpFormatter, Parser
 from dlrt.plots import LOOK, Figure, mpl, plt
+
+BATCH = 16  # pictures at a time
 
 
 def figure(table: pd.DataFrame, titles: dict[str, str]) -> Figure:
@@ -53,17 +56,19 @@ def measured(
     nets: Sequence[Network], pictures: Sequence[Picture], layer: str, args: Namespace
 ) -> pd.DataFrame:
     """A row for each map of each network, draw and step."""
-    targets, rows = predicted(nets[0], nets[0].images(pictures)), []
+    parts = batches(len(pictures), BATCH)
+    targets = [target for part in parts for target in predicted(nets[0], nets[0].images(pictures[part]))]
+    rows = []
     for network in nets:
-        images = network.images(pictures)
-        for draw in range(args.draws):
+        for draw, part in product(range(args.draws), batches(len(pictures), BATCH, [args.method])):
+            images = network.images(pictures[part])
             for share, name, correlations in cascade(
-                network.model, images, targets, args.method, layer, args.steps, draw
+                network.model, images, targets[part], args.method, layer, args.steps, draw
             ):
                 at = {"network": network.label, "draw": draw, "random_layers": share, "down_to": name}
                 rows += [
                     {**at, "file": picture.name, "correlation": r}
-                    for picture, r in zip(pictures, correlations, strict=True)
+                    for picture, r in zip(pictures[part], correlations, strict=True)
                 ]
     return pd.DataFrame(rows)
 
@@ -102,7 +107,7 @@ def main() -> None:
         for network in nets:  # where the method has no map of a network, it ends here
             explain(network.model, network.images(pictures[:1]), target, args.method, layer)
             networks.warn_if_larger(network)
-        networks.warn(nets[0])
+        networks.warn(nets)
         args.output_dir.mkdir(parents=True, exist_ok=True)
     except (RunError, ValueError, OSError) as error:
         parser.error(str(error))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
-from made_up_cam_runs import pictures, runs, script
+from made_up_cam_runs import pictures, runs, save_run, script
 from PIL import Image
 from torch import nn
 
@@ -143,3 +143,18 @@ def test_a_network_that_asserts_its_size_is_told_as_any_other(capsys):
         networks.placed(replace(network, shape=(128,)), None, "cpu")
     assert map_times(network, "features", "gradcam", [0.5], [16]).empty
     assert "its time is not measured there" in capsys.readouterr().out
+
+
+def test_guided_maps_need_rectifiers(script, pictures, tmp_path):
+    flags = ["--arch", "efficientnet_b0", "--weights", "random", "--image-path", pictures / "grey.png"]
+    code, out, err = script("cam", *flags, "--guided", "--output-dir", tmp_path / "out")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "--guided needs nn.ReLU modules, EfficientNet has none" in err
+
+
+def test_every_input_size_that_is_not_that_of_training_is_warned_of(script, runs, pictures, tmp_path):
+    one, other = runs / "dense_seed0", save_run(tmp_path / "larger", shape=(1, 48, 48))
+    flags = ["--checkpoint", one, "--compare", other, "--image-path", pictures / "grey.png"]
+    code, _, err = script("cam", *flags, "--image-size", 40, "--output-dir", tmp_path / "out")
+    assert code == 0
+    assert [line.split()[1] for line in err.splitlines()] == ["dense_seed0", "larger"]

@@ -149,6 +149,19 @@ class Called(nn.Module):
         return self.linear(y.mean((2, 3)))
 
 
+@pytest.mark.parametrize(
+    "around",
+    [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["inference", "autocast"],
+)
+def test_maps_are_the_same_whatever_stands_around(around, resnet):
+    model, x = resnet
+    maps = explain(model, x)
+    with around():
+        again = explain(model, x + 0)
+    assert np.array_equal(maps.raw, again.raw)
+
+
 IN_PLACE = {
     "relu": lambda y: relu(y, inplace=True),
     "silu": lambda y: silu(y, inplace=True),

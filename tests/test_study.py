@@ -9,6 +9,7 @@ from scipy import stats
 
 from dlrt.cams import group_tests as tests
 from dlrt.cams.study_results import compare
+from dlrt.errors import RunError
 
 MEASURED = ["kind", "seed", "method", "accuracy", "parameters", "undefined"]
 MEASURED += ["difference", "energy", "faithfulness"]
@@ -103,6 +104,10 @@ def test_the_study_finds_what_was_put_into_its_measurements(run_script, tmp_path
     assert raw.loc[("A", "energy", "gradcam"), "p_equivalent"] == pytest.approx(expected)
     assert "8 seeds each, fewer than the 20" in printed
     assert (tmp_path / "out/gradcam_study.pdf").is_file()
+    measured = pd.read_csv(tmp_path / "measured.csv")
+    measured.loc[0, "difference"] = np.nan
+    with pytest.raises(RunError, match=r"must be finite, got difference nan, .* for dense, seed 0, gradcam"):
+        compare(measured)
 
 
 def test_without_measurements_the_study_says_how_they_are_made(run_script, tmp_path):
@@ -117,8 +122,13 @@ def test_a_network_is_as_its_twin_and_what_is_measured_is_kept(run_script, tmp_p
     flags = ["--dataset", "hard_clutter", "--epochs", 1, "--width", 0.25, "--quiet", "--output-dir", "runs"]
     run_script("pytorch-grad-cam/convnet_clutter_baseline.py", *flags, "--name", "reference_seed200")
     kinds = ["dense", "lowrank", "narrow", "continued", "compressed"]
-    for kind in kinds:
-        shutil.copytree(tmp_path / "runs/reference_seed200", tmp_path / f"runs/{kind}_seed0")
+    done = run_script("pytorch-grad-cam/study/measure.py", "--results", "runs", "--output", "measured.csv")
+    assert (done.returncode, "reference_seed201, reference_seed202" in done.stderr) == (1, True)
+    for name in (
+        *(f"{kind}_seed0" for kind in kinds),
+        *(f"reference_seed{seed}" for seed in (201, 202, 203)),
+    ):
+        shutil.copytree(tmp_path / "runs/reference_seed200", tmp_path / f"runs/{name}")
     kept = pd.DataFrame([[kind, 0, "gradcam", 0, 0, 0, 7, 7, 7] for kind in kinds[:4]], columns=MEASURED)
     kept.to_csv(tmp_path / "measured.csv", index=False)
     flags = ["--results", "runs", "--output", "measured.csv"]
@@ -153,7 +163,13 @@ def test_networks_of_several_seeds_are_compared_with_the_first_kind_of_other_see
     run_script("pytorch-grad-cam/study/cifar10.py", *flags)
     table = pd.read_csv(tmp_path / "out/cifar10.csv").set_index("network")
     assert table.loc["twin", "1 − r, Grad-CAM"] == "0.250 ± 0.354"
+    assert table.loc["dense", "1 − r, Grad-CAM"] == "0.000"  # one pair
     assert list(table["seeds"]) == [2, 2]
+    assert "made anew" not in (tmp_path / "out/cifar10.md").read_text()
+    metrics = tmp_path / "runs/twin_seed1/metrics.csv"
+    pd.read_csv(metrics).assign(test_accuracy=1.0).to_csv(metrics, index=False)
+    run_script("pytorch-grad-cam/study/cifar10.py", *flags)
+    assert "made anew since: twin." in (tmp_path / "out/cifar10.md").read_text()
     (tmp_path / "out/cifar10_measured.csv").write_text("nothing", encoding="utf-8")
     done = run_script("pytorch-grad-cam/study/cifar10.py", *flags)
     assert (done.returncode, done.stdout) == (1, "")

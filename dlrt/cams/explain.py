@@ -72,6 +72,20 @@ def explain(
     if parameter.dtype.itemsize < 4:  # numpy, with which maps are made, has no bfloat16
         model, parameter = deepcopy(model).float(), parameter.float()
     images = images.to(parameter.device, parameter.dtype)
+    with torch.inference_mode(False), torch.autocast(images.device.type, enabled=False):
+        return _explain(model, images.clone(), targets, method, layer, smoothing, seed)
+
+
+def _explain(
+    model: nn.Module,
+    images: Tensor,
+    targets: Sequence[Sequence[Target]] | None,
+    method: str,
+    layer: str | None,
+    smoothing: dict[str, bool],
+    seed: int,
+) -> Maps:
+    """`explain` in full precision, whatever stands around it, of images whose graph can be recorded."""
     if method == "fullgrad" and any(isinstance(module, LowRankLayer) for module in model.modules()):
         model = dlrt.export(model)  # it looks for the biases of torch's own layers
     # ShapleyCAM differentiates gradients, of which a frozen network has no graph, nor fused attention

@@ -30,6 +30,12 @@ def guided_gradients(model: nn.Module, images: Tensor, targets: Sequence[Sequenc
     return gradients.permute(0, 2, 3, 1).cpu().numpy()
 
 
+def check_guided(model: nn.Module) -> None:
+    """ValueError where a network has no such module: its gradients would be the plain ones."""
+    if not any(isinstance(module, (nn.ReLU, nn.ReLU6)) for module in model.modules()):
+        raise ValueError(f"--guided needs nn.ReLU modules, {type(model).__name__} has none: leave it out")
+
+
 def visible(gradients: np.ndarray) -> np.ndarray:
     """A gradient (H, W, C) as an 8-bit picture around grey; grey alone where it is undefined (NaN)."""
     if not np.isfinite(gradients).all():

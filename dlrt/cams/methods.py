@@ -24,14 +24,15 @@ def _takes_model_and_layers(kind: object) -> bool:
     return [name for name in needed if name != "kwargs"] == ["model", "target_layers"]
 
 
-METHODS: dict[str, type] = {
-    name.lower(): kind for name, kind in vars(pytorch_grad_cam).items() if _takes_model_and_layers(kind)
+METHODS: dict[str, type] = {  # of one layer RefineCAM, which multiplies the maps of several, is Grad-CAM++
+    name.lower(): kind
+    for name, kind in vars(pytorch_grad_cam).items()
+    if _takes_model_and_layers(kind) and name != "RefineCAM"
 }
 COMPONENTS = ("eigencam", "eigengradcam", "kpca_cam")  # maps that are a principal component
 CLASSLESS = ("eigencam", "kpca_cam", "fem", "randomcam")  # maps that are the same for every class
-# those take no other component, FEM looks at no weights, RefineCAM hands the option on as another one, and
-# the sign of FullGrad's component is arbitrary
-NOT_SMOOTHED = (*COMPONENTS, "segeigencam", "fem", "refinecam", "fullgrad")
+# those take no other component, FEM looks at no weights, and the sign of FullGrad's component is arbitrary
+NOT_SMOOTHED = (*COMPONENTS, "segeigencam", "fem", "fullgrad")
 PROGRESS_BARS = ("scorecam", "ablationcam")
 
 

@@ -72,15 +72,16 @@ def placed(network: Network, size: int | None, device: str) -> Network:
     return network
 
 
-def warn(network: Network) -> None:
-    """Say on stderr when the network sees another size than it was trained at."""
-    if network.shape != network.trained:
-        size, trained = (f"{shape[2]} x {shape[1]}" for shape in (network.shape, network.trained))
-        print(
-            f"warning: {network.label} was trained at {trained} pixels and now sees {size}; "
-            "its predictions may be worth nothing there",
-            file=sys.stderr,
-        )
+def warn(nets: Sequence[Network]) -> None:
+    """Say on stderr, once of each size, when a network sees another one than it was trained at."""
+    for network in reversed({network.trained: network for network in reversed(nets)}.values()):
+        if network.shape != network.trained:
+            size, trained = (f"{shape[2]} x {shape[1]}" for shape in (network.shape, network.trained))
+            print(
+                f"warning: {network.label} was trained at {trained} pixels and now sees {size}; "
+                "its predictions may be worth nothing there",
+                file=sys.stderr,
+            )
 
 
 def warn_if_larger(network: Network) -> None:

@@ -134,8 +134,8 @@ def _plain(image: Image.Image) -> Image.Image:
     if image.mode.startswith(DEEP):
         values = np.asarray(image, dtype=np.float64)
         values = np.where(np.isfinite(values), values, 0)
-        # integers have as many bits as they need; of floats that exceed 1 the largest is white
-        largest = 255 if values.max() <= 255 else 65535
+        # integers have 8 or 16 bits; beyond, and of floats that exceed 1, the largest is white
+        largest = 255 if values.max() <= 255 else max(65535, values.max())
         largest = max(1.0, values.max()) if image.mode == "F" else largest
         return Image.fromarray(np.uint8(np.clip(values / largest, 0, 1) * 255))
     if "A" in image.mode or "transparency" in image.info:

@@ -22,6 +22,7 @@ from dlrt.runs import chosen_epoch, epochs_done, read_metrics, read_options, rea
 METHODS = ("gradcam", "layercam", "eigencam")
 KINDS = ("dense", "lowrank", "narrow", "continued", "compressed")
 FROM_DENSE = ("continued", "compressed")
+REFERENCES = range(200, 204)  # seeds of dense networks to which all others are compared
 PICTURES = 100
 
 

@@ -7,6 +7,7 @@ import pandas as pd
 
 from dlrt import plots
 from dlrt.cams import group_tests as tests
+from dlrt.errors import RunError
 from dlrt.plots import Figure, plt
 
 NAMES = {"lowrank": "low-rank", "compressed": "dense → low-rank", "continued": "dense → dense"}
@@ -17,7 +18,17 @@ METHODS = {"gradcam": "Grad-CAM", "layercam": "LayerCAM", "eigencam": "EigenCAM"
 
 
 def compare(rows: pd.DataFrame) -> pd.DataFrame:
-    """A row for each comparison, outcome and method, with tests, intervals and the verdict."""
+    """A row for each comparison, outcome and method, with tests, intervals and the verdict.
+
+    RunError where a measurement is not finite: a test would call that a difference.
+    """
+    numbers = rows[[*OUTCOMES, "accuracy"]].to_numpy(float)
+    if (broken := ~np.isfinite(numbers).all(axis=1)).any():
+        first = rows[broken].iloc[0]
+        raise RunError(
+            f"measurements must be finite, got {', '.join(f'{name} {first[name]}' for name in OUTCOMES)} for "
+            f"{first['kind']}, seed {first['seed']}, {first['method']}: delete its rows, and measure it again"
+        )
     found = []
     for label, (one, other) in COMPARISONS.items():
         for outcome in OUTCOMES:

@@ -48,9 +48,10 @@ CAPTION = (
     "that the reference predicts, compared with the reference's map: correlations, SSIM and the IoU of the "
     "highest fifths, raw (the method's own map) and displayed (without what is negative, scaled to [0, 1]); "
     "own: of the class that the network itself predicts. Deletion (low is good), insertion and ROAD (high is "
-    "good) are of the network on its own maps. Undefined: maps without anything positive, left out of all "
-    "that needs a displayed one. Seeds: whether the displayed map is as similar (Pearson) as those of dense "
-    "networks of other seeds."
+    "good) are of the network on its own maps, and small where it gives that class a small probability: they "
+    "compare maps only among networks of like accuracy. Undefined: maps without anything positive, left out "
+    "of all that needs a displayed one. Seeds: whether the displayed map is as similar (Pearson) as those of "
+    "dense networks of other seeds."
 )
 
 

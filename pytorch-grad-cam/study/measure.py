@@ -13,8 +13,20 @@ import pandas as pd
 
 from dlrt import errors
 from dlrt.cams import known
-from dlrt.cams.study import FROM_DENSE, KINDS, METHODS, clutter, complete, kept, maps_of, measure
+from dlrt.cams.study import (
+    FROM_DENSE,
+    KINDS,
+    METHODS,
+    REFERENCES,
+    clutter,
+    complete,
+    finished,
+    kept,
+    maps_of,
+    measure,
+)
 from dlrt.checkpoint import save_table
+from dlrt.errors import RunError
 from dlrt.flags import HelpFormatter, Parser
 
 HERE = Path(__file__).parent
@@ -29,7 +41,10 @@ def main() -> None:
     args = parser.parse_args()
     rows = kept(args.output)
     there = {f"{row['kind']}_seed{row['seed']}" for row in rows}
-    nets = [known.from_run(path) for path in sorted(args.results.glob("reference_seed*"))]
+    paths = [args.results / f"reference_seed{seed}" for seed in REFERENCES]
+    if missing := [path.name for path in paths if not finished(path)]:
+        raise RunError(f"{', '.join(missing)} must be trained in {args.results}: go on with study/run.py")
+    nets = [known.from_run(path) for path in paths]
     sample = clutter()
     references = {method: [maps_of(network, sample, method) for network in nets] for method in METHODS}
     for seed in complete(args.results):

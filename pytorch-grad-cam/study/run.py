@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from dlrt import errors, grid
+from dlrt.cams.study import REFERENCES
 from dlrt.flags import COUNT
 from dlrt.grid import RunSpec
 
 HERE = Path(__file__).parent
 BASELINE, LOW_RANK = HERE.parent / "convnet_clutter_baseline.py", HERE.parent / "convnet_clutter.py"
-REFERENCES = range(200, 204)  # seeds of dense networks to which all others are compared
 BUDGET = {"compression": 75.0}
 
 
