@@ -146,7 +146,8 @@ def trained_weights(run: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]
     weights = state.get("chosen", state)
     if not _are_weights(weights):
         raise RunError(f"{path} holds no state dict of tensors alone: save one with torch.save")
-    return weights, state["about"] if "chosen" in state else {}
+    about = state["about"] if "chosen" in state else {}
+    return weights, {"seed": 0, **about} if path.parent == WEIGHTS else about  # those that come along
 
 
 def _are_weights(state: Any) -> bool:

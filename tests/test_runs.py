@@ -362,3 +362,9 @@ def test_a_file_without_weights_is_told(tmp_path, weights):
     torch.save(weights, tmp_path / "weights.pt")
     with pytest.raises(RunError, match="no state dict of tensors"):
         trained_weights(tmp_path / "weights.pt")
+
+
+def test_weights_that_come_along_are_of_a_seed():
+    weights, about = trained_weights(Path("resnet20_cifar10"))
+    assert "conv1.weight" in weights
+    assert (about["dataset"], about["seed"]) == ("cifar10", 0)
