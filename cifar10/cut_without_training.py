@@ -140,7 +140,7 @@ def main() -> None:
     record = folder / f"{NAME}.csv"
     if args.runs:
         folder.mkdir(parents=True, exist_ok=True)
-        lock(folder, "--output-dir")
+        lock(folder, "--output-dir", args)
     rows = read_table(record, Cut) if record.exists() else pd.DataFrame(columns=list(Cut.__annotations__))
     _check_alike(rows, record)
     for run in args.runs:

@@ -64,7 +64,7 @@ class Comparison:
         add("--output-dir", type=Path, default=folder, help=f"of {self.name}.csv and {self.name}.md")
         args = parser.parse_args()
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        lock(args.output_dir, "--output-dir", self)
+        lock(args.output_dir, "--output-dir", args)
         record = args.output_dir / f"{self.name}.csv"
 
         def make(wanted: list[tuple[str, int, dict]]) -> None:

@@ -106,16 +106,15 @@ class Run:
             raise RunError(f"{error}: delete it to begin anew") from error
 
 
-def lock(folder: Path, flag: str, owner: object = None) -> None:
-    """Make a folder this process's until it ends, or as long as owner is there; RunError if it is another's.
+def lock(folder: Path, flag: str, owner: object) -> None:
+    """Make a folder this process's as long as owner is there; RunError if it is another's.
 
     flag chooses another folder.
     """
     if fcntl is None:
         return
     opened = os.open(folder, os.O_RDONLY)
-    if owner is not None:
-        weakref.finalize(owner, os.close, opened)
+    weakref.finalize(owner, os.close, opened)
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

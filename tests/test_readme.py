@@ -66,7 +66,7 @@ def test_a_command_of_the_readme_runs(command, tmp_path, request):
     elif script == "timings/pca.py":
         flags += ["--sizes", "64", "--repeats", "2", "--output-dir", str(tmp_path)]
     elif script == "timings/growth.py":
-        flags += ["--width", "32", "--widths", "16", "--depths", "1", "--ranks", "2"]
+        flags += ["--width", "32", "--widths", "16", "32", "--depths", "1", "2", "--ranks", "2", "4"]
         flags += ["--repeats", "1", "--output-dir", str(tmp_path)]
     elif script == "timings/at_scale.py":
         flags += ["--ranks", "64", "--output-dir", str(tmp_path)]

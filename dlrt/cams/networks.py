@@ -74,7 +74,10 @@ def placed(network: Network, size: int | None, device: str) -> Network:
 
 def warn(nets: Sequence[Network]) -> None:
     """Say on stderr, once of each size, when a network sees another one than it was trained at."""
-    for network in reversed({network.trained: network for network in reversed(nets)}.values()):
+    first: dict[tuple[int, int, int], Network] = {}
+    for network in nets:
+        first.setdefault(network.trained, network)
+    for network in first.values():
         if network.shape != network.trained:
             size, trained = (f"{shape[2]} x {shape[1]}" for shape in (network.shape, network.trained))
             print(
