@@ -128,9 +128,8 @@ def fine_tuned(found: pd.DataFrame, folder: Path) -> pd.DataFrame:
     groups = pd.DataFrame(rows).sort_values("seed").groupby(["network", "τ", "epochs"], sort=False)
     accuracies = ["before", "after", "not frozen"]
     mean, std = (getattr(groups[accuracies], name)() for name in ("mean", "std"))
-    mean["not frozen"] = mean["not frozen"].where(
-        groups["not frozen"].count() == groups.size()
-    )  # of all seeds
+    has_all = groups["not frozen"].count() == groups.size()  # a control of every seed
+    mean["not frozen"] = mean["not frozen"].where(has_all)
     table = mean.index.to_frame(index=False)
     table["seeds"] = groups.size().map(str).to_list()
     for column in accuracies:
@@ -152,7 +151,7 @@ def publish_fine_tuning(args: argparse.Namespace, found: pd.DataFrame, data: str
     without = effects[(effects["not frozen [%]"] == "") & (effects["τ"] != "")]
     if len(without):
         names = ", ".join(without["network"] + " (" + without["epochs"] + ")")
-        missing += f" {names}, of an older core, have no controls."
+        missing += f" Controls of {names} are missing."
     caption = FINE_TUNING.format(data=data, missing=missing)
     short = ("network", "epochs", "before [%]", "after [%]", "not frozen [%]", "compression [%]")
     tables.write(effects, args.output_dir, caption, "fine_tune_effects", short)

@@ -1,6 +1,6 @@
 """The study behind the tables of CIFAR-10: ways to train a small network from scratch, at equal epochs.
 
-    python cifar10/run.py --jobs 2 --tune 1                ResNet20; half an hour a run and core
+    python cifar10/run.py --jobs 2 --tune 1                ResNet20; 45 minutes a run and core
     python cifar10/run.py --preset gpu --device cuda       all three networks, 30 to 60 epochs
 
 What is compared: the dense net, a narrower one and plain factors at the parameters of each budget, DLRT under

@@ -1,8 +1,10 @@
-"""Runs made up for the tests of what is made of runs."""
+"""Runs made up for the tests of what is made of runs, and those that are committed."""
 
 import importlib.util
 import json
 import math
+import shutil
+import subprocess
 
 import pandas as pd
 
@@ -63,3 +65,12 @@ def makes(loss_of):
             made[plan.name] = plan.options
 
     return make, made
+
+
+def copy_committed(place, folder):
+    """What is committed below a place of the tree, to the same one in a folder; nothing without git."""
+    listing = ["git", "ls-files", "-z", place]
+    listed = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=False).stdout.split("\0")
+    for path in filter(None, listed):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, folder / path)

@@ -1,13 +1,13 @@
 """What a script leaves behind, and that the two halves of the demo can be compared."""
 
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from made_up_runs import copy_committed
 
 from dlrt.errors import DIVERGED
 
@@ -86,11 +86,7 @@ COMMITTED = [path.parent for path in sorted(ROOT.glob("[!.]*/produce_results.py"
 @pytest.mark.parametrize("experiment", [path.name for path in COMMITTED if (path / "table.csv").exists()])
 def test_every_number_of_an_experiment_follows_from_its_committed_runs(experiment, tmp_path, run_script):
     """From those alone: others may be in the making here."""
-    listing = ["git", "ls-files", "-z", f"{experiment}/results"]
-    listed = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=False).stdout.split("\0")
-    for path in filter(None, listed):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / path, tmp_path / path)
+    copy_committed(f"{experiment}/results", tmp_path)
     runs = tmp_path / experiment / "results"
     flags = ["--results", runs] if runs.exists() else []  # without git all that is there counts
     result = run_script(f"{experiment}/produce_results.py", *flags, "--output-dir", tmp_path)
