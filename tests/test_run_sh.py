@@ -15,18 +15,34 @@ def run_sh(*flags, **variables):
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize(("flags", "maps"), [([], 5 * 5), (["--quick"], 2)])
-def test_run_sh_draws_dense_and_low_rank_networks_on_the_photographs(flags, maps, tmp_path):
-    result = run_sh(*flags, OUT=str(tmp_path))
-    assert result.returncode == 0, result.stderr
-    table = pd.read_csv(tmp_path / "cams.csv")
-    assert len(table) == maps
+def assert_maps(folder, number):
+    table = pd.read_csv(folder / "cams.csv")
+    assert len(table) == number
     dense = table[table["network"] == "efficientnet_lite0"].set_index("file")
     assert dense.loc["chelsea.png", "predicted"] == "Egyptian cat"
-    assert (tmp_path / "cams.png").stat().st_size > 100_000
+    assert (folder / "cams.png").stat().st_size > 100_000
     at_15 = table[table["network"].str.endswith("compression15")]
     assert (at_15["correlation"] > 0.97).all()
+
+
+def test_run_sh_draws_dense_and_low_rank_networks_on_the_photographs(tmp_path):
+    result = run_sh(OUT=str(tmp_path))
+    assert result.returncode == 0, result.stderr
     assert f"figure: {tmp_path / 'cams.png'}" in result.stdout
+    assert_maps(tmp_path, 5 * 5)
+
+
+def test_the_quick_one_draws_one_photograph_by_two_networks(tmp_path, run_script):
+    """What it hands to Python is written down, and then run in this process."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] || printf "%s\\n" "$@" > {tmp_path / "given"}\n')
+    python.chmod(0o755)
+    result = run_sh("--quick", PYTHON=str(python), OUT=str(tmp_path / "out"))
+    assert result.returncode == 0, result.stderr
+    script, option, picture, *flags = (tmp_path / "given").read_text().splitlines()
+    result = run_script(script, option, ROOT / picture, *flags)
+    assert result.returncode == 0, result.stderr
+    assert_maps(tmp_path / "out", 2)
 
 
 @pytest.mark.parametrize(

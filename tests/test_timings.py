@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import json
-import os
 import shutil
 import sys
 import time
@@ -15,7 +14,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from filelock import FileLock
 from torch import nn
 
 from dlrt import DLRT, LowRankLinear, compression
@@ -46,11 +44,9 @@ def call(script, *flags):
 
 @pytest.fixture(scope="module")
 def results(scripts, tmp_path_factory):
-    """The folder of a small grid, which the first of several workers makes."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "timings"
-    with FileLock(f"{folder}.lock"):  # what is there is not measured again
-        call(scripts.run, *GRID, "--device", "cpu", "--name", "small", "--output-dir", folder)
+    """The folder of a small grid."""
+    folder = tmp_path_factory.mktemp("timings")
+    call(scripts.run, *GRID, "--device", "cpu", "--name", "small", "--output-dir", folder)
     return folder
 
 
