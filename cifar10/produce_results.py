@@ -49,14 +49,17 @@ SETTING = ["network", "way", "rule", "budget"]
 
 def way(options: dict, low_rank: bool) -> str:
     """Which of the WAYS a run is, by its options."""
+    kernels = "separable kernels" if options.get("spatial") else "matrices"
     if not low_rank:
         narrow = options.get("width", 1) != 1
-        return "plain factors" if options.get("factors") else "dense, narrower" if narrow else DENSE
+        if options.get("factors"):
+            return f"plain factors, {kernels}"
+        return "dense, narrower" if narrow else DENSE
     if options.get("from_checkpoint"):
         by = "singular values" if options.get("cut_by") == "weights" else "what the loss needs"
         return f"cut by {by}, trained on"
     if options.get("compression"):
-        return f"DLRT, budget, {'separable kernels' if options.get('spatial') else 'matrices'}"
+        return f"DLRT, budget, {kernels}"
     return "DLRT, τ" if options.get("momentum", 0.9) else "DLRT as published (τ, no momentum)"
 
 
@@ -70,9 +73,10 @@ def with_ways(found: pd.DataFrame) -> pd.DataFrame:
     found["rule"] = found["options"].map(lambda options: "Muon" if options.get("update") == "muon" else "SGD")
     of_narrow = found["options"].map(lambda options: 100 * (1 - options.get("width", 1) ** 2))
     asked = found["options"].map(lambda options: options.get("compression") or options.get("factors"))
+    smaller = (found["way"] == "dense, narrower") | found["way"].str.startswith("plain factors")
     found["budget"] = pd.to_numeric(asked).fillna(of_narrow.where(found["way"] == "dense, narrower"))
     whole = (found["evaluation_parameters"] / (1 - found["evaluation_compression"] / 100)).where(
-        ~found["way"].isin(["dense, narrower", "plain factors"])
+        ~smaller
     ).groupby(found["network"]).transform("max")  # fmt: skip
     for phase in ("evaluation", "training"):
         found[f"{phase}_compression"] = 100 * (1 - found[f"{phase}_parameters"] / whole)

@@ -3,14 +3,14 @@
     python cifar10/run.py --jobs 2 --tune 1                ResNet20; 45 minutes a run and core
     python cifar10/run.py --preset gpu --device cuda       all three networks, 30 to 60 epochs
 
-What is compared: the dense net, a narrower one and plain factors at the parameters of each budget, DLRT under
-that budget with kernels as matrices and spatially separable, each with SGD and with Muon; the trained dense
-net cut to the budget and trained on for a third of the epochs; and DLRT as published. Step sizes are those
-that validation chose for each way on a smaller network (probe.csv). With `--tune EPOCHS` short runs of seed 0
-try a half, a quarter and an eighth of them, too, and more until the best lies between two that are no better.
-(Separable kernels with SGD take the step size of matrices, cuts half of it, the published method 0.2.) The
-first budget comes first, seed by seed, and cuts of trained nets after all its seeds. Each preset has a folder
-of its own, results/ and results_gpu/.
+What is compared: the dense net, a narrower one at the parameters of each budget, plain factors and DLRT under
+that budget, both with kernels as matrices and spatially separable, each with SGD and with Muon; the trained
+dense net cut to the budget and trained on for a third of the epochs; and DLRT as published. Step sizes are
+those that validation chose for each way on a smaller network (probe.csv). With `--tune EPOCHS` short runs of
+seed 0 try a half, a quarter and an eighth of them, too, and more until the best lies between two that are no
+better. (Where that network has no row for separable kernels they take the step size of matrices; cuts take
+half of it, the published method 0.2.) The first budget comes first, seed by seed, and cuts of trained nets
+after all its seeds. Each preset has a folder of its own, results/ and results_gpu/.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ WAYS = {
     "matrices": "DLRT, budget 75 %, {}",
     "separable": "DLRT, budget 75 %, spatially separable, {}",
     "factors": "plain factors, 75 %, {}",
+    "separable_factors": "plain factors, 75 %, {}",
     "narrow": "dense, half the width, {}",
     "dense": "dense, {}",
 }
@@ -64,6 +65,7 @@ def plan(network: str, way: str, rule: str, compression: float, common: dict, sc
     options |= {
         "dense": {},
         "factors": {"factors": compression},
+        "separable_factors": {"factors": compression, "spatial": True},
         "narrow": {"width": round(16 * (1 - compression / 100) ** 0.5) / 16},
         "matrices": {"compression": compression},
         "separable": {"compression": compression, "spatial": True},

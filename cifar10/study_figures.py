@@ -14,7 +14,7 @@ from dlrt.runs import read_metrics
 
 DENSE = "dense"
 WAYS = (
-    *(DENSE, "dense, narrower", "plain factors"),
+    *(DENSE, "dense, narrower", "plain factors, matrices", "plain factors, separable kernels"),
     *("DLRT, budget, matrices", "DLRT, budget, separable kernels"),
     *("cut by singular values, trained on", "cut by what the loss needs, trained on"),
     *("DLRT as published (τ, no momentum)", "DLRT, τ"),

@@ -29,10 +29,6 @@ class AugmentedBasis:
     def shape(self) -> tuple[int, int]:
         return self.U.shape[0], self.U.shape[1] + self.A.shape[1]
 
-    @property
-    def mT(self) -> Tensor:
-        return self.formed().mT
-
     def __matmul__(self, X: Tensor) -> Tensor:
         k = self.U.shape[1]
         new = self.inverse @ X[k:]

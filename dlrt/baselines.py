@@ -78,16 +78,24 @@ class Muon(torch.optim.Optimizer):
 class Factors(nn.Sequential):
     """Two thin layers in the place of one; as matrices B (r, n) and then A (m, r)."""
 
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """B and A; of a channels-last kernel copies."""
+        B, A = (layer.weight for layer in self)
+        return B.flatten(1), A.movedim(1, -1).flatten(0, -2)
+
 
 @torch.no_grad()
-def plain_factors(model: nn.Module, compression: float, skip: Iterable[str] = ()) -> nn.Module:
+def plain_factors(
+    model: nn.Module, compression: float, skip: Iterable[str] = (), spatial: bool = False
+) -> nn.Module:
     """Replace a dense model's layers, in place, by A = U √Σ and B = √Σ Vᵀ of their truncated SVD.
 
     All have one share of their full rank, up to rounding, the largest at which the whole model meets the
     compression, a fraction. A layer whose factors would not be smaller stays dense; so does what skip names,
-    and what `to_low_rank` leaves dense. Give the model back. ValueError for a compression out of reach.
+    and what `to_low_rank` leaves dense. spatial: kernels are spatially separable, as there. Give the model
+    back. ValueError for a compression out of reach.
     """
-    model = to_low_rank(model, skip=skip)
+    model = to_low_rank(model, skip=skip, spatial=spatial)
     layers = list(dict.fromkeys(m for m in model.modules() if isinstance(m, LowRankLayer)))
     _, budget = budget_between(model, layers, compression, [1] * len(layers))
 
@@ -123,8 +131,8 @@ def product_decay(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     times it. Of SGD, where decay goes through the momentum, it is worth 1 / (1 - momentum) as much. Khodak et
     al. 2021.
     """
-    pairs = [[layer.weight for layer in pair] for pair in model.modules() if isinstance(pair, Factors)]
-    factors, decay = {id(W) for pair in pairs for W in pair}, 0.0
+    pairs = [module for module in model.modules() if isinstance(module, Factors)]
+    factors, decay = {id(layer.weight) for pair in pairs for layer in pair}, 0.0
     for group in list(optimizer.param_groups):
         factor_weights = [p for p in group["params"] if id(p) in factors]
         if factor_weights:
@@ -136,10 +144,11 @@ def product_decay(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     @torch.no_grad()
     def shrink(*_) -> None:
         lr = optimizer.param_groups[0]["lr"]
-        for weights in pairs:
-            B, A = (W.flatten(1) for W in weights)  # of a channels-last kernel a copy
-            for W, gradient in zip(weights, ((A.mT @ A) @ B, A @ (B @ B.mT)), strict=True):
-                W.sub_(gradient.view_as(W), alpha=lr * decay)
+        for pair in pairs:
+            (first, second), (B, A) = (layer.weight for layer in pair), pair.matrices()
+            gradient_B, gradient_A = (A.mT @ A) @ B, A @ (B @ B.mT)
+            first.sub_(gradient_B.view_as(first), alpha=lr * decay)
+            second.sub_(gradient_A.view_as(second.movedim(1, -1)).movedim(-1, 1), alpha=lr * decay)
 
     if decay:
         optimizer.register_step_pre_hook(shrink)

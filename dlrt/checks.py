@@ -33,10 +33,10 @@ def check_rank(rank: int | None, rows: int, columns: int) -> None:
         raise ValueError(f"rank must lie in [1, {largest}] for a {rows} x {columns} weight, got {rank!r}")
 
 
-def check_number(name: str, value: float, least: float = 0.0) -> None:
-    """Raise ValueError unless it is a finite number from `least` on."""
-    if not isinstance(value, Real) or isinstance(value, bool) or not least <= value < math.inf:
-        raise ValueError(f"{name} must be a number from {least:g} on, got {value!r}")
+def check_number(name: str, value: float) -> None:
+    """Raise ValueError unless it is a finite number from 0 on."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a number from 0 on, got {value!r}")
 
 
 def check_whole(name: str, value: int, least: int = 1) -> None:

@@ -43,13 +43,13 @@ def midpoint_bug(
     """The BUG integrator of second order, from t to t + h. Ceruti, Einkemmer, Kusch & Lubich 2024."""
     half = augmented_step(Y, F, t, h / 2)  # not truncated: its bases hold those of Y
     F_half = F(t + h / 2, half)
-    Y_hat, _ = augment(project(Y, half.U, half.V), times(F_half, half.V), times(F_half.T, half.U))
+    Y_hat = augment(project(Y, half.U, half.V), times(F_half, half.V), times(F_half.T, half.U))
     return truncate(LowRank(Y_hat.U, s_step(Y_hat, F, t, h), Y_hat.V), tau, 1, max_rank)
 
 
 def augmented_step(Y: LowRank, F: Field, t: float, h: float) -> LowRank:
     """K- and L-step, and the S-step in the bases that hold the old and the new ones."""
-    Y_hat, _ = augment(Y, k_step(Y, F, t, h), k_step(Y.T, transposed(F), t, h))
+    Y_hat = augment(Y, k_step(Y, F, t, h), k_step(Y.T, transposed(F), t, h))
     return LowRank(Y_hat.U, s_step(Y_hat, F, t, h), Y_hat.V)
 
 

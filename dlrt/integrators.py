@@ -59,7 +59,7 @@ def augmented_bug(
 
     As `parallel_bug`, but the S-step sees all of F in the augmented bases.
     """
-    Y_hat, _ = augment(Y, times(F, Y.V), times(F.T, Y.U))
+    Y_hat = augment(Y, times(F, Y.V), times(F.T, Y.U))
     Y_hat = LowRank(Y_hat.U, Y_hat.S + h * galerkin(F, Y_hat), Y_hat.V)
     return truncate(Y_hat, tau, min_rank, max_rank)
 
@@ -78,9 +78,9 @@ def midpoint_bug(
     first, second and h are those of `strang`. Bases of the midpoint are augmented by F applied to them, so
     the rank may grow fourfold; what is then truncated enters to first order, times its size.
     """
-    half, _ = augment(Y, times(first, Y.V), times(first.T, Y.U))
+    half = augment(Y, times(first, Y.V), times(first.T, Y.U))
     FV = times(first, half.V) + times(second, half.V)
-    Y_hat, _ = augment(half, FV, times(first.T, half.U) + times(second.T, half.U))
+    Y_hat = augment(half, FV, times(first.T, half.U) + times(second.T, half.U))
     S = Y_hat.S + h * (galerkin(first, Y_hat) + galerkin(second, Y_hat))
     return truncate(LowRank(Y_hat.U, S, Y_hat.V), tau, min_rank, max_rank)
 
@@ -170,18 +170,17 @@ def parallel_step(
     return LowRank(Y_hat.U, S1, Y_hat.V), D
 
 
-def augment(Y: LowRank, FV: Tensor, FtU: Tensor, core: Tensor | None = None) -> tuple[LowRank, Tensor]:
-    """The K- and the L-step: Y in bases Û = [U U1], V̂ = [V V1] that span K1 and L1, unchanged; and D.
+def augment(Y: LowRank, FV: Tensor, FtU: Tensor) -> LowRank:
+    """The K- and the L-step: Y, unchanged, in bases Û = [U U1], V̂ = [V V1] that span K1 and L1, too.
 
-    span Û = span[U, K1], since K1 = U S + h F V; likewise V̂. So Û diag(S, 0) V̂ᵀ = U S Vᵀ exactly. D and
-    core are those of `parallel_step`.
+    span Û = span[U, K1], since K1 = U S + h F V; likewise V̂. So Û diag(S, 0) V̂ᵀ = U S Vᵀ exactly.
     """
-    Y_hat, D = _augment(Y, FV, FtU, core)
-    return LowRank(formed(Y_hat.U), Y_hat.S, formed(Y_hat.V)), D
+    Y_hat, _ = _augment(Y, FV, FtU)
+    return LowRank(formed(Y_hat.U), Y_hat.S, formed(Y_hat.V))
 
 
-def _augment(Y: LowRank, FV: Tensor, FtU: Tensor, core: Tensor | None) -> tuple[LowRank, Tensor]:
-    """`augment`, whose bases are not formed."""
+def _augment(Y: LowRank, FV: Tensor, FtU: Tensor, core: Tensor | None = None) -> tuple[LowRank, Tensor]:
+    """`augment`, whose bases are not formed, and the D of `parallel_step`."""
     U_hat, C, R = augmented(Y.U, FV)  # K-step: F V = U C + U1 R
     V_hat, _, Rt = augmented(Y.V, FtU)  # L-step
     Y_hat = LowRank(U_hat, pad(Y.S, (U_hat.shape[1], V_hat.shape[1])), V_hat)

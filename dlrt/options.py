@@ -116,6 +116,7 @@ class DenseOptions(Options):
         PERCENT,
         metavar="PERCENT",
     )
+    spatial: bool = option(False, "kernels of --factors are spatially separable", **SWITCH)
     skip: list[str] = option([], "layers that --factors and muon leave alone", **LAYERS)
 
     def __post_init__(self) -> None:
@@ -126,6 +127,8 @@ class DenseOptions(Options):
             raise OptionError(f"--update sgd must come with --optimizer sgd, got {self.optimizer}")
         if self.factors and self.from_checkpoint:
             raise OptionError("--factors begins with random weights: leave --from-checkpoint out")
+        if self.spatial and not self.factors:
+            raise OptionError("--spatial must come with --factors: a dense kernel is not separable")
         if self.update != "muon" and not self.factors:
             self.skip = []
 

@@ -54,7 +54,7 @@ class Run:
         self.folder = folder
         self.config, self.checkpoint = folder / "config.json", folder / "checkpoint.pt"
 
-    def start(self, config: dict[str, Any], resume: bool) -> None:
+    def start(self, config: dict[str, Any], resume: bool, device: str = "cpu") -> None:
         """Make the folder, or check that it holds a run of the same options to resume; else RunError.
 
         The folder is this process's until it ends, however it ends: another one that starts there is refused.
@@ -73,7 +73,7 @@ class Run:
             raise RunError(f"{self.folder} holds a run: continue it with --resume, or choose another --name")
         if was and begun:  # else nothing was completed, and nothing is lost
             return
-        text = json.dumps({"options": config, **environment()}, indent=2) + "\n"
+        text = json.dumps({"options": config, **environment(device)}, indent=2) + "\n"
         atomic_write(self.config, lambda file: file.write(text.encode()), RESUME)
 
     def options(self) -> dict[str, Any]:
@@ -123,9 +123,9 @@ def lock(folder: Path, flag: str, owner: object) -> None:
         warnings.warn(f"{folder} cannot be locked ({error.strerror}): start one run only", stacklevel=3)
 
 
-def environment() -> dict[str, Any]:
-    """Versions, device and commit: what else a result may depend on."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+def environment(device: str | torch.device) -> dict[str, Any]:
+    """Versions, machine and commit: what else a result may depend on."""
+    kind = torch.device(device).type
     return {
         "versions": {
             "python": platform.python_version(),
@@ -136,7 +136,8 @@ def environment() -> dict[str, Any]:
             "processor": platform.machine(),
             "processes": world_size(),
             "threads": torch.get_num_threads(),
-            "gpu": gpu,
+            "device": kind,
+            "gpu": torch.cuda.get_device_name(device) if kind == "cuda" else None,
         },
         "commit": _commit(Path(__file__).parent),
     }

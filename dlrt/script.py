@@ -92,7 +92,8 @@ def _train(options: RunOptions, network: Network, run: Run, settings: Settings) 
         "std": list(dataset.std),
     }
     if isinstance(options, DenseOptions) and options.factors:
-        about["factors"] = {"compression": options.factors / 100, "skip": options.skip}
+        given = {"skip": options.skip, "spatial": options.spatial}
+        about["factors"] = {"compression": options.factors / 100, **given}
     quiet = options.quiet or distributed.process_rank() > 0
     metrics = fit(model, optimizer, scheduler, dataset, options, run, about, quiet)
     if distributed.process_rank() == 0:
@@ -124,28 +125,34 @@ def _begin(
         record["from_checkpoint"] = _take_weights(model, options, run)
     else:
         record.pop("cut_by", None)  # there is nothing to cut
-    distributed.on_first_process(lambda: run.start(record, options.resume))
+    distributed.on_first_process(lambda: run.start(record, options.resume, options.device))
     return model
 
 
 def _with_factors(model: nn.Module, options: RunOptions, dataset: Dataset, run: Run) -> nn.Module:
     """The network in the factors that the options say; the ranks of one that goes on follow."""
+    if options.spatial and not run.checkpoint.exists():
+        _check_spatial(model, options.skip)
     if isinstance(options, DenseOptions):
-        return plain_factors(model, options.factors / 100, options.skip) if options.factors else model
+        share = options.factors and options.factors / 100
+        return plain_factors(model, share, options.skip, options.spatial) if share else model
     if state := distributed.on_first_process(run.load):  # low-rank are the layers that are so there
         dense = [name for name, _ in model.named_modules() if f"{name}.weight" in state["model"]]
         return to_low_rank(model, options.rank or 1, skip=[*options.skip, *dense], spatial=options.spatial)
-    kernels = [name for name, m in model.named_modules() if type(m) is nn.Conv2d and m.kernel_size[0] > 1]
-    if options.spatial and all(is_within(name, options.skip) for name in kernels):
-        raise RunError(
-            "--spatial needs a convolution that is still to become low-rank, and there is none: leave it out"
-        )
     by_loss = options.from_checkpoint and options.cut_by == "loss"
     inputs = dataset.train.images[:CALIBRATION_IMAGES].cpu() if by_loss else None
     compression = options.compression / 100 if options.ramp == 0 else None
     ranks = {"rank": options.rank, "compression": compression, "min_rank": options.min_rank}
     there = [name for name, module in model.named_modules() if isinstance(module, LowRankLayer)]
     return to_low_rank(model, skip=[*options.skip, *there], inputs=inputs, spatial=options.spatial, **ranks)
+
+
+def _check_spatial(model: nn.Module, skip: list[str]) -> None:
+    kernels = [name for name, m in model.named_modules() if type(m) is nn.Conv2d and m.kernel_size[0] > 1]
+    if all(is_within(name, skip) for name in kernels):
+        raise RunError(
+            "--spatial needs a convolution that is still to become low-rank, and there is none: leave it out"
+        )
 
 
 def _name(options: RunOptions, settings: Settings) -> str:

@@ -170,10 +170,10 @@ def text(values: pd.Series, form: str, missing: str = "") -> pd.Series:
     return values.map(lambda value: missing if pd.isna(value) else one(value)).astype(object)
 
 
-def spread(mean: pd.Series, std: pd.Series) -> list[str]:
+def spread(mean: pd.Series, std: pd.Series, digits: int = 2) -> list[str]:
     """ "98.71 ± 0.05" for every row; the mean alone where there is one run, nothing without."""
-    between = std.map(lambda s: "" if pd.isna(s) else f" ± {s:.2f}")
-    return list(text(mean, "{:.2f}") + between)
+    between = std.map(lambda s: "" if pd.isna(s) else f" ± {s:.{digits}f}")
+    return list(text(mean, f"{{:.{digits}f}}") + between)
 
 
 def layers(model: nn.Module) -> pd.DataFrame:

@@ -109,7 +109,7 @@ class WeightStep:
         Y, M = self.layer.factors, self.velocity
         _, N = self.accelerate(self.gradient(), keep=False)
         if self.group["integrator"] == "augmented":
-            self.rest(augment(Y, N.MV, N.MU)[0], M)
+            self.rest(augment(Y, N.MV, N.MU), M)
         else:
             Y1 = update_bases(Y, N @ Y.V, N.T @ Y.U, -self.h)
             self._put(Y1, *(() if M is None else (M @ Y1.V, M.T @ Y1.U, galerkin(M, Y1))))

@@ -40,14 +40,13 @@ def compared(found: pd.DataFrame) -> pd.DataFrame:
     whole = summary["depth"].map(dense["evaluation_parameters"].max())
     above = 100 * (summary["accuracy"] / summary["depth"].map(dense["accuracy"].min()) - 1)
     compression = 100 * (1 - summary["evaluation_parameters"] / whole)
-    spread = summary["accuracy_std"].map(lambda std: "" if math.isnan(std) else f" ± {std:.4f}")
     table = pd.DataFrame({
         "trained": summary["way"],
         "rule": summary["rule"],
         "width": summary["width"].map("{:.0f}".format),
         "blocks": summary["depth"].map("{:.0f}".format),
         "seeds": summary["seeds"].map(str),
-        "bits per byte": summary["accuracy"].map("{:.4f}".format) + spread,
+        "bits per byte": tables.spread(summary["accuracy"], summary["accuracy_std"], digits=4),
         "above the best dense [%]": tables.text(above, "{:.1f}"),
         "parameters": summary["evaluation_parameters"].map("{:,.0f}".format),
         "compression [%]": tables.text(compression, "{:.1f}"),

@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         pictures, failed = pictures_of(args.images, args.count, args.data_dir, reference)
         options = recorded(args, found[0], layer, pictures)
         run = Run(args.output_dir / (args.name or options["images"]))
-        run.start(options, resume=True)
+        run.start(options, resume=True, device=args.device)
     except (RunError, DataError, ValueError, OSError) as error:
         parser.error(str(error))
     networks.warn([one.network for one in found])

@@ -29,7 +29,7 @@ def test_muon_refuses_what_it_would_not_do_and_rests_at_lr_0():
 
 def products(model):
     pairs = (pair for pair in model.modules() if isinstance(pair, Factors))
-    return [pair[1].weight.flatten(1) @ pair[0].weight.flatten(1) for pair in pairs]
+    return [A @ B for B, A in (pair.matrices() for pair in pairs)]
 
 
 @pytest.mark.parametrize("wanted", [0.3, 0.6, 0.9])
@@ -55,16 +55,32 @@ def test_plain_factors_meet_a_compression_and_are_the_truncated_svd_in_two_even_
     assert plain_factors(nn.Sequential(nn.Linear(1000, 1000)), 0.998)[0][0].weight.shape == (1, 1000)
 
 
-NETWORKS = {
-    "linear": lambda: nn.Sequential(nn.Linear(12, 9), nn.Linear(9, 8)),
-    "channels-last": lambda: nn.Sequential(nn.Conv2d(4, 9, 3), nn.Conv2d(9, 8, 3)),
+def test_separable_factors_are_the_truncated_svd_of_kernels_across_rows_and_columns():
+    dense = nn.Sequential(nn.Conv2d(4, 9, (3, 2), stride=2, padding=1))
+    [pair] = plain_factors(copy.deepcopy(dense), 0.5, spatial=True)
+    (B, A), W = pair.matrices(), dense[0].weight
+    assert [layer.kernel_size for layer in pair] == [(1, 2), (3, 1)]
+    kernel = (A @ B).unflatten(0, (9, 3)).unflatten(2, (4, 2)).transpose(1, 2)
+    best = torch.linalg.svdvals(W.transpose(1, 2).flatten(2).flatten(0, 1))[len(B) :].norm()
+    assert torch.allclose((kernel - W).norm(), best, rtol=1e-9)
+    x = torch.randn(2, 4, 9, 9)
+    expected = nn.functional.conv2d(x, kernel, dense[0].bias, stride=2, padding=1)
+    assert torch.allclose(pair(x), expected, atol=1e-12)
+
+
+NETWORKS = {  # in plain factors
+    "linear": lambda: plain_factors(nn.Sequential(nn.Linear(12, 9), nn.Linear(9, 8)), 0.3),
+    "channels-last": lambda: plain_factors(nn.Sequential(nn.Conv2d(4, 9, 3), nn.Conv2d(9, 8, 3)), 0.3),
+    "separable": lambda: plain_factors(
+        nn.Sequential(nn.Conv2d(4, 9, (3, 2)), nn.Conv2d(9, 8, 3)), 0.3, spatial=True
+    ),
 }
 
 
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("kind", ["sgd", "momentum", "muon"])
 def test_product_decay_is_the_gradient_flow_of_the_norm_of_the_product(kind, network):
-    model = plain_factors(NETWORKS[network](), 0.3).to(memory_format=torch.channels_last)
+    model = NETWORKS[network]().to(memory_format=torch.channels_last)
     layers = [layer for pair in model for layer in pair]
     if kind == "sgd":
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, weight_decay=0.5)

@@ -116,23 +116,39 @@ def test_the_bug_family_keeps_symmetry(name):
     assert (Y - A(1.0)).norm() < 0.2  # and it has followed
 
 
+def turning(smallest):
+    """A(t) with the singular values 1, 0.1, smallest, and two below that, whose bases turn."""
+    sigma = torch.tensor([1.0, 0.1, smallest, 0.1 * smallest, 0.01 * smallest])
+    generator = torch.Generator().manual_seed(1)
+    R1, R2 = (torch.randn(15, 15, generator=generator) for _ in range(2))
+
+    def A(t):
+        E1, E2 = torch.matrix_exp(t * (R1 - R1.mT) / 4), torch.matrix_exp(t * (R2 - R2.mT) / 4)
+        return E1[:, :5] * sigma @ E2[:, :5].mT
+
+    return A, sigma
+
+
 @pytest.mark.parametrize("name", STEPS)
 def test_the_error_does_not_feel_a_tiny_singular_value(name):
     """Where the smallest one retained goes to 1e-12 the error stays of the order of what is truncated."""
     errors = []
     for smallest in (1e-2, 1e-6, 1e-12):
-        sigma = torch.tensor([1.0, 0.1, smallest, 0.1 * smallest, 0.01 * smallest])
-        generator = torch.Generator().manual_seed(1)
-        R1, R2 = (torch.randn(15, 15, generator=generator) for _ in range(2))
-
-        def A(t, sigma=sigma, R1=R1, R2=R2):
-            E1, E2 = torch.matrix_exp(t * (R1 - R1.mT) / 4), torch.matrix_exp(t * (R2 - R2.mT) / 4)
-            return E1[:, :5] * sigma @ E2[:, :5].mT
-
-        Y = follow(A, STEPS[name], 3, 20)
-        errors.append((Y.dense() - A(1.0)).norm().item())
+        A, sigma = turning(smallest)
+        errors.append((follow(A, STEPS[name], 3, 20).dense() - A(1.0)).norm().item())
         assert errors[-1] <= 3 * sigma[3:].norm() + 1e-13
     assert errors[0] > errors[1] > errors[2]
+
+
+def test_the_error_of_the_parallel_step_falls_with_its_size_whatever_the_smallest_singular_value():
+    """It leaves out a part of the increment, so that its error is of its size: of first order at least."""
+    counts, errors = (20, 40, 80, 160), {}
+    for smallest in (1e-6, 1e-12):
+        A, _ = turning(smallest)
+        paths = [follow(A, lambda Y, F, rank: parallel_bug(Y, sum(F), max_rank=rank), 3, n) for n in counts]
+        errors[smallest] = [(Y.dense() - A(1.0)).norm().item() for Y in paths]
+        assert -np.polyfit(np.log(counts), np.log(errors[smallest]), 1)[0] >= 1
+    assert errors[1e-12] == pytest.approx(errors[1e-6], rel=0.1)
 
 
 @pytest.mark.parametrize("name", STEPS)

@@ -343,6 +343,8 @@ def test_a_run_starts_from_the_truncated_weights_of_a_dense_run(lenet5, tmp_path
     spatial = lenet5("--spatial", "--skip", "conv1", "conv2", "--name", "flat")
     assert (spatial.returncode, spatial.stderr.count("\n")) == (1, 1)
     assert "--spatial needs a convolution" in spatial.stderr
+    alone = lenet5("--spatial", dense=True)
+    assert (alone.returncode, "--spatial must come with --factors" in alone.stderr) == (2, True)
     missing = lenet5("--from-checkpoint", tmp_path / "nowhere", "--name", "a")
     assert missing.returncode == 1
     assert "give a run's folder" in missing.stderr

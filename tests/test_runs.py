@@ -61,6 +61,7 @@ def test_config_holds_options_versions_machine_and_commit(tmp_path):
     assert {"python", "numpy"} <= config["versions"].keys()
     assert config["machine"]["threads"] == torch.get_num_threads()
     assert config["machine"]["processes"] == 1
+    assert (config["machine"]["device"], config["machine"]["gpu"]) == ("cpu", None)  # with a GPU as without
     root = Path(dlrt.__file__).parents[1]
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, check=False)
     assert (config["commit"] is not None) == (git.returncode == 0)

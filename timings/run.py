@@ -177,7 +177,7 @@ def make(args: argparse.Namespace) -> str:
     device, ranks = device_name(args.device), sorted(set(args.ranks))
     run = Run(args.output_dir / (args.name or device.replace(",", "").replace(" ", "_").lower()))
     options = {"device": device, "kind": torch.device(args.device).type, "width": args.width}
-    run.start({**options, "batch_size": args.batch_size}, resume=True)
+    run.start({**options, "batch_size": args.batch_size}, True, args.device)
     was = read_config(run.folder)["versions"]["torch"]
     if was != torch.__version__:
         raise RunError(

@@ -37,9 +37,8 @@ def write_records(table: pd.DataFrame, nets: Sequence[Network], layer: str, args
     config = {
         "networks": [about(network) for network in nets],
         "input": list(nets[0].shape),
-        "device": str(nets[0].device),
         "options": {key: published(value) for key, value in options.items()},
-        **environment(),
+        **environment(nets[0].device),
     }
     text = json.dumps(config, indent=2) + "\n"
     atomic_write(args.output_dir / "config.json", lambda file: file.write(text.encode()), KEPT)
