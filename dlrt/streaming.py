@@ -13,19 +13,23 @@ from torch import Tensor
 
 from dlrt.checks import check_tolerance
 from dlrt.integrators import Residual, augmented_bug
-from dlrt.lowrank import LowRank, rank_within, truncated_svd
+from dlrt.lowrank import LowRank, rank_within, truncate, truncated_svd
+
+NOISE = 0.01  # where there is nothing to tell it by; from 0.003 to 0.1 gaps are filled about as well
 
 
 class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """PCA that `partial_fit(X)` updates, and that holds r (m + n) numbers. X (m, n) is, by `follow`,
 
-    "samples": new rows. With every row that comes, older ones count `forgetting` times as much; without
-    truncation it does not matter how rows are dealt out to calls (Brand 2006; Ross et al. 2008).
+    "samples": new rows. With every row that comes, older ones count `forgetting` times as much. Without
+    truncation and missing entries it does not matter how rows are dealt out to calls (Brand 2006; Ross et al.
+    2008).
     "frames": the whole matrix as it is now, of which an anchored step of augmented BUG is taken.
     "increments": what has changed in the matrix since the last call; the first one takes the matrix itself.
 
     n_components is the largest rank. tau is the relative error (Frobenius, about the mean) of what may be
-    left out: of all samples so far, weighed by age, or of the matrix in each call. NaN is a missing entry:
+    left out: of all samples so far, weighed by age, or of the matrix in each call, where what the bases of a
+    step do not see comes on top. A component keeps its direction from call to call. NaN is a missing entry:
     the fit to the known ones of its row replaces it, and in a column's first call the mean of what is known
     of it; an increment that is missing is 0. Arrays give arrays; torch tensors give tensors on their device.
     """
@@ -66,6 +70,7 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             mean, sigma, V = X.new_zeros(X.shape[1]), X.new_zeros(0), X.new_zeros(X.shape[1], 0)
         else:
             mean, sigma, V = self._found(X)
+        before = V
         if self.follow != "increments" or first:
             seen = known.any(dim=0)
             mean = torch.where(seen & ~self._seen.to(X.device), X.nanmean(dim=0), mean)
@@ -75,6 +80,10 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             filled = X.new_zeros(())
         update = self._append if self.follow == "samples" else self._move
         mean, sigma, V = update(torch.where(known, X, filled), mean, sigma, V)
+        signs = _signs(V, before)
+        V = V * signs
+        if self.follow != "samples":
+            self._U = self._U * signs
 
         degrees = self._degrees(X)
         left = max(self._total - float(sigma.double().square().sum()), 0.0)
@@ -97,6 +106,8 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         """The rows (m, n) of scores X (m, r)."""
         check_is_fitted(self)
         scores = torch.as_tensor(X if isinstance(X, Tensor) else np.array(X, order="C"))
+        if scores.is_complex() or not scores.isfinite().all():
+            raise ValueError(f"scores must be real and finite, got {scores.dtype}, {scores.abs().max():.2g}")
         if scores.dim() != 2 or scores.shape[1] != self.n_components_:
             raise ValueError(
                 f"scores must have the shape (rows, {self.n_components_}), got {tuple(scores.shape)}"
@@ -142,14 +153,15 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         else:
             Y = LowRank(self._U.to(X), sigma.diag(), V)
             F = X if self.follow == "increments" else Residual(X, Y)
-            Y = augmented_bug(Y, F, tau=self.tau, max_rank=largest)
-        self._U, before, sigma = Y.U, sigma, Y.S.diagonal()
+            Y_hat = augmented_bug(Y, F)
+            Y = truncate(Y_hat, self.tau, max_rank=largest)
+        self._U = Y.U
         self.n_samples_seen_ = len(X)
-        if self.follow == "increments" and len(before):  # of what Y lacks, they say nothing
-            self._total += float(sigma.double().square().sum() - before.double().square().sum())
-            return mean + centre, sigma, Y.V
+        if self.follow == "increments" and len(sigma):  # of what Y lacks, they say nothing
+            self._total += float(Y_hat.S.double().square().sum() - sigma.double().square().sum())
+            return mean + centre, Y.S.diagonal(), Y.V
         self._total = float(X.double().square().sum())
-        return centre, sigma, Y.V
+        return centre, Y.S.diagonal(), Y.V
 
     def _degrees(self, X):
         """By how much squares are divided for a variance: of weights that are all 1, one less than rows."""
@@ -168,7 +180,8 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         largest = float(deviation.max())
         if not largest:
             return torch.zeros_like(scores)
-        noise = max(self.noise_variance_ * self._degrees(X) / largest**2, torch.finfo(X.dtype).eps)
+        noise = (self._noise(deviation) * self._degrees(X)) ** 0.5 / largest
+        noise = max(noise**2, torch.finfo(X.dtype).eps)
         deviation = deviation / largest
         for i in (~known.all(dim=1)).nonzero().flatten().tolist():
             B = V[known[i]] * deviation
@@ -176,6 +189,15 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             gram.diagonal().add_(noise)
             scores[i] = deviation * torch.linalg.solve(gram, B.mT @ D[i, known[i]])
         return scores
+
+    def _noise(self, sigma):
+        """The variance of noise in an entry; where nothing is left out, a share of that of the components.
+
+        Else few rows, which their components fit whatever they are, would be taken at their word.
+        """
+        nothing_left_out = len(sigma) >= min(self.n_samples_seen_ - 1, self.n_features_in_)
+        share = NOISE * float(sigma.double().square().mean()) / self._degrees(sigma)
+        return max(self.noise_variance_, share * nothing_left_out)
 
     def _read(self, X, reset):
         """X as a tensor of single or double precision, at least the model's, finite but for NaN."""
@@ -193,6 +215,7 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
                 raise ValueError(f"data must be finite or NaN, got infinity in row {row}, column {column}")
             if reset:
                 self.n_features_in_ = X.shape[1]
+                vars(self).pop("feature_names_in_", None)  # those of data before
             elif X.shape[1] != self.n_features_in_:
                 raise ValueError(f"X has {X.shape[1]} features, but it was fitted with {self.n_features_in_}")
         return X.detach().to(self._precision(X, reset))
@@ -226,7 +249,7 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     @staticmethod
     def _check_size(rows):
         """Raise ValueError where the squares of centred data overflow."""
-        if not math.isfinite(float(torch.linalg.vector_norm(rows.double()))):
+        if not math.isfinite(float(rows.square().sum())):
             most = float(rows.abs().max())
             raise ValueError(f"the squares of the data must be finite, got entries of {most:.2g}: scale them")
 
@@ -238,3 +261,15 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         tags.input_tags.allow_nan = True
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
+
+
+def _signs(V, before):
+    """1 or -1 for each column of V (n, r), so that it points where it did before.
+
+    Columns that are new, or orthogonal to what was there, have their largest entry positive, as has PCA.
+    """
+    signs = V.gather(0, V.abs().argmax(dim=0)[None])[0].sign()
+    r = min(V.shape[1], before.shape[1])
+    along = (V[:, :r] * before[:, :r]).sum(dim=0)
+    signs[:r] = torch.where(along == 0, signs[:r], along.sign())
+    return signs

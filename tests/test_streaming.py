@@ -3,6 +3,7 @@
 from itertools import pairwise
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.decomposition import PCA, IncrementalPCA
@@ -65,7 +66,9 @@ def test_what_it_finds_at_first_is_pca(follow, kind):
     model, pca = StreamingPCA(4, follow=follow).fit(kind(X)), PCA(4).fit(X)
     found = model.mean_, model.explained_variance_, model.singular_values_, restored(model, kind(X))
     assert all(type(value) is type(kind(X)) for value in found)
+    found += (model.components_, model.transform(kind(X)))
     expected = pca.mean_, pca.explained_variance_, pca.singular_values_, restored(pca, X)
+    expected += (pca.components_, pca.transform(X))
     for value, right in zip(found, expected, strict=True):
         np.testing.assert_allclose(value, right, atol=1e-12)
     assert np.isclose(model.noise_variance_, pca.noise_variance_)
@@ -92,6 +95,8 @@ def test_without_forgetting_it_is_incremental_pca():
         model.partial_fit(X[start : start + 10])
         other.partial_fit(X[start : start + 10])
     np.testing.assert_allclose(restored(model, X), restored(other, X), atol=1e-10)
+    np.testing.assert_allclose(model.explained_variance_, other.explained_variance_, rtol=1e-10)
+    np.testing.assert_allclose(np.abs(np.sum(model.components_ * other.components_, axis=1)), 1)
 
 
 @pytest.mark.parametrize("follow", FOLLOW)
@@ -102,6 +107,35 @@ def test_it_is_exact_where_the_data_have_the_rank(follow):
     np.testing.assert_allclose(restored(model, frames[-1]), frames[-1], atol=1e-9)
     if follow != "samples":
         np.testing.assert_allclose(model.mean_, frames[-1].mean(0), atol=1e-9)
+
+
+@pytest.mark.parametrize("follow", FOLLOW)
+def test_components_and_scores_do_not_change_sign_from_call_to_call(follow):
+    frames = [A + data(seed=5) / 100 for A in turning(30)]
+    model = StreamingPCA(3, follow=follow).fit(frames[0])
+    for last, now in pairwise(frames):
+        before = model.components_
+        model.partial_fit(now - last if follow == "increments" else now)
+        assert (np.sum(before * model.components_, axis=1) > 0).all()
+
+
+@pytest.mark.parametrize("tau", [None, 0.3])
+def test_what_truncation_drops_of_increments_counts_as_noise(tau):
+    """The sum of squares grows by all that a step sees of the matrix, whatever is kept of it."""
+    model = StreamingPCA(3, tau=tau, follow="increments").fit(data())
+
+    def squares():
+        noise = model.noise_variance_ * 59 * (12 - model.n_components_)
+        return noise + np.sum(model.singular_values_**2)
+
+    for seed in range(1, 6):
+        step = data(seed=seed) / 10
+        F, U, sigma, Vt = step - step.mean(0), model._U.numpy(), model.singular_values_, model.components_
+        U_hat, V_hat = (np.linalg.qr(np.hstack(pair)).Q for pair in ((U, F @ Vt.T), (Vt.T, F.T @ U)))
+        grown = np.sum((U_hat.T @ (U * sigma @ Vt + F) @ V_hat) ** 2) - np.sum(sigma**2)
+        before = squares()
+        model.partial_fit(step)
+        assert np.isclose(squares() - before, grown)
 
 
 def test_frames_are_followed_near_the_best_and_increments_drift():
@@ -132,6 +166,21 @@ def test_missing_entries_of_data_of_low_rank_are_found(follow):
     model = following(StreamingPCA(3, follow=follow, forgetting=0.99), holed)
     errors = (restored(model, holed[-1]) - frames[-1])[hidden[-1]]
     assert np.linalg.norm(errors) <= 0.2 * np.linalg.norm((frames[-1] - frames[-1].mean(0))[hidden[-1]])
+
+
+@pytest.mark.parametrize("n_components", [None, 6])
+def test_gaps_are_not_filled_with_more_than_the_data_have(n_components):
+    """Row by row, when the first few rows would fit whatever is known of the next."""
+    shares = []
+    for seed in range(20):
+        X, hidden = data(40, seed=seed), np.random.default_rng(seed).random((40, 12)) < 0.2
+        model = StreamingPCA(n_components)
+        for row in np.where(hidden, np.nan, X):
+            model.partial_fit(row[None])
+        assert 0.6 < model.explained_variance_[0] / PCA().fit(X).explained_variance_[0] < 1.2
+        errors = (restored(model, np.where(hidden, np.nan, X)) - X)[hidden]
+        shares.append(np.linalg.norm(errors) / np.linalg.norm((X - X.mean(axis=0))[hidden]))
+    assert np.median(shares) < 0.4
 
 
 def test_an_increment_that_is_missing_is_none():
@@ -172,6 +221,16 @@ def test_data_that_do_not_fit_are_named():
     for scores in (data(columns=3), data()[0], torch.zeros(4, 1)):
         with pytest.raises(ValueError, match=r"scores must have the shape \(rows, 2\), got"):
             model.inverse_transform(scores)
+    for scores in (torch.zeros(4, 2, dtype=torch.complex64), np.full((4, 2), np.nan)):
+        with pytest.raises(ValueError, match="scores must be real and finite"):
+            model.inverse_transform(scores)
+    with pytest.raises(ValueError, match="squares of the data must be finite"):
+        StreamingPCA(2).fit(np.float32(1e20) * data().astype(np.float32))
+
+
+def test_names_of_features_go_with_the_data_they_were_of():
+    model = StreamingPCA(2).fit(pd.DataFrame(data(), columns=list("abcdefghijkl")))
+    assert not hasattr(model.fit(torch.from_numpy(data(columns=4))), "feature_names_in_")
 
 
 @pytest.mark.parametrize(
@@ -256,6 +315,12 @@ def test_what_is_missing_at_first_says_nothing_of_the_mean():
         model.partial_fit(row[None])
     errors = (restored(model, np.where(hidden, np.nan, X)) - X)[hidden]
     assert np.linalg.norm(errors) <= 0.2 * np.linalg.norm((X - X.mean(axis=0))[hidden])
+
+
+def test_squares_that_vanish_are_no_variance():
+    X = 1e-170 * data()
+    X[0, 0] = np.nan
+    assert np.isfinite(StreamingPCA(3).fit(X).transform(X)).all()
 
 
 @pytest.mark.parametrize("scale", [1e-18, 1e15])
