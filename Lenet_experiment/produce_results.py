@@ -30,7 +30,7 @@ CAPTION = (
     "plain: batches of 128, lr 0.05; last layer dense, the whole tolerance from the first step on, none of "
     "the rest. The paper has five seeds. "
     "published: Schotthöfer et al. 2022, best of five runs (their mean in brackets), "
-    f"and methods as quoted there. {tables.COUNTED}"
+    f"and methods as quoted there. {{integrators}}{tables.COUNTED}"
 )
 
 
@@ -68,7 +68,7 @@ def main() -> None:
         },
     )
     plots.widen_near_100(figure.axes[0])
-    caption = CAPTION.format(data=tables.data(found))
+    caption = CAPTION.format(data=tables.data(found), integrators=tables.integrators(found))
     tables.publish(args, table, caption, {"lenet5_frontier": figure}, SHORT)
 
 

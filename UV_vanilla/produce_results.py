@@ -37,7 +37,7 @@ CAPTION = (
     "first and the last epoch and at the one chosen on the validation digits. SGD without momentum, batch "
     "128; the learning rate of U Vᵀ is the one of {lrs} that did best on the validation digits with the "
     "first seed; DLRT has that one, too, and the paper's. Seeds that diverged are left out. published: "
-    "Schotthöfer et al. 2022, where the convolutions of U Vᵀ are not trained."
+    "Schotthöfer et al. 2022, where the convolutions of U Vᵀ are not trained. {integrators}" + tables.COUNTED
 )
 METHODS = {"decayed_lenet5": "DLRT", "vanilla_lenet5": "U Vᵀ"}
 
@@ -101,7 +101,7 @@ def main() -> None:
     of_setting = curves(found, args.results)
     tried = found.loc[found["network"] == "vanilla_lenet5", "lr"].unique()
     lrs = ", ".join(f"{lr:g}" for lr in sorted(tried))
-    caption = CAPTION.format(data=tables.data(found), lrs=lrs)
+    caption = CAPTION.format(data=tables.data(found), lrs=lrs, integrators=tables.integrators(found))
     tables.publish(args, table(of_setting), caption, {"uv_vanilla": draw(of_setting)}, SHORT)
 
 

@@ -34,7 +34,7 @@ CAPTION = (
     "truncated: the dense net cut to a rank by the SVD; retrained: trained on by DLRT at that rank, for the "
     "epochs told, after those of the dense net, with the learning rate of {lrs} that did best on the "
     "validation digits with the first seed; all others have 0.1. published: Schotthöfer et al. 2022, "
-    f"retrained at fixed rank. {tables.COUNTED}"
+    f"retrained at fixed rank. {{integrators}}{tables.COUNTED}"
 )
 
 
@@ -113,7 +113,8 @@ def main() -> None:
     tau = tables.text(summary["tau"], "{:g}").where(summary["method"] == "DLRT", "")
     table = tables.readable(summary, {"width": summary["width"], "method": summary["method"], "τ": tau})
     table = pd.concat([table, published(summary["width"])]).fillna("")
-    tables.publish(args, table, CAPTION.format(data=tables.data(found), lrs=lrs), figures, SHORT)
+    caption = CAPTION.format(data=tables.data(found), lrs=lrs, integrators=tables.integrators(found))
+    tables.publish(args, table, caption, figures, SHORT)
 
 
 if __name__ == "__main__":

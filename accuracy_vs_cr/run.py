@@ -3,7 +3,7 @@
     python accuracy_vs_cr/run.py --jobs 2        about 2 hours on two CPU cores
 
 All nets, dense or not, are trained on shifted digits at a learning rate of 0.1. DLRT begins with a quarter
-of the full rank and moves its bases in every 40th step: at the same compression that is more accurate than
+of the full rank and updates its bases in every 40th step: at the same compression that is more accurate than
 in every tenth, and faster (measured before momentum followed the bases, and not against every step).
 `pruned` runs start from the truncated SVD of the dense net of width 784: their epoch 0 is the truncation
 alone, then DLRT trains on at that rank for half of the epochs. The first seed is run with each of

@@ -97,8 +97,7 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
     lost = rows.groupby(["asked", "way"], sort=False)["lost"].agg(["mean", "std"])
     shown = pd.Series(tables.spread(lost["mean"], lost["std"]), lost.index).unstack()
     head = {f"{way}: points lost": shown[way] for way in WAYS if way in shown}
-    at = rows.groupby("asked")["compression"].mean().map("{:.1f}".format)
-    return pd.DataFrame({"compression [%]": at, **head}).reset_index(drop=True)
+    return pd.DataFrame({"compression asked for [%]": shown.index.map("{:g}".format), **head})
 
 
 def figure(rows: pd.DataFrame) -> Figure:
@@ -154,10 +153,12 @@ def main() -> None:
         save_table(record, rows)
     if rows.empty:
         parser.error("--runs must name trained dense networks, as nothing is measured yet, got none")
-    count = rows["run"].nunique()
+    count, more = rows["run"].nunique(), (rows["compression"] - rows["asked"]).groupby(rows["way"]).max()
+    beyond = "; ".join(f"{way} {more[way]:.1f}" for way in WAYS if way in more)
     caption = (
         f"{rows['network'].iloc[0]} on the test pictures of {tables.data(rows)}, {count} network"
-        f"{'s' * (count > 1)}, {rows['dense'].mean():.2f} % dense. {tables.COUNTED}"
+        f"{'s' * (count > 1)}, {rows['dense'].mean():.2f} % dense. At most so many points of compression beyond "
+        f"what was asked for: {beyond}. {tables.COUNTED}"
     )
     shown = table(rows)
     (folder / f"{NAME}.md").write_text(markup.markdown(shown, caption), encoding="utf-8")

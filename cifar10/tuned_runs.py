@@ -24,6 +24,10 @@ from dlrt.flags import NATURAL, HelpFormatter, Parser
 from dlrt.options import DATA_DIR
 from dlrt.runs import damaged, lock, read_table
 
+CAPTION = (
+    "CIFAR-10 (the runs that are committed: a JPEG copy of it), mean and standard deviation over the seeds "
+    f"after the last epoch, at the setting that validated best with seed 0. {tables.COUNTED}"
+)
 AGAIN = "delete what is damaged, and make those runs again, with --tune"
 
 
@@ -117,7 +121,7 @@ class Comparison:
             "setting": [
                 ", ".join(f"{key} {value}" for key, value in setting.items()) for setting in settings
             ],
-        }))  # fmt: skip
+        }), CAPTION)  # fmt: skip
 
 
 def training_batches(

@@ -24,9 +24,9 @@ class LowRank:
 
     def __post_init__(self) -> None:
         of_U, of_S, of_V = shapes = self.U.shape, self.S.shape, self.V.shape
-        if not (len(of_U) == len(of_S) == len(of_V) == 2 and (of_U[1], of_V[1]) == of_S):
+        if not (len(of_U) == len(of_S) == len(of_V) == 2 and (of_U[1], of_V[1]) == of_S and min(of_S)):
             came = ", ".join(str(tuple(shape)) for shape in shapes)
-            raise ValueError(f"U S Vᵀ needs shapes (m, k), (k, l), (n, l), got {came}")
+            raise ValueError(f"U S Vᵀ needs shapes (m, k), (k, l), (n, l) with k, l ≥ 1, got {came}")
         check_real(self.S, *(basis for basis in (self.U, self.V) if isinstance(basis, Tensor)))
 
     @property
@@ -49,6 +49,8 @@ class LowRank:
 
         Eckart-Young: the truncated singular value decomposition is the best in the Frobenius norm.
         """
+        if A.dim() != 2 or not A.numel():
+            raise ValueError(f"A must be a matrix with rows and columns, got the shape {tuple(A.shape)}")
         check_rank(rank, *A.shape)
         check_real(A)
         P, sigma, Q = truncated_svd(A, tau, max_rank=rank)

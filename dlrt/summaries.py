@@ -14,9 +14,8 @@ from dlrt.runs import chosen_epoch, damaged, differences, epochs_done, read_metr
 def read_runs(results: Path) -> pd.DataFrame:
     """A row per run below a folder: its options, the metrics of its chosen epoch, and the folder's name.
 
-    The column last_test_accuracy is that of the last epoch, seconds_per_epoch the mean; options has all
-    options as a dict. A run that is not finished, or not yet begun, is left out with a warning.
-    FileNotFoundError where there are no finished runs.
+    The column last_test_accuracy is that of the last epoch; options has all options as a dict. A run that is
+    not finished, or not yet begun, is left out with a warning. FileNotFoundError without finished runs.
     """
     rows, unfinished = [], []
     files = (*results.glob("**/config.json"), *results.glob("**/metrics.csv"))
@@ -32,7 +31,6 @@ def read_runs(results: Path) -> pd.DataFrame:
         try:
             chosen = metrics.loc[chosen_epoch(metrics)].to_dict()
             last = metrics["test_accuracy"].iloc[-1]
-            seconds = metrics.loc[metrics["epoch"] > 0, "seconds"].mean()  # nothing is trained in epoch 0
         except KeyError as error:
             raise damaged(folder / "metrics.csv") from error
         rows.append({
@@ -41,7 +39,6 @@ def read_runs(results: Path) -> pd.DataFrame:
             "options": options,
             "run": name,
             "last_test_accuracy": last,
-            "seconds_per_epoch": seconds,
         })  # fmt: skip
     if unfinished:
         warnings.warn(f"left out, since unfinished or diverged: {', '.join(unfinished)}", stacklevel=2)

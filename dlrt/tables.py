@@ -108,6 +108,15 @@ def data(found: pd.DataFrame) -> str:
     return DATA.get(found["dataset"].iloc[0], found["dataset"].iloc[0])
 
 
+def integrators(found: pd.DataFrame) -> str:
+    """What a caption says of the integrators of the low-rank runs that `read` gave, if there are any."""
+    runs = found[found["ranks"] != ""]
+    used = runs["options"].map(lambda options: options["integrator"])
+    most, *others = used.value_counts().index if len(runs) else [""]
+    told = [f"{other} of {', '.join(runs.loc[used == other, 'name'])}" for other in others]
+    return f"Integrator: {', but '.join([most, *told])}. " if most else ""
+
+
 def publish(
     args: argparse.Namespace,
     table: pd.DataFrame,
@@ -134,7 +143,6 @@ def comparison(runs: pd.DataFrame) -> pd.DataFrame:
             "ranks": runs["ranks"].replace("", "dense"),
             "evaluation parameters": runs["evaluation_parameters"].map("{:,}".format),
             "compression [%]": runs["evaluation_compression"].map("{:.2f}".format),
-            "seconds per epoch": runs["seconds_per_epoch"].map("{:.2f}".format),
         }
     )
 

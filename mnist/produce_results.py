@@ -18,7 +18,8 @@ def main() -> None:
     }
     figures = {"learning_curves": plots.learning_curves(metrics)}
     short = ("network", "run", "test accuracy [%]", "ranks", "evaluation parameters", "compression [%]")
-    tables.publish(args, tables.comparison(found), tables.COUNTED, figures, short)
+    caption = tables.integrators(found) + tables.COUNTED
+    tables.publish(args, tables.comparison(found), caption, figures, short)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def network():
 
 
 def batches():
-    """Sizes that two processes share evenly, unevenly, and not at all; the bases move in large ones."""
+    """Sizes that two processes share evenly, unevenly, and not at all; bases are updated in large ones."""
     generator = torch.Generator().manual_seed(1)
     for size in (16, 7, 17, 3, 16, 2):
         x = torch.randn(size, 1, 8, 8, generator=generator, dtype=torch.float64)

@@ -99,7 +99,7 @@ def test_a_gradient_that_overflows_moves_nothing_and_lowers_the_scale():
     assert scaler.get_scale() == 2.0**39
 
 
-def test_an_epoch_may_end_with_a_step_that_overflowed_before_the_bases_move(dataset, tmp_path):
+def test_an_epoch_may_end_with_a_step_that_overflowed_before_the_bases_are_updated(dataset, tmp_path):
     torch.manual_seed(0)
     model = to_low_rank(MLP(width=16), rank=3, skip=["fc5"])
     optimizer = DLRT(model, torch.optim.SGD, lr=0.1, s_steps=100)

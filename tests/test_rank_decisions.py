@@ -1,4 +1,4 @@
-"""DLRT: when bases move, and when and how far ranks are cut."""
+"""DLRT: when bases are updated, and when and how far ranks are cut."""
 
 import copy
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.mark.parametrize(("momentum", "parts"), [(0.0, 1), (0.9, 2)])
-def test_with_several_s_steps_the_bases_move_once_and_s_is_trained_in_them(momentum, parts):
+def test_with_several_s_steps_the_bases_are_updated_once_and_s_is_trained_in_them(momentum, parts):
     model = dlrt.to_low_rank(network(), rank=3, skip=["5"])
     data, h, tau = [batch() for _ in range(3)], 0.2, 0.05
     expected = copy.deepcopy(model)
@@ -37,7 +37,7 @@ def test_with_several_s_steps_the_bases_move_once_and_s_is_trained_in_them(momen
         assert (layer.weight.flatten(1) - truncated.dense()).norm() <= 1e-10 * truncated.dense().norm()
 
 
-def test_truncation_between_s_steps_is_within_tau_and_the_bases_move_again():
+def test_truncation_between_s_steps_is_within_tau_and_bases_are_updated_again():
     model = dlrt.to_low_rank(network(), rank=3, skip=["5"])
     optimizer = DLRT(model, torch.optim.SGD, lr=0.2, tau=0.1, min_rank=1, s_steps=10)
     train(model, optimizer, [batch() for _ in range(4)])

@@ -260,12 +260,6 @@ def test_many_runs_are_one_table_with_a_row_each(tmp_path):
     assert table["epoch"].tolist() == [1, 6]  # the chosen ones
     assert table["test_accuracy"].tolist() == [40.0, 70.0]
     assert table["last_test_accuracy"].tolist() == [60.0, 70.0]
-    assert table["seconds_per_epoch"].tolist() == [1.5, 3.0]
-
-
-def test_the_epoch_before_training_takes_no_time(tmp_path):
-    started(tmp_path / "a", row(0, 92.0), row(1, 92.0), row(3, 90.0), seed=0, epochs=3)
-    assert read_runs(tmp_path)["seconds_per_epoch"].tolist() == [2.0]
 
 
 def test_an_unfinished_run_is_left_out_and_told(tmp_path):

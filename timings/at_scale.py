@@ -98,7 +98,7 @@ def main() -> None:
     caption = (
         f"{net.blocks} blocks of width {net.width}, {net.hidden} hidden, a vocabulary of {net.vocabulary}; "
         f"{args.tokens} tokens on each GPU. What every GPU holds (weights, gradients, velocity), gives to be "
-        "summed and computes in a step, without activations and attention scores."
+        f"summed and computes in a step, without activations and attention scores. {tables.COUNTED}"
     )
     tables.write(found, args.output_dir, caption, "at_scale", [*found.columns.drop("parameters")])
     print(markup.markdown(found, caption))

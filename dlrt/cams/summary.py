@@ -51,7 +51,7 @@ CAPTION = (
     "good) are of the network on its own maps, and small where it gives that class a small probability: they "
     "compare maps only among networks of like accuracy. Undefined: maps without anything positive, left out "
     "of all that needs a displayed one. Seeds: whether the displayed map is as similar (Pearson) as those of "
-    "dense networks of other seeds."
+    f"dense networks of other seeds. {tables.COUNTED}"
 )
 
 

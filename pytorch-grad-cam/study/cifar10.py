@@ -121,7 +121,7 @@ def caption_of(rows: pd.DataFrame, dataset: str, kinds: list[str], count: int, r
         f"the first {count} test pictures, true classes. 1 − r: raw maps beside those of the networks "
         f'"{first}" of other seeds. Faithfulness: insertion − deletion over the probability of the class, '
         "less the same of RandomCAM. Mean ± standard deviation over seeds; two networks of the first kind "
-        "make one pair."
+        f"make one pair. {tables.COUNTED}"
         + (f" Measured of networks that have been made anew since: {since}." if since else "")
     )
 
