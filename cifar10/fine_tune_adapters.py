@@ -1,6 +1,6 @@
 """Adapters beside those of peft: EfficientNet-Lite0 of ImageNet learns CIFAR-10 from 1,000 pictures.
 
-    python cifar10/fine_tune_adapters.py --tune --jobs 2    with pip install peft; 1 to 4 minutes a run and core
+    python cifar10/fine_tune_adapters.py --tune --jobs 2    pip install peft; 1 to 4 minutes a run and core
 
 The weights rest; a new head, and adapters of the 1 x 1 convolutions, are trained for five epochs, by pictures
 of 64 pixels. All adapters have as many parameters as LoRA of rank 4, but those of AdaLoRA, which counts

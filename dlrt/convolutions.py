@@ -57,8 +57,8 @@ class LowRankConv2d(LowRankLayer):
         dilation: int | tuple[int, int] = 1,
         bias: bool = True,
         padding_mode: str = "zeros",
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         options = {"stride": stride, "padding": padding, "dilation": dilation, "padding_mode": padding_mode}
         dense = nn.Conv2d(in_channels, out_channels, kernel_size, device="meta", **options)  # checks them all

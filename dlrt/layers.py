@@ -56,7 +56,14 @@ class LowRankLayer(nn.Module):
     """Features or channels that come out; W has as many rows, or several of them for each."""
 
     def __init__(
-        self, rows: int, columns: int, rank: int, outputs: int, bias: bool, device=None, dtype=None
+        self,
+        rows: int,
+        columns: int,
+        rank: int,
+        outputs: int,
+        bias: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         check_rank(rank, rows, columns)
         super().__init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,7 +18,13 @@ class LowRankLinear(LowRankLayer):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, rank: int, bias: bool = True, device=None, dtype=None
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(out_features, in_features, rank, out_features, bias, device, dtype)
         self.in_features, self.out_features = in_features, out_features

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from numbers import Integral, Real
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
@@ -15,6 +18,7 @@ from dlrt.checks import check_tolerance
 from dlrt.integrators import Residual, augmented_bug
 from dlrt.lowrank import LowRank, rank_within, truncate, truncated_svd
 
+Found = tuple[Tensor, Tensor, Tensor]  # mean (n,), singular values (r,), components V (n, r)
 NOISE = 0.01  # where there is nothing to tell it by; from 0.003 to 0.1 gaps are filled about as well
 
 
@@ -34,21 +38,28 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     of it; an increment that is missing is 0. Arrays give arrays; torch tensors give tensors on their device.
     """
 
-    def __init__(self, n_components=None, *, tau=None, forgetting=1.0, follow="samples"):
+    def __init__(
+        self,
+        n_components: int | None = None,
+        *,
+        tau: float | None = None,
+        forgetting: float = 1.0,
+        follow: Literal["samples", "frames", "increments"] = "samples",
+    ) -> None:
         self.n_components = n_components
         self.tau = tau
         self.forgetting = forgetting
         self.follow = follow
 
-    def fit(self, X, y=None):
+    def fit(self, X: ArrayLike | Tensor, y: Any = None) -> StreamingPCA:
         """The PCA of X alone."""
         return self._whole_update(X, first=True)
 
-    def partial_fit(self, X, y=None):
+    def partial_fit(self, X: ArrayLike | Tensor, y: Any = None) -> StreamingPCA:
         """Take new samples, the next frame, or the next increment."""
         return self._whole_update(X, first=not self.__sklearn_is_fitted__())
 
-    def _whole_update(self, X, first):
+    def _whole_update(self, X: ArrayLike | Tensor, first: bool) -> StreamingPCA:
         """An update of which a failure leaves the model as it was."""
         before = dict(vars(self))
         try:
@@ -58,7 +69,7 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             vars(self).update(before)
             raise
 
-    def _update(self, X, first):
+    def _update(self, X: ArrayLike | Tensor, first: bool) -> StreamingPCA:
         is_tensor = isinstance(X, Tensor)
         X = self._read(X, first)
         self._check(X, first)
@@ -78,7 +89,7 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             filled = mean if first else self._scores(X, mean, V) @ V.mT + mean
         else:
             filled = X.new_zeros(())
-        update = self._append if self.follow == "samples" else self._move
+        update = self._append if self.follow == "samples" else self._step
         mean, sigma, V = update(torch.where(known, X, filled), mean, sigma, V)
         signs = _signs(V, before)
         V = V * signs
@@ -94,7 +105,7 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             setattr(self, name, value if is_tensor else value.numpy())
         return self
 
-    def transform(self, X):
+    def transform(self, X: ArrayLike | Tensor) -> np.ndarray | Tensor:
         """The scores (m, r) of rows X (m, n); where entries are missing, those that fit the known ones."""
         check_is_fitted(self)
         rows = self._read(X, False)
@@ -102,7 +113,7 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         scores = self._scores(rows, mean, V)
         return scores if isinstance(X, Tensor) else scores.numpy()
 
-    def inverse_transform(self, X):
+    def inverse_transform(self, X: ArrayLike | Tensor) -> np.ndarray | Tensor:
         """The rows (m, n) of scores X (m, r)."""
         check_is_fitted(self)
         scores = torch.as_tensor(X if isinstance(X, Tensor) else np.array(X, order="C"))
@@ -117,7 +128,7 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         rows = scores @ V.mT + mean
         return rows if isinstance(X, Tensor) else rows.numpy()
 
-    def _append(self, X, mean, sigma, V):
+    def _append(self, X: Tensor, mean: Tensor, sigma: Tensor, V: Tensor) -> Found:
         """The SVD about the new mean of rows of weight w beside σ Vᵀ, which stands for the older ones.
 
         The parts that successive SVDs drop are orthogonal, so their squares add up: `_lost` is their sum, and
@@ -141,7 +152,7 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         self.n_samples_seen_ += m
         return mean + (new_mean - mean) * (new / (new + old)), values[:largest], V[:, :largest]
 
-    def _move(self, X, mean, sigma, V):
+    def _step(self, X: Tensor, mean: Tensor, sigma: Tensor, V: Tensor) -> Found:
         """The matrix after this step; its left basis is kept, too."""
         centre = X.mean(dim=0)
         X = X - centre
@@ -163,16 +174,16 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         self._total = float(X.double().square().sum())
         return centre, Y.S.diagonal(), Y.V
 
-    def _degrees(self, X):
+    def _degrees(self, X: Tensor) -> float:
         """By how much squares are divided for a variance: of weights that are all 1, one less than rows."""
         return max(self._weight - self._squares / self._weight, torch.finfo(X.dtype).tiny)
 
-    def _found(self, X):
+    def _found(self, X: Tensor) -> Found:
         """Mean, singular values and components as tensors like X."""
         found = self.mean_, self.singular_values_, self.components_.T
         return tuple(torch.as_tensor(value).to(X) for value in found)
 
-    def _scores(self, X, mean, V):
+    def _scores(self, X: Tensor, mean: Tensor, V: Tensor) -> Tensor:
         """V fitted to the known entries of each row, with as much trust as the variances deserve."""
         known, D = ~X.isnan(), X - mean
         scores = torch.where(known, D, 0.0) @ V
@@ -190,7 +201,7 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             scores[i] = deviation * torch.linalg.solve(gram, B.mT @ D[i, known[i]])
         return scores
 
-    def _noise(self, sigma):
+    def _noise(self, sigma: Tensor) -> float:
         """The variance of noise in an entry; where nothing is left out, a share of that of the components.
 
         Else few rows, which their components fit whatever they are, would be taken at their word.
@@ -199,7 +210,7 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         share = NOISE * float(sigma.double().square().mean()) / self._degrees(sigma)
         return max(self.noise_variance_, share * nothing_left_out)
 
-    def _read(self, X, reset):
+    def _read(self, X: ArrayLike | Tensor, reset: bool) -> Tensor:
         """X as a tensor of single or double precision, at least the model's, finite but for NaN."""
         if not isinstance(X, Tensor):
             dtypes = [np.float64, np.float32]
@@ -220,12 +231,12 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
                 raise ValueError(f"X has {X.shape[1]} features, but it was fitted with {self.n_features_in_}")
         return X.detach().to(self._precision(X, reset))
 
-    def _precision(self, X, reset=False):
+    def _precision(self, X: Tensor, reset: bool = False) -> torch.dtype:
         """float32 of float32, float64 of all else, and at least that of the model."""
         own = X.dtype if X.dtype == torch.float32 else torch.float64
         return own if reset else torch.promote_types(own, torch.as_tensor(self.components_).dtype)
 
-    def _check(self, X, first):
+    def _check(self, X: Tensor, first: bool) -> None:
         """Raise ValueError for parameters out of range, or a matrix that is not the one that is followed."""
         check_tolerance(self.tau)
         if self.follow not in ("samples", "frames", "increments"):
@@ -247,23 +258,23 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             raise ValueError(f"{self.follow} must keep their {seen} rows, got {len(X)}: call fit for others")
 
     @staticmethod
-    def _check_size(rows):
+    def _check_size(rows: Tensor) -> None:
         """Raise ValueError where the squares of centred data overflow."""
         if not math.isfinite(float(rows.square().sum())):
             most = float(rows.abs().max())
             raise ValueError(f"the squares of the data must be finite, got entries of {most:.2g}: scale them")
 
-    def __sklearn_is_fitted__(self):
+    def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "components_")
 
-    def __sklearn_tags__(self):
+    def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
         tags.input_tags.allow_nan = True
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
 
 
-def _signs(V, before):
+def _signs(V: Tensor, before: Tensor) -> Tensor:
     """1 or -1 for each column of V (n, r), so that it points where it did before.
 
     Columns that are new, or orthogonal to what was there, have their largest entry positive, as has PCA.
