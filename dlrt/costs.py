@@ -19,10 +19,10 @@ class Compression:
     """Parameters of a network, weights only: biases and norms are left out on both sides.
 
     A layer of rank r with an m x n weight counts r (m + n) for evaluation, or m n where that is less (then it
-    is kept as a dense weight, see `dlrt.export`); for training, what the rank-
-    adaptive step holds at its peak, k m + k l + l n with k = min(2 r, m), l = min(2 r, n). A dense layer
-    counts m n everywhere. The compressions are 1 - parameters / dense parameters, in %. Schotthöfer et al.
-    2022.
+    is kept as a dense weight, see `dlrt.export`); for training the factors of a step in augmented bases,
+    k m + k l + l n with k = min(2 r, m), l = min(2 r, n). Velocity, which a dense layer has as well, is not
+    counted. A dense layer counts m n everywhere. The compressions are 1 - parameters / dense parameters, in
+    %. Schotthöfer et al. 2022.
     """
 
     evaluation_parameters: int
