@@ -37,7 +37,7 @@ CAPTION = (
     "first and the last epoch and at the one chosen on the validation digits. SGD without momentum, batch "
     "128; the learning rate of U Vᵀ is the one of {lrs} that did best on the validation digits with the "
     "first seed; DLRT has that one, too, and the paper's. Seeds that diverged are left out. published: "
-    "Schotthöfer et al. 2022, where the convolutions of U Vᵀ are not trained. {integrators}" + tables.COUNTED
+    "Schotthöfer et al. 2022, where the convolutions of U Vᵀ are not trained. {integrators}"
 )
 METHODS = {"decayed_lenet5": "DLRT", "vanilla_lenet5": "U Vᵀ"}
 

@@ -157,8 +157,8 @@ def main() -> None:
     beyond = "; ".join(f"{way} {more[way]:.1f}" for way in WAYS if way in more)
     caption = (
         f"{rows['network'].iloc[0]} on the test pictures of {tables.data(rows)}, {count} network"
-        f"{'s' * (count > 1)}, {rows['dense'].mean():.2f} % dense. At most so many points of compression "
-        f"beyond what was asked for: {beyond}. {tables.COUNTED}"
+        f"{'s' * (count > 1)}, {rows['dense'].mean():.2f} % dense. Compression exceeds what was asked "
+        f"for by at most so many points: {beyond}. {tables.COUNTED}"
     )
     shown = table(rows)
     (folder / f"{NAME}.md").write_text(markup.markdown(shown, caption), encoding="utf-8")

@@ -40,7 +40,7 @@ FINE_TUNING = (
     "tuning of S and all that is dense in frozen bases, each at the epoch chosen on the validation "
     "pictures; epochs: before + after, on one schedule of the learning rate, so that part of the gain is "
     "its fall. not frozen: the control, as many epochs in which bases are updated and ranks decided, at the "
-    "one chosen among all. published: Schotthöfer et al. 2022, on CIFAR-10."
+    "epoch chosen among all. published: Schotthöfer et al. 2022, on CIFAR-10."
     f"{{missing}} {tables.COUNTED}"
 )
 NETWORKS = ("ResNet20", "VGG16", "AlexNet")
@@ -108,7 +108,7 @@ def is_control(options: dict, fine_tuned: dict) -> bool:
 def fine_tuned(found: pd.DataFrame, folder: Path) -> pd.DataFrame:
     """A row per network, tolerance and epochs: the accuracy before and after fine-tuning, and of the control.
 
-    That has as many epochs, with updates of the bases in all. Epochs are chosen alike among those before and
+    That has as many epochs, all with basis updates. Epochs are chosen alike among those before and
     those after; of the control among all.
     """
     rows, controls = [], found[~(found["finetune_epochs"] > 0)]

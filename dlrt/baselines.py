@@ -79,7 +79,7 @@ class Factors(nn.Sequential):
     """Two thin layers in the place of one; as matrices B (r, n) and then A (m, r)."""
 
     def matrices(self) -> tuple[Tensor, Tensor]:
-        """B and A; of a channels-last kernel copies."""
+        """B and A: views where the layout allows it, else copies."""
         B, A = (layer.weight for layer in self)
         return B.flatten(1), A.movedim(1, -1).flatten(0, -2)
 
@@ -92,8 +92,9 @@ def plain_factors(
 
     All have one share of their full rank, up to rounding, the largest at which the whole model meets the
     compression, a fraction. A layer whose factors would not be smaller stays dense; so does what skip names,
-    and what `to_low_rank` leaves dense. spatial: kernels are spatially separable, as there. Give the model
-    back. ValueError for a compression out of reach.
+    and what `to_low_rank` leaves dense. spatial: kernels are spatially separable, as there; each half is then
+    a convolution like any other, also for Muon. Give the model back. ValueError for a compression that is out
+    of reach.
     """
     model = to_low_rank(model, skip=skip, spatial=spatial)
     layers = list(dict.fromkeys(m for m in model.modules() if isinstance(m, LowRankLayer)))

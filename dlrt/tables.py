@@ -113,8 +113,8 @@ def integrators(found: pd.DataFrame) -> str:
     runs = found[found["ranks"] != ""]
     used = runs["options"].map(lambda options: options["integrator"])
     most, *others = used.value_counts().index if len(runs) else [""]
-    told = [f"{other} of {', '.join(runs.loc[used == other, 'name'])}" for other in others]
-    return f"Integrator: {', but '.join([most, *told])}. " if most else ""
+    told = "; ".join(f"{other} of {', '.join(runs.loc[used == other, 'run'])}" for other in others)
+    return f"Integrator: {most}{f' ({told})' if told else ''}. " if most else ""
 
 
 def publish(

@@ -332,3 +332,18 @@ def test_missing_entries_are_found_at_any_scale(scale):
         model.transform(holed * np.float32(s)) / s for model, s in zip(models, (1, scale), strict=True)
     )
     np.testing.assert_allclose(np.abs(scaled), np.abs(unscaled), atol=1e-3)
+
+
+def test_a_component_keeps_its_direction_where_its_variance_passes_that_of_another():
+    """Two fixed directions, of which the second becomes the first."""
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        directions = np.linalg.qr(rng.normal(size=(12, 2))).Q.T
+        scores = rng.normal(size=(30, 2))
+        scores = np.linalg.qr(scores - scores.mean(axis=0)).Q
+        model, signs = StreamingPCA(2, follow="frames"), set()
+        for share in np.linspace(0, 1, 10):
+            model.partial_fit(scores * (2 - share, 1 + share) @ directions)
+            overlaps = directions @ model.components_.T
+            signs.add(tuple(np.sign(row[np.abs(row).argmax()]) for row in overlaps))
+        assert len(signs) == 1
