@@ -111,8 +111,8 @@ def data(found: pd.DataFrame) -> str:
 def integrators(found: pd.DataFrame) -> str:
     """What a caption says of the integrators of the low-rank runs that `read` gave, if there are any."""
     runs = found[found["ranks"] != ""]
-    used = runs["options"].map(lambda options: options["integrator"])
-    most, *others = used.value_counts().index if len(runs) else [""]
+    used = runs["options"].map(lambda options: options.get("integrator"))
+    most, *others = [*used.value_counts().index] or [""]
     told = "; ".join(f"{other} of {', '.join(runs.loc[used == other, 'run'])}" for other in others)
     return f"Integrator: {most}{f' ({told})' if told else ''}. " if most else ""
 

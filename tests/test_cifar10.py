@@ -70,7 +70,8 @@ def weights(tmp_path_factory):
 def test_the_study_goes_to_tables_figures_and_an_archive(run_script, forked_grid, tmp_path):
     grid = [*SMALL, "--jobs", 2, "--output-dir", tmp_path / "results"]
     few = ["--preset", "gpu", "--networks", "resnet20", "--seeds", 1, "--compressions", 60, "--rules", "muon"]
-    few += ["--ways", "dense", "matrices", "factors", "narrow", "cut", "--archive", tmp_path / "all.tar.gz"]
+    few += ["--ways", "dense", "matrices", "separable_factors", "narrow", "cut"]
+    few += ["--archive", tmp_path / "all.tar.gz"]
     for _ in range(2):  # what is there is skipped
         output(run_script("cifar10/run.py", *grid, *few))
     flags = ["--finetune-epochs", 1, "--networks", "lenet5"]
@@ -81,6 +82,10 @@ def test_the_study_goes_to_tables_figures_and_an_archive(run_script, forked_grid
         )
     table = pd.read_csv(tmp_path / "out" / "table.csv", keep_default_na=False).set_index("trained")
     assert list(table["rule"].unique()) == ["Muon"]
+    separable, _ = load_network(tmp_path / "results" / "resnet20" / "separable_factors60_muon_seed0")
+    pair = separable.layer3[1].conv1
+    assert [layer.kernel_size for layer in pair] == [(1, 3), (3, 1)]
+    assert "plain factors, separable kernels" in table.index
     assert len(table) == 6
     dense = table.loc["dense"]
     for name, row in table.drop("dense").iterrows():

@@ -36,6 +36,16 @@ def test_a_setting_has_the_mean_over_its_seeds_at_the_chosen_epoch_and_at_the_la
     assert text["at the last epoch [%]"] == "67.00 ± 9.90"
 
 
+def test_a_caption_says_the_integrator_and_which_runs_had_another(tmp_path):
+    write_run(tmp_path, "dense", [80], [98.0], ranks="")
+    assert tables.integrators(read_runs(tmp_path)) == ""
+    for seed in range(2):
+        write_run(tmp_path, f"a{seed}", [80], [98.0], seed=seed, integrator="parallel")
+    assert tables.integrators(read_runs(tmp_path)) == "Integrator: parallel. "
+    write_run(tmp_path, "b", [80], [98.0], integrator="augmented")
+    assert tables.integrators(read_runs(tmp_path)) == "Integrator: parallel (augmented of b). "
+
+
 @pytest.mark.parametrize(
     ("other", "reported"), [({"lr": 0.2}, "lr 0.1 and 0.2"), ({"seed": 0}, "need a seed each")]
 )
