@@ -21,7 +21,7 @@ def test_with_several_s_steps_the_bases_are_updated_once_and_s_is_trained_in_the
     expected = copy.deepcopy(model)
     gradients = dense_gradients(model, *data[0])
     for layer, Y, G in zip(low_rank_layers(expected), factors_of(model), gradients, strict=False):
-        layer.factors, _ = integrators.augment(Y, G @ Y.V, G.mT @ Y.U)
+        layer.factors = integrators.augment(Y, G @ Y.V, G.mT @ Y.U)
     options = {"lr": h, "momentum": momentum}
     sgd = torch.optim.SGD([p for p in expected.parameters() if p.requires_grad], **options)
     closure_of(expected, sgd, *data[0])()
