@@ -79,7 +79,7 @@ def cut(model: nn.Module, way: str, share: float, dataset: Dataset) -> nn.Module
 def measure(run: Path, asked: list[tuple[float, str]], data_dir: Path) -> list[Cut]:
     """A row for each compression and way."""
     model, about = load_network(run)
-    if compression(model).ranks:
+    if compression(model).compressed:
         raise RunError(f"{run} is of a low-rank network: give runs of dense ones")
     dataset = load(about["dataset"], data_dir, seed=0)
     dense, rows = evaluate(model, dataset.test)[1], []

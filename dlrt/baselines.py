@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dlrt.convert import replace_layers, to_low_rank
 from dlrt.costs import budget_between
 from dlrt.export import plain_layer
+from dlrt.factors import Factors
 from dlrt.layers import LowRankLayer
 from dlrt.lowrank import LowRank, truncate
 from dlrt.ranks import parameters
@@ -73,15 +74,6 @@ class Muon(torch.optim.Optimizer):
         N = (W.grad + beta * M if group.get("nesterov") else M).flatten(1)
         h = group["lr"] * group["update_share"] * RULES["muon"].scale(N.shape)
         W.mul_(1 - group["lr"] * group["weight_decay"]).sub_(h * msign(N).view_as(W))
-
-
-class Factors(nn.Sequential):
-    """Two thin layers in the place of one; as matrices B (r, n) and then A (m, r)."""
-
-    def matrices(self) -> tuple[Tensor, Tensor]:
-        """B and A: views where the layout allows it, else copies."""
-        B, A = (layer.weight for layer in self)
-        return B.flatten(1), A.movedim(1, -1).flatten(0, -2)
 
 
 @torch.no_grad()

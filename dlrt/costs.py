@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dlrt.adapters import adapters
+from dlrt.factors import Factors
 from dlrt.layers import LowRankLayer
 from dlrt.lowrank import at_least_single
 from dlrt.ranks import budget_for, parameters
@@ -21,14 +22,20 @@ class Compression:
     A layer of rank r with an m x n weight counts r (m + n) for evaluation, or m n where that is less (then it
     is kept as a dense weight, see `dlrt.export`); for training the factors of a step in augmented bases,
     k m + k l + l n with k = min(2 r, m), l = min(2 r, n). Velocity, which a dense layer has as well, is not
-    counted. A dense layer counts m n everywhere. The compressions are 1 - parameters / dense parameters, in
-    %. Schotthöfer et al. 2022.
+    counted. Plain factors count r (m + n) for both, a dense layer m n everywhere. The compressions are
+    1 - parameters / dense parameters, in %. Schotthöfer et al. 2022.
     """
 
     evaluation_parameters: int
     training_parameters: int
     dense_parameters: int
     ranks: dict[str, int]
+    """Of low-rank layers, by module name."""
+
+    @property
+    def compressed(self) -> bool:
+        """Whether a layer is in factors, low-rank or plain ones."""
+        return bool(self.ranks) or self.evaluation_parameters < self.dense_parameters
 
     @property
     def evaluation_compression(self) -> float:
@@ -52,6 +59,9 @@ def compression(model: nn.Module) -> Compression:
         others = [p for p in others if p.requires_grad]
     rest = sum(p.numel() for p in others)
     evaluation = training = dense = rest
+    for pair in (module for module in model.modules() if isinstance(module, Factors)):
+        m, n = pair.shape
+        dense += m * n - pair.rank * (m + n)
     for layer in layers.values():
         (m, n), r = layer.shape, layer.rank
         k, l = min(2 * r, m), min(2 * r, n)  # noqa: E741
@@ -83,11 +93,16 @@ def budget_between(
 def singular_values(model: nn.Module) -> dict[str, Tensor]:
     """The singular values of every linear and convolutional weight as a matrix, by module name, descending.
 
-    Of a low-rank layer those of S, which W = U S Vᵀ shares.
+    Of a low-rank layer those of S, which W = U S Vᵀ shares; of plain factors those of A B.
     """
-    values = {}
+    values, halves = {}, {half for pair in model.modules() if isinstance(pair, Factors) for half in pair}
     for name, module in model.named_modules():
-        if isinstance(module, LowRankLayer):
+        if isinstance(module, Factors):
+            B, A = (at_least_single(matrix.detach()) for matrix in module.matrices())
+            values[name] = torch.linalg.svdvals(torch.linalg.qr(A).R @ torch.linalg.qr(B.mT).R.mT)
+        elif module in halves:
+            continue
+        elif isinstance(module, LowRankLayer):
             values[name] = torch.linalg.svdvals(at_least_single(module.S.detach()))
         elif type(module) in (nn.Linear, nn.Conv2d):
             values[name] = torch.linalg.svdvals(at_least_single(module.weight.detach().flatten(1)))

@@ -134,8 +134,9 @@ def _with_factors(model: nn.Module, options: RunOptions, dataset: Dataset, run: 
     if options.spatial and not run.checkpoint.exists():
         _check_spatial(model, options.skip)
     if isinstance(options, DenseOptions):
-        share = options.factors and options.factors / 100
-        return plain_factors(model, share, options.skip, options.spatial) if share else model
+        if options.factors:
+            model = plain_factors(model, options.factors / 100, options.skip, options.spatial)
+        return model
     if state := distributed.on_first_process(run.load):  # low-rank are the layers that are so there
         dense = [name for name, _ in model.named_modules() if f"{name}.weight" in state["model"]]
         return to_low_rank(model, options.rank or 1, skip=[*options.skip, *dense], spatial=options.spatial)
@@ -163,15 +164,16 @@ def _name(options: RunOptions, settings: Settings) -> str:
     else:
         kind = f"tau{options.tau}" if options.compression is None else f"compression{options.compression:g}"
         kind = f"cut_{kind}" if options.ramp == 0 else kind
+    kernels = "_spatial" if options.spatial else ""
     rule = "" if options.update in (None, "sgd") else f"_{options.update}"
-    return f"{prefix}{kind}{rule}_seed{options.seed}"
+    return f"{prefix}{kind}{kernels}{rule}_seed{options.seed}"
 
 
 def _result(metrics: pd.DataFrame, folder: Path, of_text: bool) -> str:
     row = metrics.loc[chosen_epoch(metrics)]
-    low_rank = (
-        f", ranks {row['ranks']}, compression {row['evaluation_compression']:.2f} %" if row["ranks"] else ""
-    )
+    ranks = f", ranks {row['ranks']}" if row["ranks"] else ""
+    compression = row["evaluation_compression"]
+    low_rank = f"{ranks}, compression {compression:.2f} %" if ranks or compression > 0 else ""
     bits = f", {row['test_loss'] / math.log(2):.4f} bits per byte" if of_text else ""
     return (
         f"test accuracy {row['test_accuracy']:.2f} %{bits} (epoch {row['epoch']}, chosen on the validation "
@@ -197,6 +199,8 @@ def _take_weights(model: nn.Module, options: RunOptions, run: Run) -> str:
         weights, about = trained_weights(path)
     except RunError as error:
         raise RunError(f"--from-checkpoint: {error}") from error
+    if about.get("factors"):
+        raise RunError(f"--from-checkpoint {path} is of plain factors: give a dense one's")
     if any(name.split(".")[-1] == "S" for name in weights):
         raise RunError(f"--from-checkpoint {path} is of a low-rank network: give a dense one's")
     if about.get("dataset") == options.dataset and about.get("seed", options.seed) != options.seed:

@@ -12,9 +12,11 @@ import pandas as pd
 from torch import nn
 
 from dlrt import errors, markup, plots
-from dlrt.costs import compression, singular_values
+from dlrt.costs import singular_values
 from dlrt.errors import RunError, one_line
+from dlrt.factors import Factors
 from dlrt.flags import HelpFormatter, Parser, flag
+from dlrt.layers import LowRankLayer
 from dlrt.options import ROOT
 from dlrt.plots import Figure
 from dlrt.ranks import parameters
@@ -35,13 +37,15 @@ def parse(description: str, folder: Path, of_runs: bool = True, **switches: str)
     add(
         "--output-dir",
         type=Path,
-        help="of table and figures; by default this folder, and figures/ for the figures",
+        help="of table and figures; by default that of other --results, else this one, and figures/",
     )
     if of_runs:
         add("--dataset", help="whose runs to show; by default that of the committed ones, where it is there")
     for name, told in switches.items():
         add(flag(name), action="store_true", help=told)
     args = parser.parse_args()
+    if args.results.resolve() != (folder / "results").resolve():  # tables of other runs stay beside them
+        args.output_dir = args.output_dir or args.results
     args.figures = [args.output_dir] if args.output_dir else [folder, ROOT / "figures"]
     args.output_dir = args.output_dir or folder
     return args
@@ -133,6 +137,7 @@ def publish(
 
 def comparison(runs: pd.DataFrame) -> pd.DataFrame:
     """The columns by which runs are compared, a row per run of `summaries.read_runs`."""
+    plain = (runs["evaluation_compression"] > 0).map({True: "plain factors", False: "dense"})
     return pd.DataFrame(
         {
             "network": runs["network"],
@@ -140,7 +145,7 @@ def comparison(runs: pd.DataFrame) -> pd.DataFrame:
             "run": runs["name"],
             "test accuracy [%]": runs["test_accuracy"].map("{:.2f}".format),
             "epoch": runs["epoch"],
-            "ranks": runs["ranks"].replace("", "dense"),
+            "ranks": runs["ranks"].where(runs["ranks"] != "", plain),
             "evaluation parameters": runs["evaluation_parameters"].map("{:,}".format),
             "compression [%]": runs["evaluation_compression"].map("{:.2f}".format),
         }
@@ -186,15 +191,16 @@ def spread(mean: pd.Series, std: pd.Series, digits: int = 2) -> list[str]:
 
 def layers(model: nn.Module) -> pd.DataFrame:
     """A row per linear and convolutional layer: its matrix, rank, parameters and how its spectrum decays."""
-    ranks, rows = compression(model).ranks, []
+    rows = []
     for name, sigma in singular_values(model).items():
         module = model.get_submodule(name)
-        m, n = module.shape if name in ranks else module.weight.flatten(1).shape
-        held = parameters(ranks[name], (m, n)) if name in ranks else m * n
+        in_factors = isinstance(module, (LowRankLayer, Factors))
+        m, n = module.shape if in_factors else module.weight.flatten(1).shape
+        held = parameters(module.rank, (m, n)) if in_factors else m * n
         rows.append({
             "layer": name,
             "matrix": f"{m} x {n}",
-            "rank": ranks.get(name, "dense"),
+            "rank": module.rank if in_factors else "dense",
             "parameters": f"{held:,}",
             "compression [%]": f"{100 * (1 - held / (m * n)):.2f}",
             "largest sigma": f"{sigma[0]:.3g}",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dlrt import compression
+from dlrt import compression, tables
 from dlrt.baselines import Factors, Muon, plain_factors, product_decay
 from dlrt.models import ResNet8
 
@@ -37,7 +37,10 @@ def test_plain_factors_meet_a_compression_and_are_the_truncated_svd_in_two_even_
     dense = ResNet8()
     model = plain_factors(copy.deepcopy(dense), wanted, skip=["conv1", "linear"])
     whole = compression(dense).dense_parameters
-    assert wanted <= 1 - compression(model).dense_parameters / whole < wanted + 0.01
+    count = compression(model)
+    assert wanted <= 1 - count.evaluation_parameters / whole < wanted + 0.01
+    assert (count.dense_parameters, count.compressed) == (whole, True)
+    assert not compression(dense).compressed
     for name, pair in model.named_modules():
         if isinstance(pair, Factors):
             W, B, A = (
@@ -63,6 +66,9 @@ def test_separable_factors_are_the_truncated_svd_of_kernels_across_rows_and_colu
     kernel = (A @ B).unflatten(0, (9, 3)).unflatten(2, (4, 2)).transpose(1, 2)
     best = torch.linalg.svdvals(W.transpose(1, 2).flatten(2).flatten(0, 1))[len(B) :].norm()
     assert torch.allclose((kernel - W).norm(), best, rtol=1e-9)
+    row = tables.layers(nn.Sequential(pair)).iloc[0]
+    assert (row["matrix"], row["rank"], len(W)) == ("27 x 8", len(B), 9)
+    assert float(row["largest sigma"]) == pytest.approx(torch.linalg.matrix_norm(A @ B, 2).item(), rel=1e-2)
     x = torch.randn(2, 4, 9, 9)
     expected = nn.functional.conv2d(x, kernel, dense[0].bias, stride=2, padding=1)
     assert torch.allclose(pair(x), expected, atol=1e-12)

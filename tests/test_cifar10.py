@@ -82,9 +82,17 @@ def test_the_study_goes_to_tables_figures_and_an_archive(run_script, forked_grid
         )
     table = pd.read_csv(tmp_path / "out" / "table.csv", keep_default_na=False).set_index("trained")
     assert list(table["rule"].unique()) == ["Muon"]
-    separable, _ = load_network(tmp_path / "results" / "resnet20" / "separable_factors60_muon_seed0")
-    pair = separable.layer3[1].conv1
+    folder = tmp_path / "results" / "resnet20" / "separable_factors60_muon_seed0"
+    pair = load_network(folder)[0].layer3[1].conv1
     assert [layer.kernel_size for layer in pair] == [(1, 3), (3, 1)]
+    assert 60 <= pd.read_csv(folder / "metrics.csv")["evaluation_compression"][0] < 61
+    for script, flags in (
+        ("cut_without_training", ["--runs", folder, "--output-dir", "cut"]),
+        ("resnet20_cifar10_baseline", [*SMALL, "--from-checkpoint", folder, "--output-dir", "other"]),
+    ):
+        refused = run_script(f"cifar10/{script}.py", *flags)
+        assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+        assert "give" in refused.stderr
     assert "plain factors, separable kernels" in table.index
     assert len(table) == 6
     dense = table.loc["dense"]

@@ -12,7 +12,7 @@ ORDER = [
     ["checks", "cluttered_digits", "timing", "hooks", "errors"],
     ["lowrank", "plots", "flags", "markup"],
     ["option_fields"],
-    ["augmented", "ranks", "replacing", "products", "blocks"],
+    ["augmented", "factors", "ranks", "replacing", "products", "blocks"],
     ["layers"],
     ["linear"],
     ["integrators"],

@@ -62,7 +62,7 @@ def test_a_command_of_the_readme_runs(command, tmp_path, request):
         flags += ["--repeats", "1", "--runs", "1", "--width", "64", "--ranks", "2", "--networks", "mlp"]
         flags += ["--output-dir", str(tmp_path)]
     elif script == "timings/pca.py":
-        flags += ["--sizes", "64", "--repeats", "2", "--output-dir", str(tmp_path)]
+        flags += ["--sizes", "64", "--repeats", "1", "--output-dir", str(tmp_path)]
     elif script == "timings/growth.py":
         flags += ["--width", "32", "--widths", "16", "32", "--depths", "1", "2", "--ranks", "2", "4"]
         flags += ["--repeats", "1", "--output-dir", str(tmp_path)]

@@ -348,3 +348,12 @@ def test_records_of_wrong_types_or_of_another_experiment_cost_one_line(
         load(f"{experiment}/produce_results").main()
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("produce_results.py: ")
+
+
+def test_tables_of_other_results_stay_beside_them(run_script, tmp_path):
+    write_run(tmp_path / "runs", "factors", [80], [70.0], ranks="", factors=75.0)
+    published = {path: path.read_bytes() for path in (ROOT / "mnist").glob("table.*")}
+    result = run_script("mnist/produce_results.py", "--results", tmp_path / "runs")
+    assert result.returncode == 0, result.stderr
+    assert {"table.md", "learning_curves.png"} <= {path.name for path in (tmp_path / "runs").iterdir()}
+    assert published == {path: path.read_bytes() for path in published}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dlrt import LowRank, errors
-from dlrt.flags import NATURAL, HelpFormatter, Parser
+from dlrt.flags import NATURAL, HelpFormatter, Parser, number
 from dlrt.integrators import Residual, augmented_bug, bug, projector_splitting, times
 from dlrt.lowrank import qr
 from dlrt.plots import LOOK, Figure, mpl, plt, save, style
@@ -115,7 +115,8 @@ def draw(table: pd.DataFrame) -> Figure:
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     sizes = (512, 1024, 2048, 4096, 8192, 16384)
-    parser.add_argument("--sizes", type=NATURAL, nargs="+", default=sizes, help="of square frames")
+    size = number(int, f"[{2 * RANK}, inf]")  # as many columns has the larger randomised SVD
+    parser.add_argument("--sizes", type=size, nargs="+", default=sizes, help="of square frames")
     parser.add_argument("--repeats", type=NATURAL, default=5, help="rounds at least")
     parser.add_argument("--largest-svd", type=NATURAL, default=1024, help="size of the largest full SVD")
     figures = Path(__file__).parents[1] / "figures"

@@ -54,7 +54,7 @@ def gather(
 
     def run(path: Path, flag: str) -> Network:
         network = networks.placed(known.from_run(path), image_size, reference.device)
-        is_low_rank = bool(dlrt.compression(network.model).ranks)
+        is_low_rank = dlrt.compression(network.model).compressed
         if is_low_rank != (flag == "--low-rank"):
             kind, place = ("low-rank", "--low-rank") if is_low_rank else ("dense", "--seeds")
             raise ValueError(f"{network.label} is {kind}: give it as {place}, not as {flag}")

@@ -133,7 +133,7 @@ def truncated(
 
     A line on stderr names what stays dense.
     """
-    if dlrt.compression(network.model).ranks:
+    if dlrt.compression(network.model).compressed:
         raise ValueError(f"{network.label} is low-rank already: its ranks are those of the checkpoint")
     share = None if compression is None else compression / 100
     with warnings.catch_warnings(record=True) as dense:
