@@ -92,6 +92,8 @@ def compared(found: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     summary = summary.join(dense.rename("dense"), on=["network", "rule"])
     setting = {"network": summary["network"], "trained": summary["way"], "rule": summary["rule"]}
     table = tables.readable(summary, setting)
+    uniform = summary["way"].str.startswith("plain factors")
+    table["ranks (first seed)"] = table["ranks (first seed)"].where(~uniform, "uniform")
     below = (summary["dense"] - summary["accuracy"]).where(summary["way"] != DENSE)
     table.insert(
         table.columns.get_loc("at the last epoch [%]") + 1, "below dense", tables.text(below, "{:.2f}")
