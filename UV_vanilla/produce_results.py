@@ -9,6 +9,7 @@ import pandas as pd
 from factored import AS_IN_THE_PAPER
 
 from dlrt import plots, tables
+from dlrt.errors import RunError
 from dlrt.plots import Figure, MaxNLocator, plt
 from dlrt.runs import chosen_epoch, read_metrics
 from dlrt.summaries import best_lrs, over_seeds
@@ -49,6 +50,8 @@ def curves(found: pd.DataFrame, folder: Path) -> dict[tuple[str, float, float], 
     """
     over_seeds(found, ["network", "decay", "lr"])  # refuses runs that differ in more than the seed
     vanilla = found["network"] == "vanilla_lenet5"
+    if not vanilla.any():
+        raise RunError(f"{folder} has no runs of U Vᵀ to compare with: go on with UV_vanilla/run.py")
     best = found["lr"] == found["decay"].map(best_lrs(found[vanilla], "decay"))
     shown = best | (~vanilla & (found["lr"] == AS_IN_THE_PAPER["lr"]))
     return {

@@ -32,8 +32,8 @@ CAPTION = (
     "{data} (the runs that are committed: a JPEG copy of it): test accuracy in %, mean and standard "
     "deviation over the seeds, at the epoch chosen on the validation pictures and at the last one. All begin "
     "at random but those that are cut, which are the dense net of the same seed (Muon) cut at once and "
-    "trained on. below dense: points below the dense net with the same rule. compression: against the "
-    "dense net of full width. {missing}" + tables.COUNTED
+    "trained on. below dense: points below the dense net with the same rule and epochs. compression: against "
+    "the dense net of full width. {missing}" + tables.COUNTED
 )
 FINE_TUNING = (
     "{data} (the runs that are committed: a JPEG copy of it): test accuracy in % before and after fine-"
@@ -44,7 +44,7 @@ FINE_TUNING = (
     f"{{missing}} {tables.COUNTED}"
 )
 NETWORKS = ("ResNet20", "VGG16", "AlexNet")
-SETTING = ["network", "way", "rule", "budget"]
+SETTING = ["network", "way", "rule", "budget", "epochs", "curve"]
 
 
 def way(options: dict, low_rank: bool) -> str:
@@ -64,14 +64,17 @@ def way(options: dict, low_rank: bool) -> str:
 
 
 def with_ways(found: pd.DataFrame) -> pd.DataFrame:
-    """The runs, with what each is a row of, and their compression against the dense net of full width.
+    """The runs, with what each is a row and on a curve of, and their compression.
 
-    NaN where no run tells of that net.
+    That is against the dense net of full width, NaN where no run tells of that net.
     """
     low_rank = found["ranks"] != ""
     found = found.assign(way=[way(*pair) for pair in zip(found["options"], low_rank, strict=True)])
     found["rule"] = found["options"].map(lambda options: "Muon" if options.get("update") == "muon" else "SGD")
     of_narrow = found["options"].map(lambda options: 100 * (1 - options.get("width", 1) ** 2))
+    several = found.groupby(["network", "way", "rule"])["epochs"].transform("nunique") > 1
+    lengths = (", " + found["epochs"].map(str) + " epochs").where(several, "")
+    found["curve"] = found["way"] + ", " + found["rule"] + lengths
     asked = found["options"].map(lambda options: options.get("compression") or options.get("factors"))
     smaller = (found["way"] == "dense, narrower") | found["way"].str.startswith("plain factors")
     found["budget"] = pd.to_numeric(asked).fillna(of_narrow.where(found["way"] == "dense, narrower"))
@@ -87,9 +90,13 @@ def compared(found: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Means over the seeds of all runs without fine-tuning, as numbers and as text."""
     summary = over_seeds(found, SETTING)
     order = summary["way"].map({name: number for number, name in enumerate(WAYS)})
-    summary = summary.assign(order=order).sort_values(["network", "order", "compression", "rule"])
-    dense = summary[summary["way"] == DENSE].set_index(["network", "rule"])["accuracy"]
-    summary = summary.join(dense.rename("dense"), on=["network", "rule"])
+    summary = summary.assign(order=order).sort_values(["network", "order", "compression", "rule", "epochs"])
+    same, dense = ["network", "rule"], summary[summary["way"] == DENSE]
+    summary = summary.join(dense.groupby(same)["epochs"].max().rename("of_dense"), on=same)
+    cut = summary["way"].str.startswith("cut")  # after which they have fewer
+    summary["of_dense"] = summary["of_dense"].where(cut, summary["epochs"])
+    accuracy = dense.set_index([*same, "epochs"])["accuracy"].rename("dense")
+    summary = summary.join(accuracy, on=[*same, "of_dense"])
     setting = {"network": summary["network"], "trained": summary["way"], "rule": summary["rule"]}
     table = tables.readable(summary, setting)
     uniform = summary["way"].str.startswith("plain factors")

@@ -21,10 +21,10 @@ WAYS = (
 )
 
 
-def curves(summary: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
-    """Of one network, the points of every way and rule that is not the dense net."""
+def curves(summary: pd.DataFrame) -> dict[tuple[str, str, str], pd.DataFrame]:
+    """Of one network, the points of every curve, way and rule that is not the dense net."""
     low = summary[summary["way"] != DENSE]
-    return dict(iter(low.groupby(["way", "rule"], sort=False)))
+    return dict(iter(low.groupby(["curve", "way", "rule"], sort=False)))
 
 
 def relative_to_dense(summary: pd.DataFrame) -> Figure:
@@ -34,8 +34,8 @@ def relative_to_dense(summary: pd.DataFrame) -> Figure:
         height = 3.4 * len(networks) + 0.1 * len(curves(summary))
         figure, rows = plt.subplots(len(networks), 1, figsize=(7, height), squeeze=False)
         for axes, network in zip(rows[:, 0], networks, strict=True):
-            for (name, rule), points in curves(summary[summary["network"] == network]).items():
-                number = WAYS.index(name)
+            for (name, way, rule), points in curves(summary[summary["network"] == network]).items():
+                number = WAYS.index(way)
                 axes.errorbar(
                     points["compression"],
                     points["accuracy"] - points["dense"],
@@ -46,7 +46,7 @@ def relative_to_dense(summary: pd.DataFrame) -> Figure:
                     marker="o" if rule == "Muon" else "s",
                     ms=4,
                     capsize=2,
-                    label=plots.label(f"{name}, {rule}"),
+                    label=plots.label(name),
                 )
             axes.axhline(0, color="0.6", lw=1)
             axes.set(ylabel=f"{network}: points above\nthe dense net with the same rule")
@@ -68,12 +68,12 @@ def over_time(found: pd.DataFrame, folder: Path) -> Figure:
         figure, rows = plt.subplots(len(networks), 1, figsize=(7, 3.8 * len(networks) + 1), squeeze=False)
         for axes, network in zip(rows[:, 0], networks, strict=True):
             of_network = shown[shown["network"] == network]
-            for (name, rule), runs in of_network.groupby(["way", "rule"], sort=False):
+            for (name, way, rule), runs in of_network.groupby(["curve", "way", "rule"], sort=False):
                 metrics = [read_metrics(folder / run) for run in runs["run"]]
                 minutes = sum(rows["seconds"].cumsum() for rows in metrics) / len(metrics) / 60
                 accuracy = sum(rows["validation_accuracy"] for rows in metrics) / len(metrics)
-                look = {"color": plots.style(WAYS.index(name))["color"], "ls": "-" if rule == "Muon" else ":"}
-                axes.plot(minutes, accuracy, label=plots.label(f"{name}, {rule}"), marker=".", **look)
+                look = {"color": plots.style(WAYS.index(way))["color"], "ls": "-" if rule == "Muon" else ":"}
+                axes.plot(minutes, accuracy, label=plots.label(name), marker=".", **look)
             axes.set(ylabel=f"{network}: validation accuracy [%]")
         axes.set(xlabel=f"minutes of training, budget {budget:g} %")
         _legend(figure)

@@ -76,6 +76,12 @@ class Run:
         text = json.dumps({"options": config, **environment(device)}, indent=2) + "\n"
         atomic_write(self.config, lambda file: file.write(text.encode()), RESUME)
 
+    def discard_empty(self) -> None:
+        """Remove the folder where it holds options alone: they were impossible, and nothing was trained."""
+        if [path.name for path in self.folder.iterdir()] == [self.config.name]:
+            self.config.unlink()
+            self.folder.rmdir()
+
     def options(self) -> dict[str, Any]:
         """The options that the folder's run was begun with; none where there is no run."""
         return read_options(self.folder)

@@ -78,7 +78,9 @@ def _train(options: RunOptions, network: Network, run: Run, settings: Settings) 
         # in this layout a CPU evaluates dense and exported convolutions in 0.6 to 0.9 of the time
         model = model.to(options.device, memory_format=torch.channels_last)
         optimizer = make_optimizer(model, options, dataset.train.steps(options.batch_size))
-    except ValueError as error:
+    except (ValueError, RunError) as error:
+        if distributed.process_rank() == 0:
+            run.discard_empty()
         raise RunError(_with_flag(str(error), options)) from error
     scheduler = make_scheduler(optimizer, options.schedule, options.epochs + options.finetune_epochs)
     about = {

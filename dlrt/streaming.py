@@ -246,6 +246,10 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         number = isinstance(self.forgetting, Real) and not isinstance(self.forgetting, bool)
         if not (number and 0 < self.forgetting <= 1):
             raise ValueError(f"forgetting must lie in (0, 1], got {self.forgetting!r}: 1 never forgets")
+        if self.follow != "samples" and self.forgetting != 1:
+            raise ValueError(
+                f"forgetting is for samples, got {self.forgetting!r} of {self.follow}: leave it 1"
+            )
         whole = isinstance(self.n_components, Integral) and not isinstance(self.n_components, bool)
         if self.n_components is not None and not (whole and 1 <= self.n_components <= X.shape[1]):
             raise ValueError(

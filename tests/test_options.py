@@ -303,6 +303,7 @@ def test_the_budget_of_a_run_is_met_at_the_end_of_its_ramp_from_scratch_or_a_che
     impossible = lenet5("--compression", "99.9", "--name", "none")
     assert (impossible.returncode, impossible.stderr.count("\n")) == (1, 1)
     assert re.search(r"--compression must be at most 0\.\d+ \(9.* %\) here", impossible.stderr)
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("spatial", [(), ("--spatial",)])

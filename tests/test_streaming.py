@@ -103,7 +103,8 @@ def test_without_forgetting_it_is_incremental_pca():
 def test_it_is_exact_where_the_data_have_the_rank(follow):
     """Samples whose subspace stays, and a matrix whose subspaces turn."""
     frames = [data(rank=3)] * 3 if follow == "samples" else turning()
-    model = following(StreamingPCA(3, follow=follow, forgetting=0.9), frames)
+    forgetting = 0.9 if follow == "samples" else 1.0
+    model = following(StreamingPCA(3, follow=follow, forgetting=forgetting), frames)
     np.testing.assert_allclose(restored(model, frames[-1]), frames[-1], atol=1e-9)
     if follow != "samples":
         np.testing.assert_allclose(model.mean_, frames[-1].mean(0), atol=1e-9)
@@ -163,7 +164,7 @@ def test_missing_entries_of_data_of_low_rank_are_found(follow):
     frames, rng = [data(rank=3)] * 20 if follow == "samples" else turning(20), np.random.default_rng(2)
     hidden = [rng.random(A.shape) < 0.3 for A in frames]
     holed = [np.where(hide, np.nan, A) for hide, A in zip(hidden, frames, strict=True)]
-    model = following(StreamingPCA(3, follow=follow, forgetting=0.99), holed)
+    model = following(StreamingPCA(3, follow=follow), holed)
     errors = (restored(model, holed[-1]) - frames[-1])[hidden[-1]]
     assert np.linalg.norm(errors) <= 0.2 * np.linalg.norm((frames[-1] - frames[-1].mean(0))[hidden[-1]])
 
@@ -199,6 +200,7 @@ def test_an_increment_that_is_missing_is_none():
         ({"forgetting": None}, r"forgetting must lie in \(0, 1\], got None"),
         ({"tau": 1.5}, "tau"),
         ({"forgetting": 0.0}, "forgetting must lie in"),
+        ({"forgetting": 0.9, "follow": "frames"}, "forgetting is for samples, got 0.9 of frames"),
         ({"follow": "rows"}, 'follow must be "samples"'),
     ],
 )

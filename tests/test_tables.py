@@ -113,6 +113,8 @@ def test_plain_factors_of_other_options_and_a_damaged_record_end_the_table(tmp_p
     shared = {"network": "decayed_lenet5", "decay": 2.0, "dataset": "digits"}
     flags = ("--results", tmp_path, "--output-dir", tmp_path / "out")
     write_run(tmp_path, "one", [80], [70], rank=20, **shared)
+    result = run_script("UV_vanilla/produce_results.py", *flags)
+    assert f"{tmp_path} has no runs of U Vᵀ to compare with: go on with" in result.stderr
     write_run(tmp_path, "two", [80], [70], rank=5, seed=1, **shared)
     result = run_script("UV_vanilla/produce_results.py", *flags)
     assert result.returncode == 1
@@ -179,7 +181,9 @@ def test_a_dense_line_has_the_colour_of_its_curve():
 
 
 def test_cifar10_has_a_table_of_its_own_pictures_and_of_dense_nets_with_the_same_rule(run_script, tmp_path):
-    """Digits have no place, and two dense nets that differ in more than the seed have no mean."""
+    """Digits have no place; runs of other epochs are compared among themselves, and two dense nets that
+    differ in more than that and the seed have no mean.
+    """
     shared = {"dataset": "cifar10", "network": "ResNet20"}
     write_run(tmp_path / "r", "low", [70], [68.0], update="muon", compression=75.0, **shared)
     write_run(tmp_path / "r", "one", [80], [78.0], ranks="", update="muon", **shared)
@@ -199,6 +203,25 @@ def test_cifar10_has_a_table_of_its_own_pictures_and_of_dense_nets_with_the_same
     table = pd.read_csv(tmp_path / "out" / "table.csv", keep_default_na=False).set_index(["trained", "rule"])
     assert list(table.index) == [("dense", "Muon"), ("dense", "SGD"), ("DLRT, budget, matrices", "Muon")]
     assert list(table["below dense"]) == ["", "", "10.00"]
+    for name, test, others in (("four", 79.0, {"ranks": ""}), ("five", 76.0, {"compression": 75.0})):
+        write_run(tmp_path / "r", name, [80] * 3, [test] * 3, update="muon", **shared, **others)
+    write_run(
+        tmp_path / "r",
+        "cut",
+        [75, 75],
+        [74, 74],
+        update="muon",
+        compression=75.0,
+        **shared,
+        from_checkpoint="four",
+    )
+    assert run_script("cifar10/produce_results.py", *flags, "--time").returncode == 0
+    table = pd.read_csv(tmp_path / "out" / "table.csv", keep_default_na=False)
+    below = table.loc[table["below dense"] != "", ["trained", "epochs", "below dense"]]
+    assert below.to_numpy().tolist() == [
+        *(["DLRT, budget, matrices", 1, "10.00"], ["DLRT, budget, matrices", 3, "3.00"]),
+        ["cut by what the loss needs, trained on", 1, "5.00"],  # of the longest
+    ]
     write_run(tmp_path / "r", "three", [81], [77.0], ranks="", lr=0.1, seed=1, **shared)
     result = run_script("cifar10/produce_results.py", *flags)
     assert result.returncode == 1
