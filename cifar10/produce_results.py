@@ -28,20 +28,20 @@ PUBLISHED = pd.DataFrame({
     "after [%]": ["58.7", "58.6", "67.7", "64.2"],
     "compression [%]": "93 to 98",
 })  # fmt: skip
+COPY = " (the runs that are committed: a JPEG copy of it)"
 CAPTION = (
-    "{data} (the runs that are committed: a JPEG copy of it): test accuracy in %, mean and standard "
-    "deviation over the seeds, at the epoch chosen on the validation pictures and at the last one. All begin "
-    "at random but those that are cut, which are the dense net of the same seed (Muon) cut at once and "
-    "trained on. below dense: points below the dense net with the same rule and epochs. compression: against "
-    "the dense net of full width. {missing}" + tables.COUNTED
+    "{data}: test accuracy in %, mean and standard deviation over the seeds, at the epoch chosen on the "
+    "validation pictures and at the last one. All begin at random but those that are cut, which are the "
+    "dense net of the same seed (Muon) cut at once and trained on. below dense: points below the dense net "
+    "with the same rule and epochs. compression: against the dense net of full width. {missing}"
+    + tables.COUNTED
 )
 FINE_TUNING = (
-    "{data} (the runs that are committed: a JPEG copy of it): test accuracy in % before and after fine-"
-    "tuning of S and all that is dense in frozen bases, each at the epoch chosen on the validation "
-    "pictures; epochs: before + after, on one schedule of the learning rate, so that part of the gain is "
-    "its fall. not frozen: the control, as many epochs in which bases are updated and ranks decided, at the "
-    "epoch chosen among all. published: Schotthöfer et al. 2022, on CIFAR-10."
-    f"{{missing}} {tables.COUNTED}"
+    "{data}: test accuracy in % before and after fine-tuning of S and all that is dense in frozen bases, "
+    "each at the epoch chosen on the validation pictures; epochs: before + after, on one schedule of the "
+    "learning rate, so that part of the gain is its fall. not frozen: the control, as many epochs in which "
+    "bases are updated and ranks decided, at the epoch chosen among all. published: Schotthöfer et al. 2022, "
+    f"on CIFAR-10.{{missing}} {tables.COUNTED}"
 )
 NETWORKS = ("ResNet20", "VGG16", "AlexNet")
 SETTING = ["network", "way", "rule", "budget", "epochs", "curve"]
@@ -191,7 +191,7 @@ def main() -> None:
     args = tables.parse(__doc__, HERE, time="draw accuracy over time, too: of runs that had a machine each")
     command = "python cifar10/run.py, or the training scripts beside it"
     found = tables.read(args, command, dataset="cifar10")
-    data = tables.data(found)
+    data = tables.data(found) + (COPY if (found["dataset"] == "cifar10").all() else "")
     has_part = found.get("finetune_epochs", pd.Series(0, found.index)) > 0
     tuned = has_part | found["run"].map(lambda run: FOLDER in (args.results.resolve().name, *Path(run).parts))
     if has_part.any():

@@ -197,6 +197,7 @@ def test_cifar10_has_a_table_of_its_own_pictures_and_of_dense_nets_with_the_same
         "cifar10/produce_results.py", *flags[:2], "--output-dir", "other", "--dataset", "digits32"
     )
     assert (other.returncode, "98.00" in other.stdout, "68.00" in other.stdout) == (0, True, False)
+    assert ("JPEG" in result.stdout, "JPEG" in other.stdout) == (True, False)
     assert "left out, since not on digits32 (--dataset): low, one, two" in other.stderr
     wrong = run_script("cifar10/produce_results.py", *flags, "--dataset", "mnist")
     assert "--dataset must be one of the runs in r, cifar10, digits32, got mnist" in wrong.stderr
