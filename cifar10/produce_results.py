@@ -76,11 +76,11 @@ def with_ways(found: pd.DataFrame) -> pd.DataFrame:
     lengths = (", " + found["epochs"].map(str) + " epochs").where(several, "")
     found["curve"] = found["way"] + ", " + found["rule"] + lengths
     asked = found["options"].map(lambda options: options.get("compression") or options.get("factors"))
-    smaller = (found["way"] == "dense, narrower") | found["way"].str.startswith("plain factors")
     found["budget"] = pd.to_numeric(asked).fillna(of_narrow.where(found["way"] == "dense, narrower"))
-    whole = (found["evaluation_parameters"] / (1 - found["evaluation_compression"] / 100)).where(
-        ~smaller
-    ).groupby(found["network"]).transform("max")  # fmt: skip
+    has_less = found["evaluation_compression"] > 0  # a narrower net is its own dense net
+    tells = has_less | (found["way"] == DENSE)
+    whole = found["evaluation_parameters"] / (1 - found["evaluation_compression"] / 100)
+    whole = whole.where(tells).groupby(found["network"]).transform("max")
     for phase in ("evaluation", "training"):
         found[f"{phase}_compression"] = 100 * (1 - found[f"{phase}_parameters"] / whole)
     return found
@@ -179,7 +179,7 @@ def publish_study(args: argparse.Namespace, study: pd.DataFrame, data: str) -> N
     figures = {}
     if args.time and study["budget"].notna().any():
         figures["cifar10_training_time"] = study_figures.over_time(study, args.results)
-    if (summary["way"] != study_figures.DENSE).any():
+    if ((summary["way"] != DENSE) & summary["dense"].notna()).any():
         figures["cifar10_accuracy_vs_cr"] = study_figures.relative_to_dense(summary)
     if (ours := study[study["way"].str.startswith("DLRT, budget")].sort_values(["seed", "run"])).size:
         figures["cifar10_ranks"] = study_figures.ranks_over_training(ours.iloc[0], args.results)

@@ -186,6 +186,9 @@ def test_cifar10_has_a_table_of_its_own_pictures_and_of_dense_nets_with_the_same
     """
     shared = {"dataset": "cifar10", "network": "ResNet20"}
     write_run(tmp_path / "r", "low", [70], [68.0], update="muon", compression=75.0, **shared)
+    assert run_script("cifar10/produce_results.py", "--results", "r", "--output-dir", "alone").returncode == 0
+    drawn = {path.name for path in (tmp_path / "alone").glob("*.png")}
+    assert drawn == {"cifar10_ranks.png"}  # without a dense net there is nothing below it
     write_run(tmp_path / "r", "one", [80], [78.0], ranks="", update="muon", **shared)
     write_run(tmp_path / "r", "two", [81], [77.0], ranks="", lr=0.2, **shared)
     write_run(tmp_path / "r", "digits", [99], [98.0], ranks="", **{**shared, "dataset": "digits32"})
