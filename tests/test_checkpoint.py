@@ -16,6 +16,7 @@ from dlrt.baselines import plain_factors
 from dlrt.checkpoint import WEIGHTS, load_checkpoint, load_network
 from dlrt.datasets import load
 from dlrt.errors import RunError
+from dlrt.factors import Factors
 from dlrt.models import MLP
 from dlrt.runs import Run, chosen_epoch, read_metrics
 from dlrt.training import evaluate, fit
@@ -135,7 +136,7 @@ def test_info_prints_what_the_layers_are_and_draws_their_spectra(trained, tmp_pa
     rows = {line.split("|")[1].strip(): line for line in out.splitlines() if line.startswith("| fc")}
     assert list(rows) == list(dlrt.singular_values(model))
     for name, row in rows.items():
-        assert f"| {count.ranks.get(name, 'dense')} " in row
+        assert f"| {getattr(model.get_submodule(name), 'rank', 'dense')} " in row
     for suffix in ("png", "pdf"):
         assert (tmp_path / f"singular_values.{suffix}").stat().st_size > 1000
 
@@ -144,7 +145,12 @@ def test_singular_values_are_those_of_the_weights(trained):
     _, model, _ = trained
     for name, sigma in dlrt.singular_values(model).items():
         layer = model.get_submodule(name)
-        expected = torch.linalg.svdvals(layer.weight.detach().flatten(1))
+        if isinstance(layer, Factors):
+            B, A = layer.matrices()
+            weight = A @ B
+        else:
+            weight = layer.weight
+        expected = torch.linalg.svdvals(weight.detach().flatten(1))
         assert torch.allclose(sigma, expected[: len(sigma)], atol=1e-5)
 
 

@@ -28,7 +28,7 @@ KEY = ["phase", "integrator", "s_steps", "adaptive", "rank"]
 @pytest.fixture(scope="module")
 def scripts():
     """The modules of the folder by name; scripts in one folder import each other."""
-    names = ("networks", "measure", "memory", "run", "produce_results", "step", "growth", "at_scale")
+    names = ("networks", "measure", "memory", "run", "produce_results", "step", "growth", "at_scale", "pca")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
         yield argparse.Namespace(**{name: importlib.import_module(name) for name in names})
@@ -161,6 +161,23 @@ def test_what_is_slow_is_not_measured_at_larger_ranks(scripts):
     assert scripts.run.wanted(80, rows, settings, args) == [settings[0], *settings[2:]]
     assert scripts.run.wanted(40, rows, settings, args) == [settings[0], settings[4]]
     assert scripts.run.wanted(20, rows, settings, args) == settings
+
+
+def test_what_is_timed_as_pca_comes_near_the_best_approximation(scripts):
+    """Of a matrix whose singular values decay; a randomised SVD wants more columns than the rank."""
+    torch.manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(size, 200))[0] for size in (300, 200))
+    sigma = 0.9 ** torch.arange(200.0)
+    A, best = (U * sigma) @ V.mT, float(sigma[8:].norm())
+    basis = scripts.pca.gram(A)
+    assert (A - basis @ (basis.mT @ A)).norm() == pytest.approx(best, rel=1e-4)
+    errors = []
+    for columns in (8, 16):
+        P, found, Qh = scripts.pca.randomised(A, columns)
+        assert len(found) == 8
+        errors.append(float((A - P * found @ Qh).norm()) / best)
+    assert 1.01 < errors[0] < 1.3
+    assert 1 <= errors[1] < 1.01
 
 
 def test_functions_are_called_in_turn_within_their_time(scripts):

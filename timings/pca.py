@@ -17,7 +17,7 @@ from torch import Tensor
 from dlrt import LowRank, errors
 from dlrt.flags import NATURAL, HelpFormatter, Parser, number
 from dlrt.integrators import Residual, augmented_bug, bug, projector_splitting, times
-from dlrt.lowrank import qr
+from dlrt.lowrank import qr, svd
 from dlrt.plots import LOOK, Figure, mpl, plt, save, style
 from dlrt.timing import in_turn
 
@@ -28,6 +28,17 @@ def gram(A: Tensor) -> Tensor:
     """The leading left singular vectors by way of the smaller Gram matrix."""
     V = torch.linalg.eigh(A.mT @ A)[1][:, -RANK:]
     return qr(times(A, V))[0]
+
+
+def randomised(A: Tensor, columns: int) -> tuple[Tensor, ...]:
+    """A randomised SVD of so many columns with one power iteration, cut to the rank. Halko et al. 2011.
+
+    That of torch, but for the layout of its products, which takes up to four times as long.
+    """
+    Q = qr(times(A, torch.randn(A.shape[1], columns)))[0]
+    Q = qr(times(A, qr(times(A.mT, Q))[0]))[0]
+    P, sigma, Vh = svd(times(A.mT, Q).mT)
+    return Q @ P[:, :RANK], sigma[:RANK], Vh[:RANK]
 
 
 def contenders(rows: int, columns: int, largest_svd: int) -> dict[str, Callable[[], object]]:
@@ -43,8 +54,8 @@ def contenders(rows: int, columns: int, largest_svd: int) -> dict[str, Callable[
         "anchored BUG": lambda: bug(Y, Residual(A, Y)),
         "anchored augmented BUG": lambda: augmented_bug(Y, Residual(A, Y), max_rank=RANK),
         "subspace iteration": lambda: qr(times(A.mT, qr(times(A, V))[0])),
-        "randomised SVD, q = 8": lambda: torch.svd_lowrank(A, q=RANK, niter=1),
-        "randomised SVD, q = 16": lambda: torch.svd_lowrank(A, q=2 * RANK, niter=1),
+        "randomised SVD, q = 8": lambda: randomised(A, RANK),
+        "randomised SVD, q = 16": lambda: randomised(A, 2 * RANK),
     }
     if rows != columns:
         functions |= {"thin SVD": lambda: torch.linalg.svd(A, full_matrices=False)}
@@ -79,9 +90,9 @@ LOOKS = {
     "augmented BUG": 3,
     "anchored BUG": 4,
     "anchored augmented BUG": 5,
-    "subspace iteration": 6,
+    "subspace iteration": 2,
     "randomised SVD, q = 8": 8,
-    "randomised SVD, q = 16": 9,
+    "randomised SVD, q = 16": 6,
     "full SVD": 14,
 }
 
