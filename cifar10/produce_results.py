@@ -33,8 +33,8 @@ CAPTION = (
     "{data}: test accuracy in %, mean and standard deviation over the seeds, at the epoch chosen on the "
     "validation pictures and at the last one. All begin at random but those that are cut, which are the "
     "dense net of the same seed (Muon) cut at once and trained on. below dense: points below the dense net "
-    "with the same rule and epochs. compression: against the dense net of full width. {missing}"
-    + tables.COUNTED
+    "with the same rule and epochs, of cut ones the longest. compression: against the dense net of full "
+    "width. {missing}" + tables.COUNTED
 )
 FINE_TUNING = (
     "{data}: test accuracy in % before and after fine-tuning of S and all that is dense in frozen bases, "
@@ -64,9 +64,9 @@ def way(options: dict, low_rank: bool) -> str:
 
 
 def with_ways(found: pd.DataFrame) -> pd.DataFrame:
-    """The runs, with what each is a row and on a curve of, and their compression.
+    """The runs, with the row and the curve that each belongs to, and their compression.
 
-    That is against the dense net of full width, NaN where no run tells of that net.
+    That is against the dense net of full width, NaN where no run tells of it: narrower nets do not.
     """
     low_rank = found["ranks"] != ""
     found = found.assign(way=[way(*pair) for pair in zip(found["options"], low_rank, strict=True)])
@@ -77,8 +77,7 @@ def with_ways(found: pd.DataFrame) -> pd.DataFrame:
     found["curve"] = found["way"] + ", " + found["rule"] + lengths
     asked = found["options"].map(lambda options: options.get("compression") or options.get("factors"))
     found["budget"] = pd.to_numeric(asked).fillna(of_narrow.where(found["way"] == "dense, narrower"))
-    has_less = found["evaluation_compression"] > 0  # a narrower net is its own dense net
-    tells = has_less | (found["way"] == DENSE)
+    tells = low_rank | (found["way"] == DENSE) | (found["evaluation_compression"] > 0)
     whole = found["evaluation_parameters"] / (1 - found["evaluation_compression"] / 100)
     whole = whole.where(tells).groupby(found["network"]).transform("max")
     for phase in ("evaluation", "training"):
@@ -179,8 +178,9 @@ def publish_study(args: argparse.Namespace, study: pd.DataFrame, data: str) -> N
     figures = {}
     if args.time and study["budget"].notna().any():
         figures["cifar10_training_time"] = study_figures.over_time(study, args.results)
-    if ((summary["way"] != DENSE) & summary["dense"].notna()).any():
-        figures["cifar10_accuracy_vs_cr"] = study_figures.relative_to_dense(summary)
+    beside_dense = summary[summary["dense"].notna()]
+    if (beside_dense["way"] != DENSE).any():
+        figures["cifar10_accuracy_vs_cr"] = study_figures.relative_to_dense(beside_dense)
     if (ours := study[study["way"].str.startswith("DLRT, budget")].sort_values(["seed", "run"])).size:
         figures["cifar10_ranks"] = study_figures.ranks_over_training(ours.iloc[0], args.results)
     tables.publish(args, table, CAPTION.format(data=data, missing=missing), figures, SHORT)

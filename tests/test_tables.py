@@ -180,7 +180,9 @@ def test_a_dense_line_has_the_colour_of_its_curve():
     assert drawn["published dense"].get_color() == "0.55"
 
 
-def test_cifar10_has_a_table_of_its_own_pictures_and_of_dense_nets_with_the_same_rule(run_script, tmp_path):
+def test_cifar10_has_a_table_of_its_own_pictures_and_of_dense_nets_with_the_same_rule(
+    run_script, monkeypatch, tmp_path
+):
     """Digits have no place; runs of other epochs are compared among themselves, and two dense nets that
     differ in more than that and the seed have no mean.
     """
@@ -220,6 +222,10 @@ def test_cifar10_has_a_table_of_its_own_pictures_and_of_dense_nets_with_the_same
         from_checkpoint="four",
     )
     assert run_script("cifar10/produce_results.py", *flags, "--time").returncode == 0
+    monkeypatch.syspath_prepend(ROOT / "cifar10")
+    found = read_runs(tmp_path / "r")
+    curves = load("cifar10/produce_results").with_ways(found[found["dataset"] == "cifar10"])["curve"]
+    assert {"dense, SGD", "dense, Muon, 1 epochs", "DLRT, budget, matrices, Muon, 3 epochs"} <= set(curves)
     table = pd.read_csv(tmp_path / "out" / "table.csv", keep_default_na=False)
     below = table.loc[table["below dense"] != "", ["trained", "epochs", "below dense"]]
     assert below.to_numpy().tolist() == [
