@@ -169,12 +169,13 @@ def test_missing_entries_of_data_of_low_rank_are_found(follow):
     assert np.linalg.norm(errors) <= 0.2 * np.linalg.norm((frames[-1] - frames[-1].mean(0))[hidden[-1]])
 
 
-def test_gaps_are_not_filled_with_more_than_the_data_have():
+@pytest.mark.parametrize("n_components", [None, 6])
+def test_gaps_are_not_filled_with_more_than_the_data_have(n_components):
     """Row by row, when the first few rows would fit whatever is known of the next."""
     shares = []
     for seed in range(20):
         X, hidden = data(40, seed=seed), np.random.default_rng(seed).random((40, 12)) < 0.2
-        model = StreamingPCA()
+        model = StreamingPCA(n_components)
         for row in np.where(hidden, np.nan, X):
             model.partial_fit(row[None])
         assert 0.6 < model.explained_variance_[0] / PCA().fit(X).explained_variance_[0] < 1.2

@@ -85,7 +85,7 @@ def measure(shape: tuple[int, int], repeats: int, largest_svd: int) -> pd.DataFr
     return pd.DataFrame(rows)
 
 
-LOOKS = {
+LOOKS = {  # colours are those of the notebook, but for what is grey there
     "BUG": 0,
     "projector splitting": 1,
     "augmented BUG": 3,
