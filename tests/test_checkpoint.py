@@ -7,7 +7,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
-from conftest import fork, plain
+from shared import fork, plain
 from torch import nn
 
 import dlrt

@@ -16,7 +16,7 @@ import pytest
 import small_networks
 import torch
 import torch.distributed as dist
-from conftest import fork, plain
+from shared import fork, plain
 from small_networks import low_rank_layers
 from torch import nn
 from torch.nn.functional import cross_entropy

@@ -8,7 +8,7 @@ import time
 import pandas as pd
 import pytest
 import torch
-from conftest import fork
+from shared import fork
 
 from dlrt import grid
 from dlrt.errors import RunError

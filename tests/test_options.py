@@ -9,7 +9,7 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import fork
+from shared import fork
 
 from dlrt import SpatialLowRankConv2d, to_low_rank
 from dlrt.checkpoint import load_checkpoint, load_network

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import plain
+from shared import plain
 from small_networks import batch, closure_of, low_rank_layers, network
 from test_training import BrokenOff, assert_equal_weights, dataset, one_thread, train
 from torch.amp import GradScaler

@@ -10,8 +10,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import fork
 from made_up_runs import copy_committed, makes
+from shared import fork
 
 import dlrt
 from dlrt import grid
