@@ -214,6 +214,8 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
     def _read(self, X: ArrayLike | Tensor, reset: bool) -> Tensor:
         """X as a tensor of single or double precision, at least the model's, finite but for NaN."""
+        if np.ma.is_masked(X):
+            raise ValueError("data must have NaN where entries are missing, got a mask: give X.filled(nan)")
         if not isinstance(X, Tensor):
             dtypes = [np.float64, np.float32]
             X = validate_data(self, X, reset=reset, dtype=dtypes, ensure_all_finite="allow-nan")
@@ -221,6 +223,8 @@ class StreamingPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         else:
             if X.dim() != 2 or not X.numel():
                 raise ValueError(f"data must be a matrix of samples x features, got {tuple(X.shape)}")
+            if X.layout != torch.strided:
+                raise ValueError(f"data must be dense, got {X.layout}: give X.to_dense()")
             if X.is_complex():
                 raise ValueError(f"data must be real, got {X.dtype}: take real and imaginary parts apart")
             if X.isinf().any():

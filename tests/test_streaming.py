@@ -220,6 +220,10 @@ def test_data_that_do_not_fit_are_named():
         model.partial_fit(torch.full((60, 12), torch.inf))
     with pytest.raises(ValueError, match="data must be real, got torch"):
         model.partial_fit(torch.zeros(60, 12, dtype=torch.complex64))
+    with pytest.raises(ValueError, match="data must be dense, got"):
+        model.partial_fit(torch.zeros(60, 12).to_sparse())
+    with pytest.raises(ValueError, match="NaN where entries are missing, got a mask"):
+        model.partial_fit(np.ma.masked_less(data(), 0))
     for scores in (data(columns=3), data()[0], torch.zeros(4, 1)):
         with pytest.raises(ValueError, match=r"scores must have the shape \(rows, 2\), got"):
             model.inverse_transform(scores)
