@@ -58,6 +58,8 @@ def way(options: dict, low_rank: bool) -> str:
     if options.get("from_checkpoint"):
         by = "singular values" if options.get("cut_by") == "weights" else "what the loss needs"
         return f"cut by {by}, trained on"
+    if options.get("dense_epochs"):
+        return f"DLRT after a dense start, {kernels}"
     if options.get("compression"):
         return f"DLRT, budget, {kernels}"
     return "DLRT, τ" if options.get("momentum", 0.9) else "DLRT as published (τ, no momentum)"

@@ -16,6 +16,7 @@ DENSE = "dense"
 WAYS = (
     *(DENSE, "dense, narrower", "plain factors, matrices", "plain factors, separable kernels"),
     *("DLRT, budget, matrices", "DLRT, budget, separable kernels"),
+    *("DLRT after a dense start, matrices", "DLRT after a dense start, separable kernels"),
     *("cut by singular values, trained on", "cut by what the loss needs, trained on"),
     *("DLRT as published (τ, no momentum)", "DLRT, τ"),
 )

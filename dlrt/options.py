@@ -54,6 +54,7 @@ class Options(OptionSet):
     tau: ClassVar[float] = 0.0
     tau_warmup: ClassVar[float] = 0.0
     finetune_epochs: ClassVar[int] = 0
+    dense_epochs: ClassVar[int] = 0
 
     epochs: int = option(20, "passes over the training split", NATURAL)
     batch_size: int = option(128, "samples per step", NATURAL)
@@ -161,6 +162,9 @@ class LowRankOptions(Options):
         "share of --epochs over which the budget falls; 0 cuts --from-checkpoint at once; by default 0.6",
         number(float, "[0, 1]"),
     )
+    dense_epochs: int = option(
+        0, "of --epochs, to begin with; then the network is cut to --compression at once", COUNT
+    )
     cut_by: str | None = option(
         None,
         "what a cut keeps: what the loss needs, or the largest; by default loss, weights for texts",
@@ -201,6 +205,8 @@ class LowRankOptions(Options):
                 f"--max-rank must be at least --min-rank, got {self.max_rank} < {self.min_rank}"
             )
         self._check_rule()
+        if self.dense_epochs:
+            self._settle_dense_start()
         if self.tau is None and self.compression is not None:
             if self.tau_warmup:
                 raise OptionError(
@@ -236,11 +242,29 @@ class LowRankOptions(Options):
                 "keep: leave one out"
             )
 
+    def _settle_dense_start(self) -> None:
+        if self.compression is None:
+            raise OptionError("--dense-epochs must come with --compression: the network is cut to it then")
+        if self.ramp or self.from_checkpoint:
+            given = "--ramp" if self.ramp else "--from-checkpoint"
+            raise OptionError(f"--dense-epochs begins at random and cuts at once: leave {given} out")
+        if self.dense_epochs >= self.epochs:
+            raise OptionError(
+                f"--dense-epochs must be less than --epochs, got {self.dense_epochs} >= {self.epochs}"
+            )
+        if self.update not in (None, "muon", UPDATE_OF[OPTIMIZERS[self.optimizer]]):
+            raise OptionError(
+                f"--dense-epochs with --optimizer {self.optimizer} steps by that or by --update muon, got "
+                f"--update {self.update}"
+            )
+        self.ramp = 0.0
+
     def _settle_cut(self) -> None:
-        if not self.from_checkpoint:
+        if not self.from_checkpoint and not self.dense_epochs:
             if self.cut_by:
                 raise OptionError(
-                    "--cut-by must come with --from-checkpoint: random weights have nothing to keep"
+                    "--cut-by must come with --from-checkpoint or --dense-epochs: random weights have "
+                    "nothing to keep"
                 )
             return
         of_text = self.dataset in TEXTS
@@ -256,12 +280,13 @@ class LowRankOptions(Options):
             return
         if self.integrator == "bug":
             raise OptionError("--compression changes ranks, and --integrator bug keeps them: take another")
-        if self.ramp == 0 and not self.from_checkpoint:
+        if self.ramp == 0 and not self.from_checkpoint and not self.dense_epochs:
             raise OptionError(
                 "--ramp 0 must come with --from-checkpoint: random weights have nothing to keep"
             )
         if self.ramp == 0 and self.rank is not None:
-            raise OptionError("--ramp 0 cuts to ranks of its own: leave --rank out")
+            cuts = "--dense-epochs" if self.dense_epochs else "--ramp 0"
+            raise OptionError(f"{cuts} cuts to ranks of its own: leave --rank out")
         if self.budget:
             self.ramp = RAMP if self.ramp is None else self.ramp
             self.rank = 1.0 if self.rank is None else self.rank

@@ -6,6 +6,7 @@ import math
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from dlrt.errors import OptionError, RunError, one_line
 from dlrt.flags import flag
 from dlrt.layers import LowRankLayer
 from dlrt.optimizer import DLRT
-from dlrt.options import OPTIMIZERS, DenseOptions, RunOptions
+from dlrt.options import OPTIMIZERS, DenseOptions, LowRankOptions, RunOptions
 from dlrt.runs import Run, chosen_epoch
 from dlrt.training import fit
 
@@ -77,7 +78,8 @@ def _train(options: RunOptions, network: Network, run: Run, settings: Settings) 
         model = _with_factors(model, options, dataset, run)
         # in this layout a CPU evaluates dense and exported convolutions in 0.6 to 0.9 of the time
         model = model.to(options.device, memory_format=torch.channels_last)
-        optimizer = make_optimizer(model, options, dataset.train.steps(options.batch_size))
+        steps = dataset.train.steps(options.batch_size)
+        optimizer = make_optimizer(model, options, steps)
     except (ValueError, RunError) as error:
         if distributed.process_rank() == 0:
             run.discard_empty()
@@ -97,7 +99,11 @@ def _train(options: RunOptions, network: Network, run: Run, settings: Settings) 
         given = {"skip": options.skip, "spatial": options.spatial}
         about["factors"] = {"compression": options.factors / 100, **given}
     quiet = options.quiet or distributed.process_rank() > 0
-    metrics = fit(model, optimizer, scheduler, dataset, options, run, about, quiet)
+
+    def cut() -> torch.optim.Optimizer:
+        return make_optimizer(_low_rank(model, options, dataset), options, steps)
+
+    metrics = fit(model, optimizer, scheduler, dataset, options, run, about, quiet, cut)
     if distributed.process_rank() == 0:
         print(_result(metrics, run.folder, options.dataset in TEXTS))
 
@@ -125,7 +131,7 @@ def _begin(
     record["data"] = dataset.checksum
     if options.from_checkpoint:
         record["from_checkpoint"] = _take_weights(model, options, run)
-    else:
+    elif not options.dense_epochs:
         record.pop("cut_by", None)  # there is nothing to cut
     distributed.on_first_process(lambda: run.start(record, options.resume, options.device))
     return model
@@ -140,10 +146,21 @@ def _with_factors(model: nn.Module, options: RunOptions, dataset: Dataset, run: 
             model = plain_factors(model, options.factors / 100, options.skip, options.spatial)
         return model
     if state := distributed.on_first_process(run.load):  # low-rank are the layers that are so there
+        if options.dense_epochs and state["metrics"][-1]["epoch"] <= options.dense_epochs:
+            return model
         dense = [name for name, _ in model.named_modules() if f"{name}.weight" in state["model"]]
         return to_low_rank(model, options.rank or 1, skip=[*options.skip, *dense], spatial=options.spatial)
-    by_loss = options.from_checkpoint and options.cut_by == "loss"
-    inputs = dataset.train.images[:CALIBRATION_IMAGES].cpu() if by_loss else None
+    if options.dense_epochs:  # what is impossible is told now
+        _low_rank(deepcopy(model), replace(options, cut_by="weights"), dataset)
+        return model
+    return _low_rank(model, options, dataset)
+
+
+def _low_rank(model: nn.Module, options: LowRankOptions, dataset: Dataset) -> nn.Module:
+    """The network of dense layers made low-rank as the options say."""
+    by_loss = options.cut_by == "loss"
+    device = next(model.parameters()).device
+    inputs = dataset.train.images[:CALIBRATION_IMAGES].to(device) if by_loss else None
     compression = options.compression / 100 if options.ramp == 0 else None
     ranks = {"rank": options.rank, "compression": compression, "min_rank": options.min_rank}
     there = [name for name, module in model.named_modules() if isinstance(module, LowRankLayer)]
@@ -165,7 +182,8 @@ def _name(options: RunOptions, settings: Settings) -> str:
         kind = f"factors{options.factors:g}" if options.factors else "dense"
     else:
         kind = f"tau{options.tau}" if options.compression is None else f"compression{options.compression:g}"
-        kind = f"cut_{kind}" if options.ramp == 0 else kind
+        start = f"dense{options.dense_epochs}_" if options.dense_epochs else ""
+        kind = f"{start}cut_{kind}" if options.ramp == 0 else kind
     kernels = "_spatial" if options.spatial else ""
     rule = "" if options.update in (None, "sgd") else f"_{options.update}"
     return f"{prefix}{kind}{kernels}{rule}_seed{options.seed}"
@@ -223,13 +241,13 @@ def _take_weights(model: nn.Module, options: RunOptions, run: Run) -> str:
 
 
 def make_optimizer(model: nn.Module, options: RunOptions, steps: int) -> torch.optim.Optimizer:
-    """The optimizer that the options describe, for so many steps an epoch: a DLRT for a low-rank run."""
+    """The optimizer that the options describe, for so many steps an epoch: a DLRT of a low-rank network."""
     inner = {"lr": options.lr, "weight_decay": options.weight_decay}
     if options.optimizer == "sgd":
         inner |= {"momentum": options.momentum, "nesterov": options.nesterov}
     else:
         inner["betas"] = (options.momentum, 0.999)
-    if isinstance(options, DenseOptions):
+    if not any(isinstance(module, LowRankLayer) for module in model.modules()):
         return _dense_optimizer(model, options, inner)
     same = ("tau", "min_rank", "max_rank", "s_steps", "integrator", "update", "update_lr")
     settings = {name: getattr(options, name) for name in same}
@@ -241,7 +259,7 @@ def make_optimizer(model: nn.Module, options: RunOptions, steps: int) -> torch.o
     return DLRT(model, OPTIMIZERS[options.optimizer], **settings, **inner)
 
 
-def _dense_optimizer(model: nn.Module, options: DenseOptions, inner: dict) -> torch.optim.Optimizer:
+def _dense_optimizer(model: nn.Module, options: RunOptions, inner: dict) -> torch.optim.Optimizer:
     """An optimizer of torch, or Muon; plain factors A B have the weight decay that A B would have."""
     if options.update == "muon":
         others = (module for name, module in model.named_modules() if not is_within(name, options.skip))
@@ -250,7 +268,7 @@ def _dense_optimizer(model: nn.Module, options: DenseOptions, inner: dict) -> to
         optimizer = Muon(model.parameters(), hidden, **inner)
     else:
         optimizer = OPTIMIZERS[options.optimizer](model.parameters(), **inner)
-    if options.factors:
+    if isinstance(options, DenseOptions) and options.factors:
         product_decay(optimizer, model)
     return optimizer
 

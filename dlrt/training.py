@@ -36,12 +36,14 @@ def fit(
     run: Run,
     about: dict[str, Any],
     quiet: bool = False,
+    cut: Callable[[], torch.optim.Optimizer] | None = None,
 ) -> pd.DataFrame:
     """Train from the run's last checkpoint, or from the start, to the end; give the metrics, a row per epoch.
 
-    The optimizer is a DLRT for a low-rank network, any other for a dense one. tau rises linearly from 0 over
-    the first tau_warmup epochs; after `epochs` the bases are frozen, and S and the rest are trained on. A run
-    from trained weights has a row for epoch 0, too: what it begins with. After every epoch the
+    The optimizer is a DLRT for a low-rank network, any other for a dense one. A dense one becomes low-rank
+    after `dense_epochs` by cut(), which gives its optimizer; the schedule goes on. tau rises linearly from 0
+    over the first tau_warmup epochs; after `epochs` the bases are frozen, and S and the rest are trained on.
+    A run from trained weights has a row for epoch 0, too: what it begins with. After every epoch the
     checkpoint holds all that a continuation needs, the weights of the chosen epoch so far ("chosen") and
     `about`, which says what the network is. Each epoch draws from a generator of its own, so that a resumed
     run ends as an uninterrupted one. FloatingPointError where the loss is not finite, ValueError where
@@ -57,6 +59,9 @@ def fit(
     total = options.epochs + options.finetune_epochs
     first = rows[-1]["epoch"] + 1 if rows else 0 if options.from_checkpoint else 1
     for epoch in range(first, total + 1):
+        if options.dense_epochs and epoch == options.dense_epochs + 1:
+            optimizer = parts["optimizer"] = cut()
+            _go_on_with(scheduler, optimizer)
         if epoch > options.epochs and isinstance(optimizer, DLRT):
             optimizer.freeze_bases()
         rows.append(_epoch(model, optimizer, scaler, dataset, options, epoch, run, quiet))
@@ -75,6 +80,15 @@ def fit(
             print(describe(rows[-1], total), flush=True)
     model.load_state_dict(chosen)
     return pd.DataFrame(rows)
+
+
+def _go_on_with(scheduler: LRScheduler | ReduceLROnPlateau, optimizer: torch.optim.Optimizer) -> None:
+    """Let a schedule go on with another optimizer, whose learning rates are those that it began with."""
+    lr = scheduler.optimizer.param_groups[0]["lr"]
+    scheduler.optimizer = optimizer
+    scheduler.base_lrs = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group.update(initial_lr=group["lr"], lr=lr)
 
 
 def _epoch(
@@ -101,6 +115,7 @@ def _epoch(
     validation_loss, validation_accuracy = evaluate(model, dataset.validation, options.amp)
     test_loss, test_accuracy = evaluate(model, dataset.test, options.amp)
     cost = compression(model)
+    budget = (optimizer.budget or 0) if isinstance(optimizer, DLRT) else 0  # 0 is none
     return {
         "epoch": epoch,
         "frozen_bases": epoch > options.epochs,
@@ -113,7 +128,7 @@ def _epoch(
         "test_loss": test_loss,
         "test_accuracy": test_accuracy,
         "ranks": "/".join(map(str, cost.ranks.values())),
-        "budget": (optimizer.budget or 0) if isinstance(optimizer, DLRT) else 0,  # 0 is none
+        "budget": cost.dense_parameters if 0 < epoch <= options.dense_epochs else budget,
         "evaluation_parameters": cost.evaluation_parameters,
         "evaluation_compression": cost.evaluation_compression,
         "training_parameters": cost.training_parameters,

@@ -78,6 +78,27 @@ IMPOSSIBLE = [
         ["--compression", "60", "--ramp", "0", "--from-checkpoint", "a", "--rank", "3"],
         ["--ramp 0 cuts to ranks of its own: leave --rank out"],
     ),
+    (["--dense-epochs", "2"], ["--dense-epochs must come with --compression"]),
+    (
+        ["--dense-epochs", "2", "--compression", "60", "--ramp", "0.5"],
+        ["--dense-epochs begins at random and cuts at once: leave --ramp out"],
+    ),
+    (
+        ["--dense-epochs", "2", "--compression", "60", "--from-checkpoint", "a"],
+        ["--dense-epochs begins at random", "leave --from-checkpoint out"],
+    ),
+    (
+        ["--dense-epochs", "3", "--compression", "60", "--epochs", "3"],
+        ["--dense-epochs must be less than --epochs, got 3 >= 3"],
+    ),
+    (
+        ["--dense-epochs", "2", "--compression", "60", "--rank", "3"],
+        ["--dense-epochs cuts to ranks of its own: leave --rank out"],
+    ),
+    (
+        ["--dense-epochs", "2", "--compression", "60", "--update", "sgd", "--optimizer", "adam"],
+        ["--dense-epochs with --optimizer adam steps by that or by --update muon, got --update sgd"],
+    ),
     (["--cut-by", "weights"], ["--cut-by must come with --from-checkpoint"]),
     (["--cut-by", "loss"], ["--cut-by must come with --from-checkpoint"]),
     (["--name", "../../x"], ["--name", "name of one folder", "--output-dir says where", "'../../x'"]),
@@ -289,6 +310,10 @@ def test_a_budget_falls_from_full_rank_without_a_tolerance_unless_they_are_given
     assert parse(*start).rank == 1.0
     cut = parse(*start, "--ramp", "0")
     assert (cut.ramp, cut.rank, cut.tau, cut.max_rank) == (0.0, None, 0.0, "initial")
+    begun_dense = parse("--compression", "80", "--dense-epochs", "3")
+    assert begun_dense.cut_by == "loss"
+    settled = ("ramp", "rank", "tau", "tau_warmup", "max_rank", "cut_by")
+    assert all(getattr(begun_dense, name) == getattr(cut, name) for name in settled)
 
 
 def test_the_budget_of_a_run_is_met_at_the_end_of_its_ramp_from_scratch_or_a_checkpoint(lenet5, tmp_path):
