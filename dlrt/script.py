@@ -146,7 +146,7 @@ def _with_factors(model: nn.Module, options: RunOptions, dataset: Dataset, run: 
             model = plain_factors(model, options.factors / 100, options.skip, options.spatial)
         return model
     if state := distributed.on_first_process(run.load):  # low-rank are the layers that are so there
-        if options.dense_epochs and state["metrics"][-1]["epoch"] <= options.dense_epochs:
+        if options.dense_epochs and not _are_low_rank(state["model"]):
             return model
         dense = [name for name, _ in model.named_modules() if f"{name}.weight" in state["model"]]
         return to_low_rank(model, options.rank or 1, skip=[*options.skip, *dense], spatial=options.spatial)
@@ -221,7 +221,7 @@ def _take_weights(model: nn.Module, options: RunOptions, run: Run) -> str:
         raise RunError(f"--from-checkpoint: {error}") from error
     if about.get("factors"):
         raise RunError(f"--from-checkpoint {path} is of plain factors: give a dense one's")
-    if any(name.split(".")[-1] == "S" for name in weights):
+    if _are_low_rank(weights):
         raise RunError(f"--from-checkpoint {path} is of a low-rank network: give a dense one's")
     if about.get("dataset") == options.dataset and about.get("seed", options.seed) != options.seed:
         raise RunError(
@@ -238,6 +238,10 @@ def _take_weights(model: nn.Module, options: RunOptions, run: Run) -> str:
         ) from error
     sums = [(name, distributed.checksum(value)) for name, value in model.state_dict().items()]
     return f"{path.name} {zlib.crc32(repr(sums).encode()):08x}"
+
+
+def _are_low_rank(weights: dict[str, Any]) -> bool:
+    return any(name.split(".")[-1] == "S" for name in weights)
 
 
 def make_optimizer(model: nn.Module, options: RunOptions, steps: int) -> torch.optim.Optimizer:

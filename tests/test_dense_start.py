@@ -35,9 +35,7 @@ def test_the_first_epochs_are_those_of_a_dense_run_and_the_others_are_low_rank(l
     assert (metrics["evaluation_compression"][:2] == 0).all()
     assert metrics["evaluation_compression"][2:].between(95, 96).all()
     assert metrics["ranks"][2] == metrics["ranks"][3] != ""
-    network, _ = load_network(
-        tmp_path / "a"
-    )  # that of an epoch after the cut, however good those before were
+    network, _ = load_network(tmp_path / "a")  # of an epoch after the cut, however good those before were
     assert any(isinstance(module, SpatialLowRankConv2d) for module in network.modules())
 
 
