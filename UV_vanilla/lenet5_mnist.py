@@ -10,7 +10,8 @@ from factored import AS_IN_THE_PAPER, DECAY, OF_DECAY, decayed_lenet5
 
 from dlrt import script
 from dlrt.errors import OptionError
-from dlrt.options import LowRankOptions, option
+from dlrt.low_rank_options import LowRankOptions
+from dlrt.option_fields import option
 
 
 @dataclass(kw_only=True)

@@ -50,18 +50,17 @@ SETTING = ["network", "way", "rule", "budget", "epochs", "curve"]
 def way(options: dict, low_rank: bool) -> str:
     """Which of the WAYS a run is, by its options."""
     kernels = "separable kernels" if options.get("spatial") else "matrices"
+    after = " after a dense start" if options.get("dense_epochs") else ""
     if not low_rank:
         narrow = options.get("width", 1) != 1
         if options.get("factors"):
-            return f"plain factors, {kernels}"
+            return f"plain factors{after}, {kernels}"
         return "dense, narrower" if narrow else DENSE
     if options.get("from_checkpoint"):
         by = "singular values" if options.get("cut_by") == "weights" else "what the loss needs"
         return f"cut by {by}, trained on"
-    if options.get("dense_epochs"):
-        return f"DLRT after a dense start, {kernels}"
     if options.get("compression"):
-        return f"DLRT, budget, {kernels}"
+        return f"DLRT{after or ', budget'}, {kernels}"
     return "DLRT, τ" if options.get("momentum", 0.9) else "DLRT as published (τ, no momentum)"
 
 
@@ -100,8 +99,9 @@ def compared(found: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     summary = summary.join(accuracy, on=[*same, "of_dense"])
     setting = {"network": summary["network"], "trained": summary["way"], "rule": summary["rule"]}
     table = tables.readable(summary, setting)
-    uniform = summary["way"].str.startswith("plain factors")
-    table["ranks (first seed)"] = table["ranks (first seed)"].where(~uniform, "uniform")
+    for ways, ranks in (("plain factors", "uniform"), ("plain factors after", "by the cut")):
+        shown = ~summary["way"].str.startswith(ways)
+        table["ranks (first seed)"] = table["ranks (first seed)"].where(shown, ranks)
     below = (summary["dense"] - summary["accuracy"]).where(summary["way"] != DENSE)
     table.insert(
         table.columns.get_loc("at the last epoch [%]") + 1, "below dense", tables.text(below, "{:.2f}")

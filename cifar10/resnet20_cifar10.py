@@ -8,8 +8,8 @@ About two minutes an epoch on two CPU cores that do nothing else.
 from pathlib import Path
 
 from dlrt import script
+from dlrt.low_rank_options import LowRankOptions
 from dlrt.models import ResNet20
-from dlrt.options import LowRankOptions
 
 
 def main() -> None:

@@ -3,14 +3,16 @@
     python cifar10/run.py --jobs 2 --tune 1                ResNet20; 45 minutes a run and core
     python cifar10/run.py --preset gpu --device cuda       all three networks, 30 to 60 epochs
 
-What is compared: the dense net, a narrower one at the parameters of each budget, plain factors and DLRT under
-that budget, both with kernels as matrices and spatially separable, each with SGD and with Muon; the trained
-dense net cut to the budget and trained on for a third of the epochs; and DLRT as published. Step sizes are
-those that validation chose for each way on a smaller network (probe.csv). With `--tune EPOCHS` short runs of
-seed 0 try a half, a quarter and an eighth of them, too, and more until the best lies between two that are no
-better. (Where that network has no row for separable kernels they take the step size of matrices; cuts take
-half of it, the published method 0.2.) The first budget comes first, seed by seed, and cuts of trained nets
-after all its seeds. Each preset has a folder of its own, results/ and results_gpu/.
+What is compared: the dense net, a narrower one at the parameters of each budget, plain factors and DLRT
+under that budget, both with kernels as matrices and spatially separable, and both also after a dense start:
+the dense net for two fifths of the epochs, and then cut; each with SGD and with Muon; the trained dense net
+cut to the budget and trained on for a third of the epochs; and DLRT as published. Step sizes are those that
+validation chose for each way on a smaller network (probe.csv). With `--tune EPOCHS` short runs of seed 0 try
+a half, a quarter and an eighth of them, too, and more until the best lies between two that are no better; a
+dense start begins with three, in runs twice as long. (Where that network has no row for separable kernels
+they take the step size of matrices; cuts take half of it, the published method 0.2.) The first budget comes
+first, seed by seed, and cuts of trained nets after all its seeds. Each preset has a folder of its own,
+results/ and results_gpu/.
 """
 
 from __future__ import annotations
@@ -46,6 +48,10 @@ WAYS = {
     "narrow": "dense, half the width, {}",
     "dense": "dense, {}",
 }
+LOW_RANK = ("matrices", "separable")
+STARTED = "started_"  # ways that begin dense are called so, and take the same step sizes as those that do not
+WAYS |= {f"{STARTED}{way}": WAYS[way] for way in ("matrices", "separable", "factors", "separable_factors")}
+DENSE_SHARE = 0.4  # of their epochs
 RULES = {"muon": {"update": "muon", "nesterov": True}, "sgd": {"update": "sgd"}}
 DIVISORS = (1, 2, 4, 8)  # of the probe's step size, with --tune: a deeper network may want less
 Choice = tuple[str, str]  # a way and a rule
@@ -62,6 +68,9 @@ def step_sizes(way: str, rule: str, scale: float = 1.0) -> dict[str, float]:
 def plan(network: str, way: str, rule: str, compression: float, common: dict, scale: float = 1.0) -> RunSpec:
     """A run from scratch that ends at a compression, or that of the dense network."""
     options = {**common, **RULES[rule], **step_sizes(way, rule, scale)}
+    kind = way.removeprefix(STARTED)
+    if way != kind:
+        options["dense_epochs"] = max(1, round(DENSE_SHARE * common["epochs"]))
     options |= {
         "dense": {},
         "factors": {"factors": compression},
@@ -69,9 +78,9 @@ def plan(network: str, way: str, rule: str, compression: float, common: dict, sc
         "narrow": {"width": round(16 * (1 - compression / 100) ** 0.5) / 16},
         "matrices": {"compression": compression},
         "separable": {"compression": compression, "spatial": True},
-    }[way]
+    }[kind]
     size = "" if way == "dense" else f"{compression:g}"
-    return _named(network, f"{way}{size}_{rule}", options, low_rank=way in ("matrices", "separable"))
+    return _named(network, f"{way}{size}_{rule}", options, low_rank=kind in LOW_RANK)
 
 
 def cuts(network: str, compression: float, common: dict[str, Any], results: Path) -> list[RunSpec]:
@@ -103,13 +112,15 @@ def choose_scales(network: str, args: argparse.Namespace, jobs: int) -> dict[Cho
 
     These are runs at the first budget; their scales serve for all.
     """
-    common = {**grid.shared_options(args), "epochs": args.tune, "seed": 0}
+    common = {**grid.shared_options(args), "seed": 0}
 
     def short_run(choice: Choice, divisor: float) -> RunSpec:
-        made = plan(network, *choice, args.compressions[0], common, 1 / divisor)
+        length = {"epochs": args.tune * (2 if choice[0].startswith(STARTED) else 1)}
+        made = plan(network, *choice, args.compressions[0], common | length, 1 / divisor)
         return replace(made, name=f"{network}/tuning/{'_'.join(choice)}_x{1 / divisor:g}")
 
-    first = {(way, rule): DIVISORS for rule in args.rules for way in WAYS if way in args.ways}
+    ways = {way: DIVISORS[: 3 if way.startswith(STARTED) else 4] for way in WAYS if way in args.ways}
+    first = {(way, rule): divisors for rule in args.rules for way, divisors in ways.items()}
     best = tuning.try_values(first, short_run, args.output_dir, "validation_accuracy", jobs=jobs)
     return {choice: 1 / divisor for choice, divisor in best.items()}
 
@@ -165,6 +176,8 @@ def main() -> None:
     args.output_dir = args.output_dir or HERE / RESULTS[args.preset]
     if "cut" in args.ways and not ("dense" in args.ways and "muon" in args.rules):
         parser.error("--ways cut begins with the dense net that muon trained: add dense, and --rules muon")
+    if args.epochs == 1 and any(way.startswith(STARTED) for way in args.ways):
+        parser.error(f"--epochs must be 2 or more, or --ways without those called {STARTED}…")
     epochs = EPOCHS["gpu"] | EPOCHS[args.preset]
     if args.minutes:
         signal.signal(signal.SIGALRM, stop)

@@ -15,6 +15,7 @@ from dlrt.runs import read_metrics
 DENSE = "dense"
 WAYS = (
     *(DENSE, "dense, narrower", "plain factors, matrices", "plain factors, separable kernels"),
+    *("plain factors after a dense start, matrices", "plain factors after a dense start, separable kernels"),
     *("DLRT, budget, matrices", "DLRT, budget, separable kernels"),
     *("DLRT after a dense start, matrices", "DLRT after a dense start, separable kernels"),
     *("cut by singular values, trained on", "cut by what the loss needs, trained on"),

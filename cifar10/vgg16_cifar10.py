@@ -6,8 +6,8 @@ python cifar10/vgg16_cifar10.py --tau 0.1 --epochs 30
 from pathlib import Path
 
 from dlrt import script
+from dlrt.low_rank_options import LowRankOptions
 from dlrt.models import VGG16
-from dlrt.options import LowRankOptions
 
 
 def main() -> None:

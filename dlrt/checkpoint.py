@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dlrt import models
-from dlrt.baselines import plain_factors
+from dlrt.baselines import formed_like
 from dlrt.convert import load_factors
 from dlrt.errors import KEPT, RunError, one_line
 
@@ -187,8 +187,6 @@ def load_network(run: Path | str, network: type[nn.Module] | None = None) -> tup
     network = network or getattr(models, name)
     try:
         model = network(tuple(about["shape"]), about["classes"], **about["settings"])
-        if factors := about.get("factors"):
-            model = plain_factors(model, **factors)
         numbers = [float(value) for key in ("mean", "std") for value in about[key]]
         channels = about["shape"][0] if len(about["shape"]) == 3 else 0  # text has none
         if len(numbers) != 2 * channels or not isinstance(about["dataset"], str):
@@ -197,7 +195,7 @@ def load_network(run: Path | str, network: type[nn.Module] | None = None) -> tup
         reason = one_line(f"{type(error).__name__}: {error}")
         raise RunError(f"{path} is damaged: it does not say how its {name} is made ({reason})") from error
     try:
-        model = load_factors(model, state["chosen"])
+        model = load_factors(formed_like(model, state["chosen"]), state["chosen"])
     except (RuntimeError, ValueError, LookupError, TypeError) as error:
         reason = one_line(str(error))
         raise RunError(f"the weights in {path} do not fit {network.__name__}: {reason}") from error

@@ -8,8 +8,8 @@ python mnist/lenet5_mnist.py --tau 0.15 --epochs 20
 from pathlib import Path
 
 from dlrt import script
+from dlrt.low_rank_options import LowRankOptions
 from dlrt.models import LeNet5
-from dlrt.options import LowRankOptions
 
 
 def main() -> None:

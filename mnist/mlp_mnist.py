@@ -10,8 +10,9 @@ from pathlib import Path
 
 from dlrt import script
 from dlrt.flags import NATURAL
+from dlrt.low_rank_options import LowRankOptions
 from dlrt.models import MLP
-from dlrt.options import LowRankOptions, option
+from dlrt.option_fields import option
 
 
 @dataclass(kw_only=True)

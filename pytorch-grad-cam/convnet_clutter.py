@@ -8,8 +8,8 @@ Half a minute on one CPU core; prints a test accuracy of about 93 % at 49 % comp
 from pathlib import Path
 
 from dlrt import script
+from dlrt.low_rank_options import LowRankOptions
 from dlrt.models import ConvNet
-from dlrt.options import LowRankOptions
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ import sklearn.datasets  # noqa: F401  (for whatever is forked, as the next but 
 import torch
 import torch._dynamo
 
+from dlrt.low_rank_options import LowRankOptions
 from dlrt.models import ResNet20
-from dlrt.options import LowRankOptions
 
 
 def plain(**options):

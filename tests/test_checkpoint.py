@@ -33,8 +33,7 @@ def train(folder, kind, network=MLP, **settings):
         optimizer = dlrt.DLRT(model, torch.optim.SGD, lr=0.1, tau=0.2)
     else:
         if kind == "factors":
-            about["factors"] = {"compression": 0.6, "skip": ["fc5"]}
-            model = plain_factors(model, **about["factors"])
+            model = plain_factors(model, 0.6, skip=["fc5"])
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     about |= {"classes": 10, "dataset": "digits", "mean": list(digits.mean), "std": list(digits.std)}

@@ -8,12 +8,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from made_up_runs import load as loaded
 from made_up_runs import makes
 
 from dlrt import compression, grid
 from dlrt.checkpoint import load_network
 from dlrt.datasets import load
-from dlrt.options import ROOT
+from dlrt.low_rank_options import LowRankOptions
+from dlrt.options import ROOT, DenseOptions
 from dlrt.training import evaluate
 
 # a comparison's runs, but another one's: without compressions
@@ -157,6 +159,9 @@ def test_what_cannot_be_is_told_before_any_work(run_script, tmp_path):
     result = run_script("cifar10/run.py", "--ways", "cut", "--output-dir", tmp_path / "results")
     assert result.returncode == 2
     assert "--ways cut begins with the dense net that muon trained" in result.stderr
+    result = run_script("cifar10/run.py", "--epochs", 1, "--output-dir", tmp_path / "results")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "--epochs must be 2 or more" in result.stderr
     assert not (tmp_path / "results").exists()
 
 
@@ -173,6 +178,22 @@ def test_every_seed_and_budget_is_trained_with_the_scale_that_validates_best(
     assert best < tried["resnet20/tuning/narrow_muon_x0.125"]
     assert len(made) == 3 * 2  # budgets and seeds
     assert {options["update_lr"] for options in made.values()} == {best}
+
+
+def test_ways_that_begin_dense_are_cut_after_two_fifths_and_tuned_in_runs_twice_as_long(
+    run_script, monkeypatch, tmp_path
+):
+    make, made = makes(lambda options: abs(math.log(options["update_lr"] / 0.03)))
+    monkeypatch.setattr(grid, "make", make)
+    flags = ["--tune", 1, "--rules", "muon", "--seeds", 1, "--compressions", 75, "--output-dir", tmp_path]
+    output(run_script("cifar10/run.py", "--ways", "started_separable", "started_factors", *flags))
+    lengths = {"tuning" in name: (of["epochs"], of["dense_epochs"]) for name, of in made.items()}
+    assert lengths == {True: (2, 1), False: (10, 4)}
+    way = loaded("cifar10/produce_results").way
+    started = LowRankOptions(**made["resnet20/started_separable75_muon_seed0"])
+    assert way(started.record(), low_rank=True) == "DLRT after a dense start, separable kernels"
+    started = DenseOptions(**made["resnet20/started_factors75_muon_seed0"])
+    assert way(started.record(), low_rank=False) == "plain factors after a dense start, matrices"
 
 
 def test_a_run_that_is_recorded_twice_is_told_and_not_counted_twice(tmp_path, run_script):

@@ -6,10 +6,15 @@ import torch
 import dlrt.training
 from dlrt.checkpoint import load_checkpoint, load_network
 from dlrt.convolutions import SpatialLowRankConv2d
+from dlrt.factors import Factors
 from dlrt.layers import LowRankLayer
 from dlrt.runs import read_metrics
 
-START = ("--dense-epochs", 2, "--compression", 95, "--spatial")
+START = {  # of each kind of network
+    "dense": (),
+    "low-rank": ("--dense-epochs", 2, "--compression", 95, "--spatial"),
+    "factors": ("--dense-epochs", 2, "--factors", 95, "--spatial"),
+}
 RULE = ("--update", "muon", "--nesterov", "--epochs", 4)
 MEASURED = ["lr", "train_loss", "validation_loss", "validation_accuracy", "test_loss", "test_accuracy"]
 
@@ -19,34 +24,41 @@ def lenet5(run_script, tmp_path):
     """Two epochs of LeNet5 on the digits and two more; gives the metrics."""
     flags = ["--dataset", "digits", "--device", "cpu", "--output-dir", tmp_path, *RULE]
 
-    def run(name, *more, code=0, dense=False):
-        script = f"mnist/lenet5_mnist{'_baseline' if dense else ''}.py"
-        result = run_script(script, *flags, *(() if dense else START), "--name", name, *more)
+    def run(name, *more, code=0, kind="low-rank"):
+        script = f"mnist/lenet5_mnist{'' if kind == 'low-rank' else '_baseline'}.py"
+        result = run_script(script, *flags, *START[kind], "--name", name, *more)
         assert result.returncode == code, result.stderr
         return read_metrics(tmp_path / name)
 
     return run
 
 
-def test_the_first_epochs_are_those_of_a_dense_run_and_the_others_are_low_rank(lenet5, tmp_path):
-    dense, metrics = lenet5("dense", dense=True), lenet5("a")
+@pytest.mark.parametrize("kind", ["low-rank", "factors"])
+def test_the_first_epochs_are_those_of_a_dense_run_and_the_others_are_in_factors(kind, lenet5, tmp_path):
+    dense, metrics = lenet5("dense", kind="dense"), lenet5("a", kind=kind)
     assert metrics[MEASURED][:2].equals(dense[MEASURED][:2])
     assert metrics["lr"].tolist() == dense["lr"].tolist()
     assert (metrics["evaluation_compression"][:2] == 0).all()
     assert metrics["evaluation_compression"][2:].between(95, 96).all()
-    assert metrics["ranks"][2] == metrics["ranks"][3] != ""
+    assert metrics["ranks"][2] == metrics["ranks"][3]
     network, _ = load_network(tmp_path / "a")  # of an epoch after the cut, however good those before were
-    assert any(isinstance(module, SpatialLowRankConv2d) for module in network.modules())
+    wanted = {"low-rank": LowRankLayer, "factors": Factors}[kind]
+    assert isinstance(network.conv2, SpatialLowRankConv2d if kind == "low-rank" else Factors)
+    assert all(isinstance(layer, wanted) for layer in (network.conv2, network.fc1))
 
 
-def test_the_cut_keeps_what_the_loss_needs(lenet5):
-    by_loss, by_weights = (lenet5(by, "--lr", 0.01, "--cut-by", by) for by in ("loss", "weights"))
+@pytest.mark.parametrize("kind", ["low-rank", "factors"])
+def test_the_cut_keeps_what_the_loss_needs(kind, lenet5):
+    by_loss, by_weights = (lenet5(by, "--lr", 0.01, "--cut-by", by, kind=kind) for by in ("loss", "weights"))
     assert by_loss["train_loss"][2] < by_weights["train_loss"][2]
 
 
-def test_a_run_that_breaks_off_again_and_again_ends_with_the_same_weights(lenet5, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["low-rank", "factors"])
+def test_a_run_that_breaks_off_again_and_again_ends_with_the_same_weights(
+    kind, lenet5, tmp_path, monkeypatch
+):
     """In the dense epochs, right at the cut, and after it."""
-    whole = lenet5("whole")
+    whole = lenet5("whole", kind=kind)
     one_epoch = dlrt.training._epoch
 
     def breaks_off(*given):
@@ -56,9 +68,9 @@ def test_a_run_that_breaks_off_again_and_again_ends_with_the_same_weights(lenet5
 
     for epoch in (2, 3, 4):
         monkeypatch.setattr(dlrt.training, "_epoch", breaks_off)
-        assert len(lenet5("a", *(["--resume"] if epoch > 2 else []), code=130)) == epoch - 1
+        assert len(lenet5("a", *(["--resume"] if epoch > 2 else []), code=130, kind=kind)) == epoch - 1
         monkeypatch.undo()
-    assert lenet5("a", "--resume")[MEASURED].equals(whole[MEASURED])
+    assert lenet5("a", "--resume", kind=kind)[MEASURED].equals(whole[MEASURED])
     ends, again = (load_checkpoint(tmp_path / name / "checkpoint.pt")["model"] for name in ("whole", "a"))
     assert all(torch.equal(ends[name], again[name]) for name in ends.keys() | again.keys())
 
@@ -78,9 +90,21 @@ def test_what_is_low_rank_is_what_skip_leaves(lenet5, tmp_path):
     assert low_rank == {"conv2", "fc1"}
 
 
-def test_what_is_out_of_reach_is_told_before_the_first_epoch(run_script, tmp_path):
-    flags = ("--dataset", "digits", "--output-dir", tmp_path, "--dense-epochs", 2, "--compression", 99.9)
-    result = run_script("mnist/lenet5_mnist.py", *flags)
+def test_the_rule_is_for_layers_that_a_cut_leaves_whole_as_well(lenet5, tmp_path):
+    """At a compression that some need not bear: they are low-rank of full rank, and count as dense."""
+    metrics = lenet5("a", "--compression", 10, "--no-spatial")
+    network, _ = load_network(tmp_path / "a")
+    ranks = {layer: layer.rank for layer in (network.conv2, network.fc1)}
+    assert any(rank == min(layer.shape) for layer, rank in ranks.items())
+    assert metrics["evaluation_compression"].iloc[-1] >= 10
+
+
+@pytest.mark.parametrize(
+    ("script", "wanted"), [("lenet5_mnist", "--compression"), ("lenet5_mnist_baseline", "--factors")]
+)
+def test_what_is_out_of_reach_is_told_before_the_first_epoch(script, wanted, run_script, tmp_path):
+    flags = ("--dataset", "digits", "--output-dir", tmp_path, "--dense-epochs", 2, wanted, 99.9)
+    result = run_script(f"mnist/{script}.py", *flags)
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
-    assert "--compression must be at most 0.9" in result.stderr
+    assert f"{wanted} must be at most 0.9" in result.stderr
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,8 @@ from dlrt.checkpoint import load_network
 from dlrt.data_files import read_npz
 from dlrt.errors import DataError
 from dlrt.flags import NATURAL
-from dlrt.options import DenseOptions, LowRankOptions, option
+from dlrt.low_rank_options import LowRankOptions
+from dlrt.options import DenseOptions, option
 from dlrt.picture_sets import picture_set
 from dlrt.runs import Run
 from dlrt.velocity import Rule

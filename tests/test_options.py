@@ -15,11 +15,12 @@ from dlrt import SpatialLowRankConv2d, to_low_rank
 from dlrt.checkpoint import load_checkpoint, load_network
 from dlrt.datasets import DATASETS
 from dlrt.errors import OptionError
+from dlrt.low_rank_options import RAMP, LowRankOptions
 from dlrt.models import LeNet5
 from dlrt.option_fields import as_flags
-from dlrt.options import RAMP, ROOT, DenseOptions, LowRankOptions
+from dlrt.options import ROOT, DenseOptions
+from dlrt.run_optimizer import make_optimizer
 from dlrt.runs import read_metrics
-from dlrt.script import make_optimizer
 
 SCRIPT = ROOT / "mnist" / "lenet5_mnist.py"
 OFFLINE = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")  # nobody listens there
@@ -81,7 +82,7 @@ IMPOSSIBLE = [
     (["--dense-epochs", "2"], ["--dense-epochs must come with --compression"]),
     (
         ["--dense-epochs", "2", "--compression", "60", "--ramp", "0.5"],
-        ["--dense-epochs begins at random and cuts at once: leave --ramp out"],
+        ["--dense-epochs cuts at once: leave --ramp out"],
     ),
     (
         ["--dense-epochs", "2", "--compression", "60", "--from-checkpoint", "a"],
@@ -114,6 +115,9 @@ OF_BASELINES = [
     (["--update", "sgd", "--optimizer", "adam"], ["--update sgd must come with --optimizer sgd, got adam"]),
     (["--factors", "0.7"], ["--factors", "a percentage", "got 0.7"]),
     (["--factors", "70", "--from-checkpoint", "a"], ["--factors begins with random weights"]),
+    (["--dense-epochs", "2"], ["--dense-epochs must come with --factors"]),
+    (["--dense-epochs", "9", "--factors", "70", "--epochs", "9"], ["less than --epochs, got 9 >= 9"]),
+    (["--cut-by", "loss", "--from-checkpoint", "a"], ["--cut-by must come with --dense-epochs"]),
     (["--tau", "0.1"], ["--tau"]),
 ]
 

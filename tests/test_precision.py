@@ -13,9 +13,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import dlrt
 from dlrt import DLRT, LowRank, LowRankLinear, integrators, to_low_rank
+from dlrt.low_rank_options import LowRankOptions
 from dlrt.lowrank import truncate
 from dlrt.models import MLP
-from dlrt.options import LowRankOptions
 from dlrt.ranks import direction_scores
 from dlrt.runs import Run
 from dlrt.training import fit, train_epoch

@@ -22,8 +22,9 @@ from dlrt import DLRT, LowRankConv2d, LowRankLinear, script, to_low_rank
 from dlrt.checkpoint import load_checkpoint
 from dlrt.data import Split
 from dlrt.errors import DataError, RunError
+from dlrt.low_rank_options import LowRankOptions
 from dlrt.models import MLP
-from dlrt.options import ROOT, LowRankOptions
+from dlrt.options import ROOT
 from dlrt.picture_sets import picture_set
 from dlrt.runs import Run
 from dlrt.training import fit
