@@ -9,10 +9,10 @@ the dense net for two fifths of the epochs, and then cut; each with SGD and with
 cut to the budget and trained on for a third of the epochs; and DLRT as published. Step sizes are those that
 validation chose for each way on a smaller network (probe.csv). With `--tune EPOCHS` short runs of seed 0 try
 a half, a quarter and an eighth of them, too, and more until the best lies between two that are no better; a
-dense start begins with three, in runs twice as long. (Where that network has no row for separable kernels
-they take the step size of matrices; cuts take half of it, the published method 0.2.) The first budget comes
-first, seed by seed, and cuts of trained nets after all its seeds. Each preset has a folder of its own,
-results/ and results_gpu/.
+dense start begins with three, in runs twice as long, and its dense epochs have the dense net's. (Where that
+network has no row for separable kernels they take the step size of matrices; cuts take half of it, the
+published method 0.2.) The first budget comes first, seed by seed, and cuts of trained nets after all its
+seeds. Each preset has a folder of its own, results/ and results_gpu/.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import argparse
 import signal
 import sys
 import tarfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -39,6 +40,7 @@ EPOCHS = {  # of each network
 }
 JOBS = {"cpu": 2, "gpu": 8}  # runs at a time
 RESULTS = {"cpu": "results", "gpu": "results_gpu"}
+DENSE = "dense"
 # of the probe's rows those whose step sizes the ways take
 WAYS = {
     "matrices": "DLRT, budget 75 %, {}",
@@ -46,7 +48,7 @@ WAYS = {
     "factors": "plain factors, 75 %, {}",
     "separable_factors": "plain factors, 75 %, {}",
     "narrow": "dense, half the width, {}",
-    "dense": "dense, {}",
+    DENSE: "dense, {}",
 }
 LOW_RANK = ("matrices", "separable")
 STARTED = "started_"  # ways that begin dense are called so, and take the same step sizes as those that do not
@@ -65,21 +67,30 @@ def step_sizes(way: str, rule: str, scale: float = 1.0) -> dict[str, float]:
     return {**setting, scaled: scale * setting[scaled]}
 
 
-def plan(network: str, way: str, rule: str, compression: float, common: dict, scale: float = 1.0) -> RunSpec:
-    """A run from scratch that ends at a compression, or that of the dense network."""
-    options = {**common, **RULES[rule], **step_sizes(way, rule, scale)}
+def plan(
+    network: str, way: str, rule: str, compression: float, common: dict, scales: Mapping[Choice, float]
+) -> RunSpec:
+    """A run from scratch that ends at a compression, or that of the dense network.
+
+    scales: of the probe's step sizes, by way and rule, 1 unless given. Epochs that are dense have that of the
+    dense network, as far as Muon goes; SGD has one step size for all.
+    """
+    options = {**common, **RULES[rule], **step_sizes(way, rule, scales.get((way, rule), 1.0))}
     kind = way.removeprefix(STARTED)
     if way != kind:
         options["dense_epochs"] = max(1, round(DENSE_SHARE * common["epochs"]))
+        if rule == "muon":
+            of_dense = step_sizes(DENSE, rule, scales.get((DENSE, rule), 1.0))
+            options["dense_update_lr"] = of_dense["update_lr"]
     options |= {
-        "dense": {},
+        DENSE: {},
         "factors": {"factors": compression},
         "separable_factors": {"factors": compression, "spatial": True},
         "narrow": {"width": round(16 * (1 - compression / 100) ** 0.5) / 16},
         "matrices": {"compression": compression},
         "separable": {"compression": compression, "spatial": True},
     }[kind]
-    size = "" if way == "dense" else f"{compression:g}"
+    size = "" if way == DENSE else f"{compression:g}"
     return _named(network, f"{way}{size}_{rule}", options, low_rank=kind in LOW_RANK)
 
 
@@ -110,19 +121,26 @@ def _named(network: str, name: str, options: dict[str, Any], low_rank: bool) -> 
 def choose_scales(network: str, args: argparse.Namespace, jobs: int) -> dict[Choice, float]:
     """For each way and rule the scale of its step size that validates best in short runs of seed 0.
 
-    These are runs at the first budget; their scales serve for all.
+    These are runs at the first budget; their scales serve for all. Those that begin dense come last, since
+    they take that of the dense network, too.
     """
     common = {**grid.shared_options(args), "seed": 0}
+    started = [way for way in args.ways if way.startswith(STARTED)]
+    asked = {*args.ways, DENSE} if started else set(args.ways)
+    others = [way for way in WAYS if way in asked and way not in started]
+    scales: dict[Choice, float] = {}
 
     def short_run(choice: Choice, divisor: float) -> RunSpec:
-        length = {"epochs": args.tune * (2 if choice[0].startswith(STARTED) else 1)}
-        made = plan(network, *choice, args.compressions[0], common | length, 1 / divisor)
+        length = {"epochs": args.tune * (2 if choice[0] in started else 1)}
+        of_this = {**scales, choice: 1 / divisor}
+        made = plan(network, *choice, args.compressions[0], common | length, of_this)
         return replace(made, name=f"{network}/tuning/{'_'.join(choice)}_x{1 / divisor:g}")
 
-    ways = {way: DIVISORS[: 3 if way.startswith(STARTED) else 4] for way in WAYS if way in args.ways}
-    first = {(way, rule): divisors for rule in args.rules for way, divisors in ways.items()}
-    best = tuning.try_values(first, short_run, args.output_dir, "validation_accuracy", jobs=jobs)
-    return {choice: 1 / divisor for choice, divisor in best.items()}
+    for ways, divisors in ((others, DIVISORS), (started, DIVISORS[:3])):
+        first = {(way, rule): divisors for rule in args.rules for way in ways}
+        best = tuning.try_values(first, short_run, args.output_dir, "validation_accuracy", jobs=jobs)
+        scales |= {choice: 1 / divisor for choice, divisor in best.items()}
+    return scales
 
 
 def pack(results: Path, archive: Path) -> None:
@@ -148,7 +166,7 @@ def make(network: str, epochs: int, jobs: int, args: argparse.Namespace) -> None
         for seed in range(args.seeds):
             common = {**grid.shared_options(args), "epochs": epochs, "seed": seed}
             for choice in choices:
-                runs.append(plan(network, *choice, compression, common, scales.get(choice, 1.0)))
+                runs.append(plan(network, *choice, compression, common, scales))
             if "published" in args.ways and compression == args.compressions[0]:
                 runs.append(published(network, common))
             if "cut" in args.ways:

@@ -70,6 +70,9 @@ class Options(OptionSet):
     dense_epochs: int = option(
         0, "of --epochs, to begin with; then the network is cut at once to the compression asked for", COUNT
     )
+    dense_update_lr: float | None = option(
+        None, "step size of --dense-epochs with --update muon; by default that of the others", POSITIVE
+    )
     cut_by: str | None = option(
         None,
         "what a cut keeps: what the loss needs, or the largest; by default loss, weights for texts",
@@ -95,6 +98,8 @@ class Options(OptionSet):
 
     def _settle_dense_start(self, cuts: str, compression: float | None) -> None:
         """Check --dense-epochs; cuts is the flag whose compression the network is cut to afterwards."""
+        if self.dense_update_lr and not (self.dense_epochs and self.update == "muon"):
+            raise OptionError("--dense-update-lr must come with --dense-epochs and --update muon")
         if not self.dense_epochs:
             return
         if compression is None:

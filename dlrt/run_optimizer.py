@@ -8,6 +8,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from dlrt.baselines import Muon, product_decay
 from dlrt.blocks import is_within
+from dlrt.factors import Factors
 from dlrt.layers import LowRankLayer
 from dlrt.low_rank_options import RunOptions
 from dlrt.optimizer import DLRT
@@ -35,10 +36,12 @@ def make_optimizer(model: nn.Module, options: RunOptions, steps: int) -> torch.o
 
 def _dense_optimizer(model: nn.Module, options: RunOptions, inner: dict) -> torch.optim.Optimizer:
     """An optimizer of torch, or Muon; plain factors A B have the weight decay that A B would have."""
+    cut = any(isinstance(module, Factors) for module in model.modules())
+    update_lr = options.update_lr if cut else options.dense_update_lr or options.update_lr
     if options.update == "muon":
         others = (module for name, module in model.named_modules() if not is_within(name, options.skip))
         hidden = [module for module in others if isinstance(module, (nn.Linear, nn.Conv2d))]
-        inner |= {"update_lr": options.update_lr, "optimizer_class": OPTIMIZERS[options.optimizer]}
+        inner |= {"update_lr": update_lr, "optimizer_class": OPTIMIZERS[options.optimizer]}
         optimizer = Muon(model.parameters(), hidden, **inner)
     else:
         optimizer = OPTIMIZERS[options.optimizer](model.parameters(), **inner)

@@ -255,9 +255,9 @@ def evaluate(
 
 def describe(row: dict[str, Any], epochs: int) -> str:
     """One line about an epoch; nothing was trained in epoch 0."""
-    ranks = (
-        f"  ranks {row['ranks']}  compression {row['evaluation_compression']:.1f} %" if row["ranks"] else ""
-    )
+    ranks = f"  ranks {row['ranks']}" if row["ranks"] else ""
+    if ranks or row["evaluation_compression"] > 0:
+        ranks += f"  compression {row['evaluation_compression']:.1f} %"
     validation = f"  validation {row['validation_loss']:.4f} {row['validation_accuracy']:.2f} %{ranks}"
     if row["epoch"] == 0:
         return f"epoch {0:3d}/{epochs}{validation}"

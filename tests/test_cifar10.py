@@ -187,8 +187,11 @@ def test_ways_that_begin_dense_are_cut_after_two_fifths_and_tuned_in_runs_twice_
     monkeypatch.setattr(grid, "make", make)
     flags = ["--tune", 1, "--rules", "muon", "--seeds", 1, "--compressions", 75, "--output-dir", tmp_path]
     output(run_script("cifar10/run.py", "--ways", "started_separable", "started_factors", *flags))
-    lengths = {"tuning" in name: (of["epochs"], of["dense_epochs"]) for name, of in made.items()}
+    started = {name: of for name, of in made.items() if "started" in name}
+    lengths = {"tuning" in name: (of["epochs"], of["dense_epochs"]) for name, of in started.items()}
     assert lengths == {True: (2, 1), False: (10, 4)}
+    assert {name for name in made if "tuning" not in name} <= started.keys()
+    assert {of["dense_update_lr"] for of in started.values()} == {0.03}  # that of the dense net
     way = loaded("cifar10/produce_results").way
     started = LowRankOptions(**made["resnet20/started_separable75_muon_seed0"])
     assert way(started.record(), low_rank=True) == "DLRT after a dense start, separable kernels"

@@ -35,13 +35,17 @@ def lenet5(run_script, tmp_path):
 
 @pytest.mark.parametrize("kind", ["low-rank", "factors"])
 def test_the_first_epochs_are_those_of_a_dense_run_and_the_others_are_in_factors(kind, lenet5, tmp_path):
-    dense, metrics = lenet5("dense", kind="dense"), lenet5("a", kind=kind)
+    dense = lenet5("dense", "--update-lr", 0.01, kind="dense")
+    metrics = lenet5("a", "--dense-update-lr", 0.01, kind=kind)
     assert metrics[MEASURED][:2].equals(dense[MEASURED][:2])
     assert metrics["lr"].tolist() == dense["lr"].tolist()
     assert (metrics["evaluation_compression"][:2] == 0).all()
     assert metrics["evaluation_compression"][2:].between(95, 96).all()
     assert metrics["ranks"][2] == metrics["ranks"][3]
     network, _ = load_network(tmp_path / "a")  # of an epoch after the cut, however good those before were
+    parts = lenet5("b", "--dense-update-lr", 0.01, "--update-lr", 0.1, kind=kind)["train_loss"]
+    assert parts[1] == metrics["train_loss"][1]
+    assert parts[2] != metrics["train_loss"][2]
     wanted = {"low-rank": LowRankLayer, "factors": Factors}[kind]
     assert isinstance(network.conv2, SpatialLowRankConv2d if kind == "low-rank" else Factors)
     assert all(isinstance(layer, wanted) for layer in (network.conv2, network.fc1))

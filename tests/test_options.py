@@ -100,6 +100,7 @@ IMPOSSIBLE = [
         ["--dense-epochs", "2", "--compression", "60", "--update", "sgd", "--optimizer", "adam"],
         ["--dense-epochs with --optimizer adam steps by that or by --update muon, got --update sgd"],
     ),
+    (["--dense-update-lr", "1", "--dense-epochs", "2", "--compression", "60"], ["and --update muon"]),
     (["--cut-by", "weights"], ["--cut-by must come with --from-checkpoint"]),
     (["--cut-by", "loss"], ["--cut-by must come with --from-checkpoint"]),
     (["--name", "../../x"], ["--name", "name of one folder", "--output-dir says where", "'../../x'"]),
@@ -117,6 +118,7 @@ OF_BASELINES = [
     (["--factors", "70", "--from-checkpoint", "a"], ["--factors begins with random weights"]),
     (["--dense-epochs", "2"], ["--dense-epochs must come with --factors"]),
     (["--dense-epochs", "9", "--factors", "70", "--epochs", "9"], ["less than --epochs, got 9 >= 9"]),
+    (["--dense-update-lr", "1", "--update", "muon"], ["--dense-update-lr must come with --dense-epochs"]),
     (["--cut-by", "loss", "--from-checkpoint", "a"], ["--cut-by must come with --dense-epochs"]),
     (["--tau", "0.1"], ["--tau"]),
 ]
