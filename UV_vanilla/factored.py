@@ -8,7 +8,7 @@ from torch import nn
 from dlrt import LowRank, LowRankLayer, to_low_rank
 from dlrt.baselines import balanced
 from dlrt.convert import replace_layers
-from dlrt.export import as_thin_layers
+from dlrt.factors import as_thin_layers
 from dlrt.flags import number
 from dlrt.models import LeNet5
 

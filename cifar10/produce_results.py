@@ -31,8 +31,10 @@ PUBLISHED = pd.DataFrame({
 COPY = " (the runs that are committed: a JPEG copy of it)"
 CAPTION = (
     "{data}: test accuracy in %, mean and standard deviation over the seeds, at the epoch chosen on the "
-    "validation pictures and at the last one. All begin at random but those that are cut, which are the "
-    "dense net of the same seed (Muon) cut at once and trained on. below dense: points below the dense net "
+    "validation pictures and at the last one. All begin at random but those that are called cut, which are "
+    "the dense net of the same seed (Muon) cut at once and trained on. After a dense start: the dense net "
+    "for the first two fifths of the epochs, then cut by what the loss needs; the parameters are those after "
+    "it. below dense: points below the dense net "
     "with the same rule and epochs, of cut ones the longest. compression: against the dense net of full "
     "width. {missing}" + tables.COUNTED
 )

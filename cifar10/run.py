@@ -9,10 +9,11 @@ the dense net for two fifths of the epochs, and then cut; each with SGD and with
 cut to the budget and trained on for a third of the epochs; and DLRT as published. Step sizes are those that
 validation chose for each way on a smaller network (probe.csv). With `--tune EPOCHS` short runs of seed 0 try
 a half, a quarter and an eighth of them, too, and more until the best lies between two that are no better; a
-dense start begins with three, in runs twice as long, and its dense epochs have the dense net's. (Where that
-network has no row for separable kernels they take the step size of matrices; cuts take half of it, the
-published method 0.2.) The first budget comes first, seed by seed, and cuts of trained nets after all its
-seeds. Each preset has a folder of its own, results/ and results_gpu/.
+dense start, of which short runs say nothing, begins with a half and a quarter in runs of full length, and
+its dense epochs have the dense net's. (Where that network has no row for separable kernels they take the
+step size of matrices; cuts take half of it, the published method 0.2.) The first budget comes first, seed by
+seed, and cuts of trained nets after all its seeds. Each preset has a folder of its own, results/ and
+results_gpu/.
 """
 
 from __future__ import annotations
@@ -118,11 +119,12 @@ def _named(network: str, name: str, options: dict[str, Any], low_rank: bool) -> 
     return RunSpec(f"{network}/{name}_seed{options['seed']}", script, options)
 
 
-def choose_scales(network: str, args: argparse.Namespace, jobs: int) -> dict[Choice, float]:
-    """For each way and rule the scale of its step size that validates best in short runs of seed 0.
+def choose_scales(network: str, epochs: int, args: argparse.Namespace, jobs: int) -> dict[Choice, float]:
+    """For each way and rule the scale of its step size that validates best in runs of seed 0.
 
-    These are runs at the first budget; their scales serve for all. Those that begin dense come last, since
-    they take that of the dense network, too.
+    These are runs at the first budget; their scales serve for all. They are short, but for ways that begin
+    dense: the epoch after the cut alone would favour small steps. Those come last, since they take the scale
+    of the dense network, too.
     """
     common = {**grid.shared_options(args), "seed": 0}
     started = [way for way in args.ways if way.startswith(STARTED)]
@@ -130,15 +132,15 @@ def choose_scales(network: str, args: argparse.Namespace, jobs: int) -> dict[Cho
     others = [way for way in WAYS if way in asked and way not in started]
     scales: dict[Choice, float] = {}
 
-    def short_run(choice: Choice, divisor: float) -> RunSpec:
-        length = {"epochs": args.tune * (2 if choice[0] in started else 1)}
+    def tried(choice: Choice, divisor: float) -> RunSpec:
+        length = {"epochs": epochs if choice[0] in started else args.tune}
         of_this = {**scales, choice: 1 / divisor}
         made = plan(network, *choice, args.compressions[0], common | length, of_this)
         return replace(made, name=f"{network}/tuning/{'_'.join(choice)}_x{1 / divisor:g}")
 
-    for ways, divisors in ((others, DIVISORS), (started, DIVISORS[:3])):
+    for ways, divisors in ((others, DIVISORS), (started, DIVISORS[1:3])):
         first = {(way, rule): divisors for rule in args.rules for way in ways}
-        best = tuning.try_values(first, short_run, args.output_dir, "validation_accuracy", jobs=jobs)
+        best = tuning.try_values(first, tried, args.output_dir, "validation_accuracy", jobs=jobs)
         scales |= {choice: 1 / divisor for choice, divisor in best.items()}
     return scales
 
@@ -158,7 +160,7 @@ def stop(number: int, frame: FrameType | None) -> None:
 
 def make(network: str, epochs: int, jobs: int, args: argparse.Namespace) -> None:
     """All runs of a network, budget by budget and seed by seed; those that cut dense nets come after them."""
-    scales = choose_scales(network, args, jobs) if args.tune else {}
+    scales = choose_scales(network, epochs, args, jobs) if args.tune else {}
     choices = [(way, rule) for rule in RULES if rule in args.rules for way in WAYS if way in args.ways]
 
     for compression in args.compressions:

@@ -13,14 +13,31 @@ from dlrt.plots import Figure, plt
 from dlrt.runs import read_metrics
 
 DENSE = "dense"
-WAYS = (
-    *(DENSE, "dense, narrower", "plain factors, matrices", "plain factors, separable kernels"),
-    *("plain factors after a dense start, matrices", "plain factors after a dense start, separable kernels"),
-    *("DLRT, budget, matrices", "DLRT, budget, separable kernels"),
-    *("DLRT after a dense start, matrices", "DLRT after a dense start, separable kernels"),
-    *("cut by singular values, trained on", "cut by what the loss needs, trained on"),
-    *("DLRT as published (τ, no momentum)", "DLRT, τ"),
-)
+# in the order of the table, with colour and marker
+LOOKS = {
+    DENSE: ("#000000", "o"),
+    "dense, narrower": ("#0072B2", "o"),
+    "plain factors, matrices": ("#D55E00", "o"),
+    "plain factors, separable kernels": ("#009E73", "o"),
+    "plain factors after a dense start, matrices": ("#D55E00", "D"),
+    "plain factors after a dense start, separable kernels": ("#009E73", "D"),
+    "DLRT, budget, matrices": ("#CC79A7", "o"),
+    "DLRT, budget, separable kernels": ("#E69F00", "o"),
+    "DLRT after a dense start, matrices": ("#CC79A7", "D"),
+    "DLRT after a dense start, separable kernels": ("#E69F00", "D"),
+    "cut by singular values, trained on": ("#56B4E9", "v"),
+    "cut by what the loss needs, trained on": ("#56B4E9", "^"),
+    "DLRT as published (τ, no momentum)": ("#0072B2", "X"),
+    "DLRT, τ": ("#56B4E9", "X"),
+}
+WAYS = tuple(LOOKS)
+
+
+def look(way: str, rule: str) -> dict[str, object]:
+    """Of a way's curve; with SGD it is dotted, its markers hollow."""
+    colour, marker = LOOKS[way]
+    of_rule = {"ls": "-", "mfc": colour} if rule == "Muon" else {"ls": ":", "mfc": "white"}
+    return {"color": colour, "marker": marker, "ms": 4.5, **of_rule}
 
 
 def curves(summary: pd.DataFrame) -> dict[tuple[str, str, str], pd.DataFrame]:
@@ -37,18 +54,14 @@ def relative_to_dense(summary: pd.DataFrame) -> Figure:
         figure, rows = plt.subplots(len(networks), 1, figsize=(7, height), squeeze=False)
         for axes, network in zip(rows[:, 0], networks, strict=True):
             for (name, way, rule), points in curves(summary[summary["network"] == network]).items():
-                number = WAYS.index(way)
                 axes.errorbar(
                     points["compression"],
                     points["accuracy"] - points["dense"],
                     xerr=points["compression_std"],
                     yerr=points["accuracy_std"],
-                    color=plots.style(number)["color"],
-                    ls="-" if rule == "Muon" else ":",
-                    marker="o" if rule == "Muon" else "s",
-                    ms=4,
                     capsize=2,
                     label=plots.label(name),
+                    **look(way, rule),
                 )
             axes.axhline(0, color="0.6", lw=1)
             axes.set(ylabel=f"{network}: points above\nthe dense net with the same rule")
@@ -74,8 +87,7 @@ def over_time(found: pd.DataFrame, folder: Path) -> Figure:
                 metrics = [read_metrics(folder / run) for run in runs["run"]]
                 minutes = sum(rows["seconds"].cumsum() for rows in metrics) / len(metrics) / 60
                 accuracy = sum(rows["validation_accuracy"] for rows in metrics) / len(metrics)
-                look = {"color": plots.style(WAYS.index(way))["color"], "ls": "-" if rule == "Muon" else ":"}
-                axes.plot(minutes, accuracy, label=plots.label(name), marker=".", **look)
+                axes.plot(minutes, accuracy, label=plots.label(name), **look(way, rule))
             axes.set(ylabel=f"{network}: validation accuracy [%]")
         axes.set(xlabel=f"minutes of training, budget {budget:g} %")
         _legend(figure)

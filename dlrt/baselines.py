@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dlrt.convert import replace_layers, to_low_rank
-from dlrt.convertible import LOW_RANK_TYPES
-from dlrt.convolutions import SpatialLowRankConv2d
 from dlrt.costs import budget_between
-from dlrt.export import as_thin_layers, plain_layer
-from dlrt.factors import Factors
+from dlrt.factors import Factors, plain_layer
 from dlrt.layers import LowRankLayer
 from dlrt.lowrank import LowRank, truncate
 from dlrt.ranks import parameters
-from dlrt.replacing import become
 from dlrt.velocity import RULES, msign, update_share
 
 SHARES = tuple(k / 200 for k in range(200, -1, -1))  # of the full rank; a rank is 1 at least
@@ -125,29 +121,6 @@ def balanced(Y: LowRank) -> LowRank:
     Y = truncate(Y)
     root = Y.S.sqrt()
     return LowRank(Y.U @ root, torch.eye(Y.rank).to(root), Y.V @ root)
-
-
-def layers_in_factors(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, int]:
-    """Names of the layers of a dense model that a state dict holds as plain factors, and their ranks."""
-    halves = {name: state.get(f"{name}.0.weight".removeprefix(".")) for name, _ in model.named_modules()}
-    return {
-        name: len(halves[name])
-        for name, module in model.named_modules()
-        if type(module) in LOW_RANK_TYPES and halves[name] is not None
-    }
-
-
-def formed_like(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """Make layers of a dense model, in place, plain factors where a state dict has them; give the model back.
-
-    Their values are not those of the state; it can be loaded then.
-    """
-    for name, rank in layers_in_factors(model, state).items():
-        dense, second = model.get_submodule(name), state[f"{name}.1.weight".removeprefix(".")]
-        separable = second.dim() == 4 and second.shape[2] > 1
-        kind = SpatialLowRankConv2d if separable else LOW_RANK_TYPES[type(dense)]
-        become(dense, Factors(*as_thin_layers(kind.from_dense(dense, rank))))
-    return model
 
 
 def as_factors(layer: LowRankLayer) -> nn.Module:

@@ -137,7 +137,10 @@ def _rows(parts: object, outputs: int) -> list[int]:
 
 def rows_in(state: dict[str, Tensor], prefix: str) -> list[int]:
     """The rows of each block that a linear layer was split into, none where it was not."""
-    rows = []
-    while (W := state.get(f"{prefix}{len(rows)}.U", state.get(f"{prefix}{len(rows)}.weight"))) is not None:
+    rows: list[int] = []
+    while True:  # low-rank, dense or in plain factors
+        block = [f"{prefix}{len(rows)}.{name}" for name in ("U", "weight", "1.weight")]
+        W = next((state[name] for name in block if name in state), None)
+        if W is None:
+            return rows
         rows.append(len(W))
-    return rows

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from dlrt import models
-from dlrt.baselines import formed_like
 from dlrt.convert import load_factors
 from dlrt.errors import KEPT, RunError, one_line
 
@@ -195,7 +194,7 @@ def load_network(run: Path | str, network: type[nn.Module] | None = None) -> tup
         reason = one_line(f"{type(error).__name__}: {error}")
         raise RunError(f"{path} is damaged: it does not say how its {name} is made ({reason})") from error
     try:
-        model = load_factors(formed_like(model, state["chosen"]), state["chosen"])
+        model = load_factors(model, state["chosen"])
     except (RuntimeError, ValueError, LookupError, TypeError) as error:
         reason = one_line(str(error))
         raise RunError(f"the weights in {path} do not fit {network.__name__}: {reason}") from error

@@ -13,6 +13,13 @@ from dlrt.checkpoint import Row
 from dlrt.errors import RunError
 from dlrt.runs import Run, chosen_epoch
 
+# what loading raises where a state is damaged or of another network
+MISMATCHES = (RuntimeError, ValueError, LookupError, TypeError, AttributeError)
+
+
+def of_another_network(run: Run) -> RunError:
+    return RunError(f"{run.checkpoint} is of another network, or of another way to train it: move it away")
+
 
 def continued(parts: dict[str, Any], run: Run) -> tuple[list[Row], dict[str, Tensor]]:
     """Give the parts their states of the last checkpoint; its rows and chosen weights, or none of either."""
@@ -29,10 +36,8 @@ def continued(parts: dict[str, Any], run: Run) -> tuple[list[Row], dict[str, Ten
             part.load_state_dict(saved)
             _check_form(begun, part.state_dict(), name)
         _check_shapes(parts["optimizer"])
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise RunError(
-            f"{run.checkpoint} is of another network, or of another way to train it: move it away"
-        ) from error
+    except MISMATCHES as error:
+        raise of_another_network(run) from error
     return state["metrics"], state["chosen"]
 
 

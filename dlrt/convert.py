@@ -16,8 +16,9 @@ from dlrt.convertible import LOW_RANK_TYPES, convertible_layers
 from dlrt.convolutions import SpatialLowRankConv2d
 from dlrt.costs import compression as cost_of
 from dlrt.curvature import Terms, kronecker_factors, terms
+from dlrt.factors import Factors, as_thin_layers
 from dlrt.layers import LowRankLayer
-from dlrt.lowrank import rank_within
+from dlrt.lowrank import LowRank, rank_within
 from dlrt.ranks import allocate_ranks, budget_for
 from dlrt.replacing import become
 
@@ -215,8 +216,9 @@ def replace_layers(model: nn.Module, make: Callable[[LowRankLayer], nn.Module]) 
 def load_factors(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     """Load the state_dict of a low-rank network into the dense one that it was made of; give the model back.
 
-    Layers that have factors in the state become low-rank, of the rank there, without a decomposition.
-    RuntimeError where the state belongs to another network, as from load_state_dict.
+    Layers that have factors in the state become low-rank, of the rank there, without a decomposition; those
+    of which it has two thin layers, as of `export`, become such. RuntimeError where the state belongs to
+    another network, as from load_state_dict.
     """
     for name, dense in model.named_modules():
         prefix = f"{name}." if name else ""
@@ -224,13 +226,21 @@ def load_factors(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
             become(dense, Attention(dense))  # the walk goes on in its four layers
         if is_linear(dense) and sum(rows := rows_in(state, prefix)) == features(dense)[1]:
             become(dense, Blocks(dense, rows))
-        U = state.get(f"{prefix}U")
-        if type(dense) in LOW_RANK_TYPES and U is not None:
-            become(dense, _kind(dense, _is_spatial(dense, U)).in_place_of(dense))
+        if type(dense) in LOW_RANK_TYPES:
+            become(dense, _in_form_of(state, prefix, dense))
     pack(model).load_state_dict(state)
     return model
 
 
-def _is_spatial(dense: nn.Linear | nn.Conv2d, U: Tensor) -> bool:
-    """Whether a basis has a row for every row of every filter, and not one for every filter."""
-    return len(U) != len(dense.weight)
+def _in_form_of(state: dict[str, Tensor], prefix: str, dense: nn.Linear | nn.Conv2d) -> nn.Module:
+    """The layer low-rank or in plain factors, of any values, where the state has it so; else itself."""
+    U, first, second = (state.get(prefix + name) for name in ("U", "0.weight", "1.weight"))
+    if U is not None:  # a separable basis has a row for every row of every filter
+        return _kind(dense, spatial=len(U) != len(dense.weight)).in_place_of(dense)
+    if first is None or second is None or not first.dim() == second.dim() == dense.weight.dim():
+        return dense
+    layer = _kind(dense, spatial=second.dim() == 4 and second.shape[2] > 1).in_place_of(dense)
+    rows, columns, r = *layer.shape, len(first)
+    zeros = layer.S.new_zeros
+    layer.factors = LowRank(zeros(rows, r), zeros(r, r), zeros(columns, r))
+    return Factors(*as_thin_layers(layer))

@@ -7,7 +7,7 @@ from copy import deepcopy
 from torch import nn
 
 from dlrt.convert import replace_layers
-from dlrt.layers import LowRankLayer
+from dlrt.factors import plain_layer
 
 
 def export(model: nn.Module) -> nn.Module:
@@ -20,20 +20,3 @@ def export(model: nn.Module) -> nn.Module:
     thin layers: torch packs their weights.
     """
     return replace_layers(deepcopy(model), plain_layer)
-
-
-def plain_layer(layer: LowRankLayer) -> nn.Module:
-    """Two thin layers with the weights S Vᵀ and U, or a dense one where they would cost as much."""
-    (m, n), r = layer.shape, layer.rank
-    return layer.to_dense() if r * (m + n) >= m * n else as_thin_layers(layer)
-
-
-def as_thin_layers(layer: LowRankLayer) -> nn.Sequential:
-    """Two thin layers of torch with the weights S Vᵀ and U, whatever they cost."""
-    first, second = layer.thin_layers()
-    U = layer.U.unflatten(0, (layer.outputs, -1)).transpose(1, 2)  # (outputs, r, rows of W for each)
-    for thin, weight in ((first, layer.S @ layer.V.mT), (second, U)):
-        weight = weight.detach().reshape(thin.weight.shape).contiguous()
-        thin.weight = nn.Parameter(weight, requires_grad=layer.S.requires_grad)
-    second.bias = layer.bias
-    return nn.Sequential(first, second).train(layer.training)

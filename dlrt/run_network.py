@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Callable
 from copy import deepcopy
@@ -12,12 +13,14 @@ import torch
 from torch import nn
 
 from dlrt import distributed
-from dlrt.baselines import formed_like, layers_in_factors, plain_factors, to_plain_factors
+from dlrt.baselines import plain_factors, to_plain_factors
 from dlrt.blocks import is_within
 from dlrt.checkpoint import trained_weights
-from dlrt.convert import to_low_rank
+from dlrt.continuing import MISMATCHES, of_another_network
+from dlrt.convert import load_factors, to_low_rank
 from dlrt.data import Dataset
 from dlrt.errors import OptionError, RunError, one_line
+from dlrt.factors import Factors
 from dlrt.flags import flag
 from dlrt.layers import LowRankLayer
 from dlrt.low_rank_options import LowRankOptions, RunOptions
@@ -64,7 +67,7 @@ def with_factors(model: nn.Module, options: RunOptions, dataset: Dataset, run: R
     if options.spatial and not run.checkpoint.exists():
         _check_spatial(model, options.skip)
     if state := distributed.on_first_process(run.load):
-        return _in_form_of(state["model"], model, options)
+        return _in_form_of(state, model, options, run)
     if options.dense_epochs:
         cut(deepcopy(model), replace(options, cut_by="weights"), dataset)
         return model
@@ -75,33 +78,48 @@ def with_factors(model: nn.Module, options: RunOptions, dataset: Dataset, run: R
     return model
 
 
-def _in_form_of(weights: dict[str, Any], model: nn.Module, options: RunOptions) -> nn.Module:
-    """The network in the factors that it has in a state dict; the ranks of a low-rank one follow."""
-    if isinstance(options, DenseOptions):
-        return formed_like(model, weights)
-    if options.dense_epochs and not _are_low_rank(weights):
-        return model
-    dense = [name for name, _ in model.named_modules() if f"{name}.weight" in weights]
-    return to_low_rank(model, options.rank or 1, skip=[*options.skip, *dense], spatial=options.spatial)
+def _in_form_of(state: dict[str, Any], model: nn.Module, options: RunOptions, run: Run) -> nn.Module:
+    """The network in the factors that its last checkpoint has; RunError where the options say others."""
+    try:
+        model = load_factors(model, state["model"])
+    except MISMATCHES as error:
+        raise of_another_network(run) from error
+    done = max((row["epoch"] for row in state["metrics"]), default=0)
+    before_cut = options.dense_epochs and done <= options.dense_epochs
+    kind = LowRankLayer if isinstance(options, LowRankOptions) else Factors if options.factors else None
+    if _forms(model) != ({kind} if kind and not before_cut else set()):
+        raise of_another_network(run)
+    return model
+
+
+def _forms(model: nn.Module) -> set[type[nn.Module]]:
+    """Of the two kinds of factors those that the network has."""
+    return {kind for kind in (LowRankLayer, Factors) if any(isinstance(m, kind) for m in model.modules())}
 
 
 def cut(model: nn.Module, options: RunOptions, dataset: Dataset) -> nn.Module:
-    """The network of dense layers made low-rank as the options say; of plain factors, where they say so.
+    """The network of dense layers made low-rank, or one in plain factors, as the options say.
 
-    A layer whose factors would cost as much as its weight is plain in the latter, and has its full rank in
-    the former: their update rule is for it as well.
+    A layer whose factors would cost as much as its weight is dense among plain factors. In a low-rank network
+    that is cut to a compression it has its full rank: the update rule is for it as well.
     """
     inputs = None
     if options.cut_by == "loss":
         inputs = dataset.train.images[:CALIBRATION_IMAGES].to(next(model.parameters()).device)
-    cut_to = {"skip": options.skip, "inputs": inputs, "spatial": options.spatial}
+    cut_to = {"skip": _with_low_rank(options.skip, model), "inputs": inputs, "spatial": options.spatial}
     if isinstance(options, DenseOptions):
         return to_plain_factors(to_low_rank(model, compression=options.factors / 100, **cut_to))
     if options.ramp != 0:
         return to_low_rank(model, options.rank, min_rank=options.min_rank, **cut_to)
     model = to_low_rank(model, compression=options.compression / 100, min_rank=options.min_rank, **cut_to)
-    low_rank = [name for name, module in model.named_modules() if isinstance(module, LowRankLayer)]
-    return to_low_rank(model, skip=[*options.skip, *low_rank], spatial=options.spatial)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what cannot be low-rank has been told
+        return to_low_rank(model, skip=_with_low_rank(options.skip, model), spatial=options.spatial)
+
+
+def _with_low_rank(skip: list[str], model: nn.Module) -> list[str]:
+    """The layers to skip, and those that are low-rank already."""
+    return [*skip, *(name for name, m in model.named_modules() if name and isinstance(m, LowRankLayer))]
 
 
 def _check_spatial(model: nn.Module, skip: list[str]) -> None:
@@ -130,26 +148,20 @@ def _take_weights(model: nn.Module, options: RunOptions, run: Run) -> str:
         weights, about = trained_weights(path)
     except RunError as error:
         raise RunError(f"--from-checkpoint: {error}") from error
-    if layers_in_factors(model, weights):
-        raise RunError(f"--from-checkpoint {path} is of plain factors: give a dense one's")
-    if _are_low_rank(weights):
-        raise RunError(f"--from-checkpoint {path} is of a low-rank network: give a dense one's")
     if about.get("dataset") == options.dataset and about.get("seed", options.seed) != options.seed:
         raise RunError(
             f"--seed must be {about['seed']}, as that of {path} is: it draws the validation split, and those "
             f"weights were trained on what seed {options.seed} sets aside"
         )
     try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
+        load_factors(model, weights)
+    except MISMATCHES as error:
         reason = one_line(" ".join(str(error).splitlines()[1:2]))
         raise RunError(
             f"--from-checkpoint must be the weights of a dense {type(model).__name__}, got {path} "
             f"({reason[:150]} ...)"
         ) from error
+    if _forms(model):
+        raise RunError(f"--from-checkpoint {path} is of a network in factors: give a dense one's")
     sums = [(name, distributed.checksum(value)) for name, value in model.state_dict().items()]
     return f"{path.name} {zlib.crc32(repr(sums).encode()):08x}"
-
-
-def _are_low_rank(weights: dict[str, Any]) -> bool:
-    return any(name.split(".")[-1] == "S" for name in weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
@@ -74,7 +75,10 @@ def _train(options: RunOptions, network: Network, run: Run, settings: Settings) 
     quiet = options.quiet or distributed.process_rank() > 0
 
     def cut_now() -> torch.optim.Optimizer:
-        return make_optimizer(cut(model, options, dataset), options, steps)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what stays dense was told before the first epoch
+            cut(model, options, dataset).to(memory_format=torch.channels_last)
+        return make_optimizer(model, options, steps)
 
     metrics = fit(model, optimizer, scheduler, dataset, options, run, about, quiet, cut_now)
     if distributed.process_rank() == 0:

@@ -23,7 +23,10 @@ from dlrt.ranks import parameters
 from dlrt.summaries import read_runs
 
 DATA = {"mnist": "MNIST", "cifar10": "CIFAR-10", "stdlib": "Python's standard library"}
-COUNTED = "Weights only, biases and norms left out; a layer of rank r counts r (m + n), a dense one m n."
+COUNTED = (
+    "Weights only, biases and norms left out; a layer of rank r counts r (m + n), or m n where that is less, "
+    "a dense one m n."
+)
 
 
 def parse(description: str, folder: Path, of_runs: bool = True, **switches: str) -> argparse.Namespace:

@@ -40,11 +40,11 @@ def fit(
 ) -> pd.DataFrame:
     """Train from the run's last checkpoint, or from the start, to the end; give the metrics, a row per epoch.
 
-    The optimizer is a DLRT for a low-rank network, any other for a dense one. A dense one becomes low-rank
-    after `dense_epochs` by cut(), which gives its optimizer; the schedule goes on. tau rises linearly from 0
-    over the first tau_warmup epochs; after `epochs` the bases are frozen, and S and the rest are trained on.
-    A run from trained weights has a row for epoch 0, too: what it begins with. After every epoch the
-    checkpoint holds all that a continuation needs, the weights of the chosen epoch so far ("chosen") and
+    The optimizer is a DLRT for a low-rank network, any other for another one. After `dense_epochs` cut() puts
+    a dense network into factors, and gives the optimizer for it; the schedule goes on. tau rises linearly
+    from 0 over the first tau_warmup epochs; after `epochs` the bases are frozen, and S and the rest are
+    trained on. A run from trained weights has a row for epoch 0, too: what it begins with. After every epoch
+    the checkpoint holds all that a continuation needs, the weights of the chosen epoch so far ("chosen") and
     `about`, which says what the network is. Each epoch draws from a generator of its own, so that a resumed
     run ends as an uninterrupted one. FloatingPointError where the loss is not finite, ValueError where
     `Dataset.check` finds the data wrong. Of several processes, the first alone reads and writes the run's
@@ -83,12 +83,18 @@ def fit(
 
 
 def _go_on_with(scheduler: LRScheduler | ReduceLROnPlateau, optimizer: torch.optim.Optimizer) -> None:
-    """Let a schedule go on with another optimizer, whose learning rates are those that it began with."""
-    lr = scheduler.optimizer.param_groups[0]["lr"]
-    scheduler.optimizer = optimizer
+    """Let a schedule go on with another optimizer, whose learning rates are those that it began with.
+
+    The one before lets go of the weights, and of what it knows of them, whoever still holds it.
+    """
+    before, scheduler.optimizer = scheduler.optimizer, optimizer
+    lr = before.param_groups[0]["lr"]
     scheduler.base_lrs = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group.update(initial_lr=group["lr"], lr=lr)
+    before.state.clear()
+    for group in before.param_groups:
+        group["params"].clear()
 
 
 def _epoch(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import dlrt
 from dlrt import compression, tables
 from dlrt.baselines import Factors, Muon, plain_factors, product_decay
 from dlrt.models import ResNet8
@@ -108,3 +109,23 @@ def test_product_decay_is_the_gradient_flow_of_the_norm_of_the_product(kind, net
     assert all(after.norm() < W.norm() for after, W in zip(products(model), before, strict=True))
     shrunk = 1 - 0.5 * optimizer.param_groups[0]["lr"]
     assert all(torch.allclose(pair[1].bias, shrunk * b) for pair, b in zip(model, biases, strict=True))
+
+
+@pytest.mark.parametrize("exported", [False, True])
+@pytest.mark.parametrize("spatial", [False, True])
+def test_a_network_of_thin_layers_comes_back_from_its_state_dict(exported, spatial):
+    def make():
+        layers = {"conv": nn.Conv2d(6, 9, 3, stride=2), "attention": nn.MultiheadAttention(12, 3)}
+        return nn.ModuleDict({**layers, "linear": nn.Linear(12, 9), "small": nn.Linear(2, 2)})
+
+    if exported:
+        thin = dlrt.export(dlrt.to_low_rank(make(), rank=2, spatial=spatial))
+    else:
+        thin = plain_factors(make(), 0.5, spatial=spatial)
+    again = dlrt.load_factors(make(), thin.state_dict())
+    assert isinstance(again["attention"].q_proj, Factors)
+    state = again.state_dict()
+    assert state.keys() == thin.state_dict().keys()
+    assert all(torch.equal(state[name], value) for name, value in thin.state_dict().items())
+    x = torch.randn(2, 6, 8, 8)
+    assert torch.equal(again["conv"](x), thin["conv"](x))

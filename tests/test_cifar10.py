@@ -180,7 +180,7 @@ def test_every_seed_and_budget_is_trained_with_the_scale_that_validates_best(
     assert {options["update_lr"] for options in made.values()} == {best}
 
 
-def test_ways_that_begin_dense_are_cut_after_two_fifths_and_tuned_in_runs_twice_as_long(
+def test_ways_that_begin_dense_are_cut_after_two_fifths_and_tuned_in_whole_runs(
     run_script, monkeypatch, tmp_path
 ):
     make, made = makes(lambda options: abs(math.log(options["update_lr"] / 0.03)))
@@ -189,7 +189,7 @@ def test_ways_that_begin_dense_are_cut_after_two_fifths_and_tuned_in_runs_twice_
     output(run_script("cifar10/run.py", "--ways", "started_separable", "started_factors", *flags))
     started = {name: of for name, of in made.items() if "started" in name}
     lengths = {"tuning" in name: (of["epochs"], of["dense_epochs"]) for name, of in started.items()}
-    assert lengths == {True: (2, 1), False: (10, 4)}
+    assert lengths == {True: (10, 4), False: (10, 4)}
     assert {name for name in made if "tuning" not in name} <= started.keys()
     assert {of["dense_update_lr"] for of in started.values()} == {0.03}  # that of the dense net
     way = loaded("cifar10/produce_results").way

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from torch import nn
 
 import dlrt.training
 from dlrt.checkpoint import load_checkpoint, load_network
 from dlrt.convolutions import SpatialLowRankConv2d
 from dlrt.factors import Factors
 from dlrt.layers import LowRankLayer
+from dlrt.low_rank_options import LowRankOptions
+from dlrt.run_network import cut
 from dlrt.runs import read_metrics
 
 START = {  # of each kind of network
@@ -112,3 +115,38 @@ def test_what_is_out_of_reach_is_told_before_the_first_epoch(script, wanted, run
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
     assert f"{wanted} must be at most 0.9" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_in_another_form_than_the_options_say_is_refused(lenet5, tmp_path):
+    """Nothing goes on dense that is to be in factors, and nothing the other way; nor what is damaged."""
+    for kind in START:
+        lenet5(kind, kind=kind)
+    states = {kind: load_checkpoint(tmp_path / kind / "checkpoint.pt") for kind in START}
+    wrong = [(kind, states[other]) for kind in START for other in START if other != kind]
+    for name, value in (("fc1.1.weight", None), ("fc1.0.weight", torch.tensor(1.0)), ("fc1.1.weight", 1)):
+        weights = dict(states["factors"]["model"])
+        weights[name] = weights[name][..., None, None] if value == 1 else value
+        weights = {name: weight for name, weight in weights.items() if weight is not None}
+        wrong.append(("factors", {**states["factors"], "model": weights}))
+    for kind, state in wrong:
+        torch.save(state, tmp_path / kind / "checkpoint.pt")
+        lenet5(kind, "--resume", kind=kind, code=1)
+
+
+def test_the_optimizer_before_the_cut_lets_go_of_the_weights():
+    """Whoever still holds it: they would take as much memory as the dense network."""
+    models = nn.Linear(3, 2), nn.Linear(3, 2)
+    before, after = (torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for model in models)
+    models[0](torch.ones(1, 3)).sum().backward()
+    before.step()
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(before, T_max=4)
+    dlrt.training._go_on_with(scheduler, after)
+    assert not before.state
+    assert not any(group["params"] for group in before.param_groups)
+
+
+def test_a_network_that_is_one_layer_is_cut():
+    options = LowRankOptions(epochs=2, dense_epochs=1, compression=50, cut_by="weights")
+    layer = cut(nn.Linear(30, 40), options, dataset=None)
+    assert isinstance(layer, LowRankLayer)
+    assert layer.rank == 8

@@ -381,7 +381,7 @@ def test_a_run_starts_from_the_truncated_weights_of_a_dense_run(lenet5, tmp_path
     assert missing.returncode == 1
     assert "give a run's folder" in missing.stderr
     other = lenet5("--from-checkpoint", tmp_path / "full", "--name", "b")
-    assert "is of a low-rank network: give a dense one's" in other.stderr
+    assert "is of a network in factors: give a dense one's" in other.stderr
     torch.save({"conv1.weight": torch.zeros(2)}, tmp_path / "other.pt")
     foreign = lenet5("--from-checkpoint", tmp_path / "other.pt", "--name", "c")
     assert "must be the weights of a dense LeNet5, got" in foreign.stderr
