@@ -33,12 +33,12 @@ Network = Callable[..., nn.Module]
 
 
 def check_skip(skip: list[str], model: nn.Module) -> None:
-    """OptionError where --skip names no layer of the network, or all that could be low-rank."""
+    """OptionError where --skip names no layer of the network, or all that could be in factors."""
     modules = dict(model.named_modules())
     layers = [name for name, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))]
     unknown = sorted(set(skip) - modules.keys())
     if unknown or (skip and all(is_within(name, skip) for name in layers)):
-        wrong = f"takes layers of {', '.join(layers)}" if unknown else "must leave a layer that is low-rank"
+        wrong = f"takes layers of {', '.join(layers)}" if unknown else "must leave a layer"
         raise OptionError(f"--skip {wrong}, got {', '.join(unknown or skip)}")
 
 
@@ -125,9 +125,7 @@ def _with_low_rank(skip: list[str], model: nn.Module) -> list[str]:
 def _check_spatial(model: nn.Module, skip: list[str]) -> None:
     kernels = [name for name, m in model.named_modules() if type(m) is nn.Conv2d and m.kernel_size[0] > 1]
     if all(is_within(name, skip) for name in kernels):
-        raise RunError(
-            "--spatial needs a convolution that is still to become low-rank, and there is none: leave it out"
-        )
+        raise RunError("--spatial needs a convolution to put into factors, and there is none: leave it out")
 
 
 def _take_weights(model: nn.Module, options: RunOptions, run: Run) -> str:
