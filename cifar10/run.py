@@ -9,9 +9,9 @@ the dense net for two fifths of the epochs, and then cut; each with SGD and with
 cut to the budget and trained on for a third of the epochs; and DLRT as published. Step sizes are those that
 validation chose for each way on a smaller network (probe.csv). With `--tune EPOCHS` short runs of seed 0 try
 a half, a quarter and an eighth of them, too, and more until the best lies between two that are no better; a
-dense start, of which short runs say nothing, begins with a half and a quarter in runs of full length, and
-its dense epochs have the dense net's. (Where that network has no row for separable kernels they take the
-step size of matrices; cuts take half of it, the published method 0.2.) The first budget comes first, seed by
+dense start, of which short runs say nothing, begins without the eighth, in runs of full length, and its
+dense epochs have the dense net's. (Where that network has no row for separable kernels they take the step
+size of matrices; cuts take half of it, the published method 0.2.) The first budget comes first, seed by
 seed, and cuts of trained nets after all its seeds. Each preset has a folder of its own, results/ and
 results_gpu/.
 """
@@ -138,7 +138,7 @@ def choose_scales(network: str, epochs: int, args: argparse.Namespace, jobs: int
         made = plan(network, *choice, args.compressions[0], common | length, of_this)
         return replace(made, name=f"{network}/tuning/{'_'.join(choice)}_x{1 / divisor:g}")
 
-    for ways, divisors in ((others, DIVISORS), (started, DIVISORS[1:3])):
+    for ways, divisors in ((others, DIVISORS), (started, DIVISORS[:3])):
         first = {(way, rule): divisors for rule in args.rules for way in ways}
         best = tuning.try_values(first, tried, args.output_dir, "validation_accuracy", jobs=jobs)
         scales |= {choice: 1 / divisor for choice, divisor in best.items()}

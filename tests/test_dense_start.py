@@ -10,7 +10,9 @@ from dlrt.convolutions import SpatialLowRankConv2d
 from dlrt.factors import Factors
 from dlrt.layers import LowRankLayer
 from dlrt.low_rank_options import LowRankOptions
+from dlrt.options import DenseOptions
 from dlrt.run_network import cut
+from dlrt.run_optimizer import make_optimizer
 from dlrt.runs import read_metrics
 
 START = {  # of each kind of network
@@ -19,6 +21,7 @@ START = {  # of each kind of network
     "factors": ("--dense-epochs", 2, "--factors", 95, "--spatial"),
 }
 RULE = ("--update", "muon", "--nesterov", "--epochs", 4)
+FAST = ("--update", "sgd", "--no-nesterov")
 MEASURED = ["lr", "train_loss", "validation_loss", "validation_accuracy", "test_loss", "test_accuracy"]
 
 
@@ -46,9 +49,6 @@ def test_the_first_epochs_are_those_of_a_dense_run_and_the_others_are_in_factors
     assert metrics["evaluation_compression"][2:].between(95, 96).all()
     assert metrics["ranks"][2] == metrics["ranks"][3]
     network, _ = load_network(tmp_path / "a")  # of an epoch after the cut, however good those before were
-    parts = lenet5("b", "--dense-update-lr", 0.01, "--update-lr", 0.1, kind=kind)["train_loss"]
-    assert parts[1] == metrics["train_loss"][1]
-    assert parts[2] != metrics["train_loss"][2]
     wanted = {"low-rank": LowRankLayer, "factors": Factors}[kind]
     assert isinstance(network.conv2, SpatialLowRankConv2d if kind == "low-rank" else Factors)
     assert all(isinstance(layer, wanted) for layer in (network.conv2, network.fc1))
@@ -56,7 +56,9 @@ def test_the_first_epochs_are_those_of_a_dense_run_and_the_others_are_in_factors
 
 @pytest.mark.parametrize("kind", ["low-rank", "factors"])
 def test_the_cut_keeps_what_the_loss_needs(kind, lenet5):
-    by_loss, by_weights = (lenet5(by, "--lr", 0.01, "--cut-by", by, kind=kind) for by in ("loss", "weights"))
+    by_loss, by_weights = (
+        lenet5(by, *FAST, "--lr", 0.01, "--cut-by", by, kind=kind) for by in ("loss", "weights")
+    )
     assert by_loss["train_loss"][2] < by_weights["train_loss"][2]
 
 
@@ -91,7 +93,7 @@ def test_a_schedule_that_waits_for_the_loss_goes_on_waiting(lenet5, monkeypatch)
 
 
 def test_what_is_low_rank_is_what_skip_leaves(lenet5, tmp_path):
-    lenet5("a", "--skip", "conv1", "fc2")
+    lenet5("a", *FAST, "--skip", "conv1", "fc2")
     network, _ = load_network(tmp_path / "a")
     low_rank = {name for name, module in network.named_modules() if isinstance(module, LowRankLayer)}
     assert low_rank == {"conv2", "fc1"}
@@ -99,7 +101,7 @@ def test_what_is_low_rank_is_what_skip_leaves(lenet5, tmp_path):
 
 def test_the_rule_is_for_layers_that_a_cut_leaves_whole_as_well(lenet5, tmp_path):
     """At a compression that some need not bear: they are low-rank of full rank, and count as dense."""
-    metrics = lenet5("a", "--compression", 10, "--no-spatial")
+    metrics = lenet5("a", *FAST, "--compression", 10, "--no-spatial")
     network, _ = load_network(tmp_path / "a")
     ranks = {layer: layer.rank for layer in (network.conv2, network.fc1)}
     assert any(rank == min(layer.shape) for layer, rank in ranks.items())
@@ -120,7 +122,7 @@ def test_what_is_out_of_reach_is_told_before_the_first_epoch(script, wanted, run
 def test_a_checkpoint_in_another_form_than_the_options_say_is_refused(lenet5, tmp_path):
     """Nothing goes on dense that is to be in factors, and nothing the other way; nor what is damaged."""
     for kind in START:
-        lenet5(kind, kind=kind)
+        lenet5(kind, *FAST, kind=kind)
     states = {kind: load_checkpoint(tmp_path / kind / "checkpoint.pt") for kind in START}
     wrong = [(kind, states[other]) for kind in START for other in START if other != kind]
     for name, value in (("fc1.1.weight", None), ("fc1.0.weight", torch.tensor(1.0)), ("fc1.1.weight", 1)):
@@ -130,7 +132,7 @@ def test_a_checkpoint_in_another_form_than_the_options_say_is_refused(lenet5, tm
         wrong.append(("factors", {**states["factors"], "model": weights}))
     for kind, state in wrong:
         torch.save(state, tmp_path / kind / "checkpoint.pt")
-        lenet5(kind, "--resume", kind=kind, code=1)
+        lenet5(kind, *FAST, "--resume", kind=kind, code=1)
 
 
 def test_the_optimizer_before_the_cut_lets_go_of_the_weights():
@@ -143,6 +145,19 @@ def test_the_optimizer_before_the_cut_lets_go_of_the_weights():
     dlrt.training._go_on_with(scheduler, after)
     assert not before.state
     assert not any(group["params"] for group in before.param_groups)
+
+
+@pytest.mark.parametrize(("kind", "size"), [(DenseOptions, "factors"), (LowRankOptions, "compression")])
+def test_the_two_parts_may_have_step_sizes_of_their_own(kind, size):
+    sizes = {"lr": 0.1, "update": "muon", "update_lr": 0.02, "dense_update_lr": 0.03}
+    options = kind(epochs=2, dense_epochs=1, cut_by="weights", **{size: 50}, **sizes)
+
+    def share(model):
+        return max(group.get("update_share", 0) for group in make_optimizer(model, options, 1).param_groups)
+
+    model = nn.Sequential(nn.Linear(30, 40), nn.Linear(40, 30))
+    assert share(model) == pytest.approx(0.3)
+    assert share(cut(model, options, dataset=None)) == pytest.approx(0.2)
 
 
 def test_a_network_that_is_one_layer_is_cut():
