@@ -154,10 +154,10 @@ def _take_weights(model: nn.Module, options: RunOptions, run: Run) -> str:
     try:
         load_factors(model, weights)
     except MISMATCHES as error:
-        reason = one_line(" ".join(str(error).splitlines()[1:2]))
+        _, _, reason = str(error).partition("\n")  # of load_state_dict; the first line says little
         raise RunError(
             f"--from-checkpoint must be the weights of a dense {type(model).__name__}, got {path} "
-            f"({reason[:150]} ...)"
+            f"({one_line(reason or str(error))[:150]} ...)"
         ) from error
     if _forms(model):
         raise RunError(f"--from-checkpoint {path} is of a network in factors: give a dense one's")

@@ -59,3 +59,18 @@ def make_scheduler(
     if schedule == "plateau":
         return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=3)
     return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
+def go_on_with(scheduler: LRScheduler | ReduceLROnPlateau, optimizer: torch.optim.Optimizer) -> None:
+    """Let a schedule go on with another optimizer, whose learning rates are those that it began with.
+
+    The one before lets go of the weights, and of what it knows of them, whoever still holds it.
+    """
+    before, scheduler.optimizer = scheduler.optimizer, optimizer
+    lr = before.param_groups[0]["lr"]
+    scheduler.base_lrs = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group.update(initial_lr=group["lr"], lr=lr)
+    before.state.clear()
+    for group in before.param_groups:
+        group["params"].clear()

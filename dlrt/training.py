@@ -24,6 +24,7 @@ from dlrt.costs import compression
 from dlrt.data import Dataset, Split, augmented_batch
 from dlrt.optimizer import DLRT
 from dlrt.options import AMP, Options
+from dlrt.run_optimizer import go_on_with
 from dlrt.runs import Run, chosen_epoch
 
 
@@ -61,7 +62,7 @@ def fit(
     for epoch in range(first, total + 1):
         if options.dense_epochs and epoch == options.dense_epochs + 1:
             optimizer = parts["optimizer"] = cut()
-            _go_on_with(scheduler, optimizer)
+            go_on_with(scheduler, optimizer)
         if epoch > options.epochs and isinstance(optimizer, DLRT):
             optimizer.freeze_bases()
         rows.append(_epoch(model, optimizer, scaler, dataset, options, epoch, run, quiet))
@@ -80,21 +81,6 @@ def fit(
             print(describe(rows[-1], total), flush=True)
     model.load_state_dict(chosen)
     return pd.DataFrame(rows)
-
-
-def _go_on_with(scheduler: LRScheduler | ReduceLROnPlateau, optimizer: torch.optim.Optimizer) -> None:
-    """Let a schedule go on with another optimizer, whose learning rates are those that it began with.
-
-    The one before lets go of the weights, and of what it knows of them, whoever still holds it.
-    """
-    before, scheduler.optimizer = scheduler.optimizer, optimizer
-    lr = before.param_groups[0]["lr"]
-    scheduler.base_lrs = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group.update(initial_lr=group["lr"], lr=lr)
-    before.state.clear()
-    for group in before.param_groups:
-        group["params"].clear()
 
 
 def _epoch(

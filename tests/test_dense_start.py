@@ -12,7 +12,7 @@ from dlrt.layers import LowRankLayer
 from dlrt.low_rank_options import LowRankOptions
 from dlrt.options import DenseOptions
 from dlrt.run_network import cut
-from dlrt.run_optimizer import make_optimizer
+from dlrt.run_optimizer import go_on_with, make_optimizer
 from dlrt.runs import read_metrics
 
 START = {  # of each kind of network
@@ -142,7 +142,7 @@ def test_the_optimizer_before_the_cut_lets_go_of_the_weights():
     models[0](torch.ones(1, 3)).sum().backward()
     before.step()
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(before, T_max=4)
-    dlrt.training._go_on_with(scheduler, after)
+    go_on_with(scheduler, after)
     assert not before.state
     assert not any(group["params"] for group in before.param_groups)
 
