@@ -19,14 +19,15 @@ class Options(LowRankOptions):
     decay: float = option(1.0, OF_DECAY, DECAY)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         fixed = self.max_rank in (None, self.rank) and self.min_rank in (2, self.rank)
-        if not isinstance(self.rank, int) or self.skip or self.tau or not fixed:
+        changed = self.skip or self.tau or self.compression is not None or not fixed
+        if not isinstance(self.rank, int) or changed:
             raise OptionError(
                 f"here all layers have one rank, --rank, a whole number (got {self.rank}), to the end: "
-                "leave out --skip, --tau, --min-rank and --max-rank"
+                "leave out --skip, --tau, --compression, --min-rank and --max-rank"
             )
         self.min_rank = self.max_rank = self.rank
+        super().__post_init__()
 
 
 def main() -> None:

@@ -1,24 +1,20 @@
 """Plain factors and DLRT start from the same weights, and every plain factor trains."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
+from made_up_runs import load
 
 from dlrt import LowRankLayer
+from dlrt.errors import OptionError
 from dlrt.models import LeNet5
+from dlrt.options import ROOT
 
 SHAPE = (1, 28, 28)
 
 
 @pytest.fixture(scope="module")
 def factored():
-    path = Path(__file__).parents[1] / "UV_vanilla" / "factored.py"
-    spec = importlib.util.spec_from_file_location("factored", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("UV_vanilla/factored")
 
 
 def pair(factored, decay):
@@ -52,3 +48,24 @@ def test_every_factor_trains(factored):
     factors = [parameter for parameter in vanilla.parameters() if parameter.dim() > 1]
     assert len(factors) == 8
     assert all(factor.grad.norm() > 0 for factor in factors)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"rank": 0.5},
+        {"tau": 0.1},
+        {"skip": ["conv1"]},
+        {"max_rank": 10},
+        {"min_rank": 10},
+        {"compression": 75.0},
+        {"compression": 75.0, "dense_epochs": 1, "rank": None},
+    ],
+    ids=str,
+)
+def test_what_changes_ranks_is_refused(monkeypatch, flags):
+    monkeypatch.syspath_prepend(ROOT / "UV_vanilla")  # as when it is run
+    options = load("UV_vanilla/lenet5_mnist").Options
+    assert options(rank=20, tau=0.0).max_rank == 20
+    with pytest.raises(OptionError, match=r"one rank, --rank, a whole number .* --compression"):
+        options(**{"rank": 20, "tau": 0.0, **flags})
