@@ -31,6 +31,7 @@ LOOKS = {
     "DLRT, τ": ("#56B4E9", "X"),
 }
 WAYS = tuple(LOOKS)
+BESIDE = 0.3  # percentage points of compression from one way to the next, so that bars do not hide others
 
 
 def look(way: str, rule: str) -> dict[str, object]:
@@ -41,8 +42,14 @@ def look(way: str, rule: str) -> dict[str, object]:
 
 
 def curves(summary: pd.DataFrame) -> dict[tuple[str, str, str], pd.DataFrame]:
-    """Of one network, the points of every curve, way and rule that is not the dense net."""
+    """Of one network, the points of every curve, way and rule that is not the dense net.
+
+    beside: by how much a point is drawn beside its compression, where others have much the same.
+    """
     low = summary[summary["way"] != DENSE]
+    alike = low.groupby(low["compression"].round())["way"]
+    middle = (alike.transform("size") - 1) / 2
+    low = low.assign(beside=BESIDE * (alike.cumcount() - middle))
     return dict(iter(low.groupby(["curve", "way", "rule"], sort=False)))
 
 
@@ -55,7 +62,7 @@ def relative_to_dense(summary: pd.DataFrame) -> Figure:
         for axes, network in zip(rows[:, 0], networks, strict=True):
             for (name, way, rule), points in curves(summary[summary["network"] == network]).items():
                 axes.errorbar(
-                    points["compression"],
+                    points["compression"] + points["beside"],
                     points["accuracy"] - points["dense"],
                     xerr=points["compression_std"],
                     yerr=points["accuracy_std"],

@@ -45,9 +45,13 @@ def _parser() -> Parser:
             "run", type=Path, metavar="RUN", help="a run's folder, its checkpoint.pt or a name"
         )
         command.set_defaults(command=action)
-    info.add_argument("--output-dir", type=Path, help="of the figure; by default the run's folder")
+    info.add_argument(
+        "--output-dir", type=Path, help="of the figure; by default the run's folder, of a name this one"
+    )
     export.add_argument("--format", choices=SUFFIXES, required=True, help=FORMATS)
-    export.add_argument("--output", type=Path, help="by default a file in the run's folder")
+    export.add_argument(
+        "--output", type=Path, help="by default a file in the run's folder, of a name in this one"
+    )
     return parser
 
 

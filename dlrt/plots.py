@@ -130,12 +130,12 @@ def widen_near_100(axes: Axes) -> None:
 
 
 def bands(axes: Axes, runs: list[pd.DataFrame], column: str, name: str, number: int) -> None:
-    """The mean of a column of metrics over runs, epoch by epoch, in a band of one standard deviation."""
+    """The mean of a column of metrics over runs, epoch by epoch, in a band from the least to the largest."""
     values = pd.concat([rows.set_index("epoch")[column] for rows in runs], axis=1)
-    mean, std = values.mean(axis=1), values.std(axis=1).fillna(0)
-    axes.plot(mean.index, mean, label=label(name), **style(number), **one_point(mean))
+    mean, line = values.mean(axis=1), style(number)
+    axes.plot(mean.index, mean, label=label(name), **line, **one_point(mean))
     axes.fill_between(
-        mean.index, mean - std, mean + std, color=style(number)["color"], alpha=0.2, linewidth=0
+        mean.index, values.min(axis=1), values.max(axis=1), color=line["color"], alpha=0.2, linewidth=0
     )
 
 

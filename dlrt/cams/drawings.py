@@ -105,6 +105,7 @@ def _panel(ax: Axes, summary: pd.DataFrame, column: str) -> None:
     for number, kind in enumerate(("random weights", "RandomCAM"), start=2):
         value = summary.loc[summary["kind"] == kind, column].iloc[0]
         ax.axhline(value, lw=1, label=kind, **style(number))
+    ax.margins(y=0.08)
 
 
 def time_over_rank(times: pd.DataFrame) -> Figure:

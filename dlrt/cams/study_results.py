@@ -103,9 +103,9 @@ def caption(rows: pd.DataFrame) -> str:
 def figure(table: pd.DataFrame, seeds: int) -> Figure:
     """Every difference with its interval, in units of the bound."""
     with plt.rc_context(plots.LOOK):
-        drawn, all_axes = plt.subplots(1, 3, figsize=(10, 3.6), sharey=True)
+        drawn, all_axes = plt.subplots(1, 3, figsize=(10, 3.6), sharex=True, sharey=True)
         for axes, (label, kinds) in zip(all_axes, COMPARISONS.items(), strict=True):
-            axes.axvspan(-1, 1, color="0.9", lw=0, label="deviation between seeds of dense networks")
+            axes.axvspan(-1, 1, color="0.9", lw=0, label="within one such deviation")
             axes.axvline(0, color="0.5", lw=1)
             for number, outcome in enumerate(OUTCOMES):
                 results = table[(table["comparison"] == label) & (table["outcome"] == outcome)]
@@ -118,7 +118,8 @@ def figure(table: pd.DataFrame, seeds: int) -> Figure:
         rows = [-(4 * number + row) for number in range(3) for row in range(3)]
         all_axes[0].set_yticks(rows, [*METHODS.values()] * 3)
         drawn.supxlabel(
-            f"difference of means over {seeds} seeds, in such deviations; bars: 95 %", fontsize=10
+            f"difference of means over {seeds} seeds / deviation between seeds of dense networks; bars: 95 %",
+            fontsize=10,
         )
         drawn.legend(
             *all_axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=9
