@@ -8,7 +8,7 @@ from torch import nn
 from dlrt import LowRank, LowRankLayer, to_low_rank
 from dlrt.baselines import balanced
 from dlrt.convert import replace_layers
-from dlrt.factors import as_thin_layers
+from dlrt.factors import Factors, as_thin_layers
 from dlrt.flags import number
 from dlrt.models import LeNet5
 
@@ -44,4 +44,4 @@ def vanilla_lenet5(
     for layer in model.modules():
         if isinstance(layer, LowRankLayer):
             layer.factors = balanced(layer.factors)
-    return replace_layers(model, as_thin_layers)
+    return replace_layers(model, lambda layer: Factors(*as_thin_layers(layer)))

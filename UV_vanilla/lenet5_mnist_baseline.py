@@ -10,7 +10,8 @@ from factored import AS_IN_THE_PAPER, DECAY, OF_DECAY, vanilla_lenet5
 
 from dlrt import script
 from dlrt.flags import NATURAL
-from dlrt.options import DenseOptions, option
+from dlrt.option_fields import option
+from dlrt.options import DenseOptions
 
 
 @dataclass(kw_only=True)

@@ -13,6 +13,7 @@ again; the table goes beside it, the figure to figures/ as well.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterator
 from copy import deepcopy
 from itertools import product
 from pathlib import Path
@@ -73,22 +74,24 @@ def cut(model: nn.Module, way: str, share: float, dataset: Dataset) -> nn.Module
         return all_alike(model, share, skip)
     inputs = dataset.train.images[:SAMPLES] if way.startswith("curvature") else None
     spatial = way.endswith("spatial")
-    return to_low_rank(deepcopy(model), compression=share, inputs=inputs, spatial=spatial, skip=skip)
+    try:
+        return to_low_rank(deepcopy(model), compression=share, inputs=inputs, spatial=spatial, skip=skip)
+    except ValueError as error:  # that is out of reach
+        raise RunError(f"--compressions, of {way}: {error}") from error
 
 
-def measure(run: Path, asked: list[tuple[float, str]], data_dir: Path) -> list[Cut]:
+def measure(run: Path, asked: list[tuple[float, str]], data_dir: Path) -> Iterator[Cut]:
     """A row for each compression and way."""
     model, about = load_network(run)
     if compression(model).compressed:
         raise RunError(f"{run} is of a low-rank network: give runs of dense ones")
     dataset = load(about["dataset"], data_dir, seed=0)
-    dense, rows = evaluate(model, dataset.test)[1], []
+    dense = evaluate(model, dataset.test)[1]
     for percent, way in asked:
         made = cut(model, way, percent / 100, dataset)
         at = {"network": about["network"], "dataset": about["dataset"], "run": run.name, "way": way}
         cost, accuracy = compression(made).evaluation_compression, evaluate(made, dataset.test)[1]
-        rows.append({**at, "asked": percent, "compression": cost, "accuracy": accuracy, "dense": dense})
-    return rows
+        yield {**at, "asked": percent, "compression": cost, "accuracy": accuracy, "dense": dense}
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -140,7 +143,9 @@ def main() -> None:
     if args.runs:
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder, "--output-dir", args)
-    rows = read_table(record, Cut) if record.exists() else pd.DataFrame(columns=list(Cut.__annotations__))
+    rows = pd.DataFrame(columns=list(Cut.__annotations__))
+    if record.exists():
+        rows = read_table(record, Cut, "delete it, and measure again")
     _check_alike(rows, record)
     for run in args.runs:
         cuts = rows[rows["run"] == run.name]
@@ -148,9 +153,9 @@ def main() -> None:
         missing = [at for at in product(args.compressions, WAYS) if at not in done]
         about = load_network(run)[1] if missing else {}
         _check_alike(pd.DataFrame([*rows.to_dict("records"), *([about] if about else [])]), record)
-        made = measure(run, missing, args.data_dir) if missing else []
-        rows = pd.DataFrame([*rows.to_dict("records"), *made])
-        save_table(record, rows)
+        for made in measure(run, missing, args.data_dir) if missing else ():
+            rows = pd.DataFrame([*rows.to_dict("records"), made])
+            save_table(record, rows)
     if rows.empty:
         parser.error("--runs must name trained dense networks, as nothing is measured yet, got none")
     count, more = rows["run"].nunique(), (rows["compression"] - rows["asked"]).groupby(rows["way"]).max()

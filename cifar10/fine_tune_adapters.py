@@ -106,7 +106,8 @@ def make(row: str, steps: int, lr: float) -> tuple[nn.Module, torch.optim.Optimi
 def with_dlrt(model: WithLoss, update: str, steps: int, lr: float) -> tuple[nn.Module, DLRT]:
     """Adapters under a budget: that of adapters of one rank, and the head."""
     layers, head = [m.linear for m in model.modules() if isinstance(m, Pointwise)], model.network.fc
-    ends, weights = (sum(count(m.weight) for m in layers) for count in (lambda W: sum(W.shape), torch.numel))
+    ends = sum(sum(layer.weight.shape) for layer in layers)  # parameters of adapters of rank 1
+    weights = sum(layer.weight.numel() for layer in layers)
     add_adapters(model, FIRST_RANK, target="linear")
     head.requires_grad_(True)
     own = head.weight.numel()

@@ -32,11 +32,10 @@ COPY = " (the runs that are committed: a JPEG copy of it)"
 CAPTION = (
     "{data}: test accuracy in %, mean and standard deviation over the seeds, at the epoch chosen on the "
     "validation pictures and at the last one. All begin at random but those that are called cut, which are "
-    "the dense net of the same seed (Muon) cut at once and trained on. After a dense start: the dense net "
-    "for the first two fifths of the epochs, then cut by what the loss needs; the parameters are those after "
-    "it. below dense: points below the dense net "
-    "with the same rule and epochs, of cut ones the longest. compression: against the dense net of full "
-    "width. {missing}" + tables.COUNTED
+    "the dense net of the same seed (Muon) cut at once and trained on, and those of trained weights. After a "
+    "dense start: the dense net for the first two fifths of the epochs, then cut by what the loss needs; the "
+    "parameters are those after it. below dense: points below the dense net with the same rule and epochs, "
+    "of cut ones the longest. compression: against the dense net of full width. {missing}" + tables.COUNTED
 )
 FINE_TUNING = (
     "{data}: test accuracy in % before and after fine-tuning of S and all that is dense in frozen bases, "
@@ -46,6 +45,7 @@ FINE_TUNING = (
     f"on CIFAR-10.{{missing}} {tables.COUNTED}"
 )
 NETWORKS = ("ResNet20", "VGG16", "AlexNet")
+RULES = {"muon": "Muon", "sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
 SETTING = ["network", "way", "rule", "budget", "epochs", "curve"]
 
 
@@ -53,14 +53,17 @@ def way(options: dict, low_rank: bool) -> str:
     """Which of the WAYS a run is, by its options."""
     kernels = "separable kernels" if options.get("spatial") else "matrices"
     after = " after a dense start" if options.get("dense_epochs") else ""
+    trained = bool(options.get("from_checkpoint"))
     if not low_rank:
         narrow = options.get("width", 1) != 1
         if options.get("factors"):
             return f"plain factors{after}, {kernels}"
-        return "dense, narrower" if narrow else DENSE
-    if options.get("from_checkpoint"):
+        return "dense, narrower" if narrow else "dense, trained on" if trained else DENSE
+    if trained and options.get("ramp") == 0:
         by = "singular values" if options.get("cut_by") == "weights" else "what the loss needs"
         return f"cut by {by}, trained on"
+    if trained:
+        return f"DLRT of trained weights, {kernels}"
     if options.get("compression"):
         return f"DLRT{after or ', budget'}, {kernels}"
     return "DLRT, τ" if options.get("momentum", 0.9) else "DLRT as published (τ, no momentum)"
@@ -73,7 +76,9 @@ def with_ways(found: pd.DataFrame) -> pd.DataFrame:
     """
     low_rank = found["ranks"] != ""
     found = found.assign(way=[way(*pair) for pair in zip(found["options"], low_rank, strict=True)])
-    found["rule"] = found["options"].map(lambda options: "Muon" if options.get("update") == "muon" else "SGD")
+    found["rule"] = found["options"].map(
+        lambda options: RULES[options.get("update") or options.get("optimizer", "sgd")]
+    )
     of_narrow = found["options"].map(lambda options: 100 * (1 - options.get("width", 1) ** 2))
     several = found.groupby(["network", "way", "rule"])["epochs"].transform("nunique") > 1
     lengths = (", " + found["epochs"].map(str) + " epochs").where(several, "")

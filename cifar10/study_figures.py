@@ -16,6 +16,7 @@ DENSE = "dense"
 # in the order of the table, with colour and marker
 LOOKS = {
     DENSE: ("#000000", "o"),
+    "dense, trained on": ("#000000", "D"),
     "dense, narrower": ("#0072B2", "o"),
     "plain factors, matrices": ("#D55E00", "o"),
     "plain factors, separable kernels": ("#009E73", "o"),
@@ -25,6 +26,8 @@ LOOKS = {
     "DLRT, budget, separable kernels": ("#E69F00", "o"),
     "DLRT after a dense start, matrices": ("#CC79A7", "D"),
     "DLRT after a dense start, separable kernels": ("#E69F00", "D"),
+    "DLRT of trained weights, matrices": ("#CC79A7", "s"),
+    "DLRT of trained weights, separable kernels": ("#E69F00", "s"),
     "cut by singular values, trained on": ("#56B4E9", "v"),
     "cut by what the loss needs, trained on": ("#56B4E9", "^"),
     "DLRT as published (τ, no momentum)": ("#0072B2", "X"),
@@ -35,9 +38,13 @@ BESIDE = 0.3  # percentage points of compression from one way to the next, so th
 
 
 def look(way: str, rule: str) -> dict[str, object]:
-    """Of a way's curve; with SGD it is dotted, its markers hollow."""
+    """Of a way's curve; but with Muon it is dotted, or dashed with Adam, its markers hollow."""
     colour, marker = LOOKS[way]
-    of_rule = {"ls": "-", "mfc": colour} if rule == "Muon" else {"ls": ":", "mfc": "white"}
+    of_rule = (
+        {"ls": "-", "mfc": colour}
+        if rule == "Muon"
+        else {"ls": ":" if rule == "SGD" else "--", "mfc": "white"}
+    )
     return {"color": colour, "marker": marker, "ms": 4.5, **of_rule}
 
 

@@ -87,7 +87,10 @@ def _export(args: argparse.Namespace) -> None:
         write = partial(torch.export.save, torch.export.export(plain, (inputs,), dynamic_shapes=batch))
     else:
         names = {"input_names": ["tokens" if _of_text(about) else "images"], "output_names": ["logits"]}
-        program = torch.onnx.export(plain, (inputs,), dynamic_shapes=batch, verbose=False, **names)
+        try:
+            program = torch.onnx.export(plain, (inputs,), dynamic_shapes=batch, verbose=False, **names)
+        except ModuleNotFoundError as error:
+            raise RunError(f"--format onnx needs {error.name}: pip install 'dlrt[export]'") from error
         content = program.model_proto.SerializeToString()
         write = lambda file: file.write(content)  # noqa: E731
     atomic_write(path, write, ELSEWHERE)

@@ -32,13 +32,13 @@ class Attention(nn.Module):
         for name in ("embed_dim", "num_heads", "head_dim", "dropout", "batch_first", "kdim", "vdim"):
             setattr(self, name, getattr(packed, name))
         own = {name: p for name in PACKED if (p := packed._parameters.get(name)) is not None}
-        trained = {name.rsplit("_", 1)[1]: p.requires_grad for name, p in own.items()}
         parts = unpacked({name: p.detach() for name, p in own.items()})
         for name in PROJECTIONS:
             rows, columns = parts[f"{name}.weight"].shape
-            layer = nn.Linear(columns, rows, bias=f"{name}.bias" in parts, device="meta")
-            for kind in trained:
-                setattr(layer, kind, nn.Parameter(parts[f"{name}.{kind}"].clone(), trained[kind]))
+            layer = nn.Linear(columns, rows, bias=packed.in_proj_bias is not None, device="meta")
+            for kind, _ in list(layer.named_parameters()):
+                source = own.get(f"in_proj_{kind}", own.get(f"{name}_{kind}"))
+                setattr(layer, kind, nn.Parameter(parts[f"{name}.{kind}"].clone(), source.requires_grad))
             setattr(self, name, layer)
         self.out_proj = packed.out_proj
         self.out_proj.__class__ = nn.Linear
@@ -88,7 +88,7 @@ class Attention(nn.Module):
         return y, weights
 
     def packed(self) -> nn.MultiheadAttention:
-        """nn.MultiheadAttention with the same map; the four layers must be dense."""
+        """nn.MultiheadAttention with the same map, trained where a layer is; the four must be dense."""
         layers, bias = [getattr(self, name) for name in PROJECTIONS], self.q_proj.bias is not None
         made = nn.MultiheadAttention(
             self.embed_dim,
@@ -100,15 +100,14 @@ class Attention(nn.Module):
             batch_first=self.batch_first,
             device="meta",
         )
-        weights = [layer.weight.detach() for layer in layers]
-        parts = {f"{name}_weight": W for name, W in zip(PROJECTIONS, weights, strict=True)}
+        parts = {f"{name}_weight": [getattr(self, name).weight] for name in PROJECTIONS}
         if made._qkv_same_embed_dim:
-            parts = {"in_proj_weight": torch.cat(weights)}
-        for name, W in parts.items():
-            setattr(made, name, nn.Parameter(W, self.q_proj.weight.requires_grad))
+            parts = {"in_proj_weight": [layer.weight for layer in layers]}
         if bias:
-            joined = torch.cat([layer.bias.detach() for layer in layers])
-            made.in_proj_bias = nn.Parameter(joined, self.q_proj.bias.requires_grad)
+            parts["in_proj_bias"] = [layer.bias for layer in layers]
+        for name, several in parts.items():
+            trained = any(part.requires_grad for part in several)
+            setattr(made, name, nn.Parameter(torch.cat(several).detach(), trained))
         made.out_proj = self.out_proj
         made.out_proj.__class__ = NonDynamicallyQuantizableLinear
         return made.train(self.training)

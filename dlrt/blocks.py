@@ -37,7 +37,7 @@ class Blocks(nn.ModuleList):
         self.kind, self.rows = type(packed), list(rows)
         self.in_features, self.out_features = features(packed)
         weights = self._split("weight", packed.weight.detach())
-        biases = rows if packed.bias is None else self._split("bias", packed.bias.detach())
+        biases = [None] * len(rows) if packed.bias is None else self._split("bias", packed.bias.detach())
         for weight, bias in zip(weights, biases, strict=True):
             block = nn.Linear(*weight.shape[::-1], bias=packed.bias is not None, device="meta")
             block.weight = nn.Parameter(weight.clone(), packed.weight.requires_grad)

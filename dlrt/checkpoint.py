@@ -145,7 +145,9 @@ def trained_weights(run: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]
     weights = state.get("chosen", state)
     if not _are_weights(weights):
         raise RunError(f"{path} holds no state dict of tensors alone: save one with torch.save")
-    about = state["about"] if "chosen" in state else {}
+    about = state.get("about") if "chosen" in state else {}
+    if not isinstance(about, dict):
+        raise RunError(f"{path} is damaged: it does not say which network it holds")
     return weights, {"seed": 0, **about} if path.parent == WEIGHTS else about  # those that come along
 
 

@@ -21,12 +21,12 @@ from dlrt.lowrank import LowRank, at_least_single, svd
 BATCH_SIZE = 16  # the patches of more inputs would fill the memory
 DAMPING = 1e-6  # of the largest eigenvalue: directions without any curvature have to stay invertible
 
-Factors = tuple[Tensor, Tensor]  # A (n, n), G (m, m), float64
+KroneckerFactors = tuple[Tensor, Tensor]  # A (n, n), G (m, m), float64
 
 
 def kronecker_factors(
     model: nn.Module, kinds: Mapping[nn.Module, type[LowRankLayer]], inputs: Tensor
-) -> dict[nn.Module, Factors]:
+) -> dict[nn.Module, KroneckerFactors]:
     """A and G of each dense layer, from a classifier's inputs (N, ...); the model draws the classes.
 
     In evaluation mode, and of the weight as the matrix of that kind of low-rank layer: A is a mean over all
@@ -84,7 +84,7 @@ class Terms:
         return LowRank(U.to(dtype), (R @ T.mT).to(dtype), V.to(dtype))
 
 
-def terms(W: Tensor, factors: Factors | None = None) -> Terms:
+def terms(W: Tensor, factors: KroneckerFactors | None = None) -> Terms:
     """W (m, n) taken apart by the singular values of √G W √A, as float64: Eckart-Young in that norm.
 
     They are shares of their norm. The second order holds for small changes only, and without the whole of a
@@ -95,9 +95,9 @@ def terms(W: Tensor, factors: Factors | None = None) -> Terms:
         P, sigma, Qh = svd(W)
         left, right = P * sigma, Qh.mT
     else:
-        (A, A_inverse), (G, G_inverse) = map(_roots, factors)
-        P, sigma, Qh = svd(G @ W @ A)
-        left, right = G_inverse @ P * sigma, A_inverse @ Qh.mT
+        (root_A, inverse_A), (root_G, inverse_G) = map(_roots, factors)
+        P, sigma, Qh = svd(root_G @ W @ root_A)
+        left, right = inverse_G @ P * sigma, inverse_A @ Qh.mT
     return Terms(left, right, sigma / sigma.norm() if sigma.any() else sigma)
 
 

@@ -125,15 +125,12 @@ class NetworkStep:
             return
         if not decides and layer.trains_bases:
             P, S1, Q = leading_subspace(Y_hat.S, weight.kept_rank)
-        elif (
-            not decides or keeps_rank
-        ):  # after several steps of S its first columns are no longer those that matter
-            P, sigma, Q = truncated_svd(Y_hat.S, max_rank=weight.kept_rank)
-            S1 = sigma.diag()
         else:
-            most = self._max_rank(layer) if rank is None else rank
+            tau, least, most = group["tau"], group["min_rank"], rank or self._max_rank(layer)
+            if not decides or keeps_rank:  # S was stepped, so that its first columns may not be the best
+                tau, least, most = None, 1, weight.kept_rank
             try:
-                P, sigma, Q = truncated_svd(Y_hat.S, group["tau"], min(group["min_rank"], most), most)
+                P, sigma, Q = truncated_svd(Y_hat.S, tau, min(least, most), most)
             except torch.linalg.LinAlgError as error:
                 raise torch.linalg.LinAlgError(f"the SVD of S fails in {weight.name}: {error}") from error
             S1 = sigma.diag()

@@ -53,8 +53,10 @@ class Options(OptionSet):
     batch_size: int = option(128, "samples per step", NATURAL)
     lr: float = option(0.05, "step size h", POSITIVE)
     momentum: float = option(0.9, "of SGD; first beta of Adam", TOLERANCE)
-    weight_decay: float = option(0.0, "of S, biases and dense layers", NOT_NEGATIVE)
-    optimizer: str = option("sgd", "the inner one, of a low-rank network", choices=OPTIMIZERS)
+    weight_decay: float = option(
+        0.0, "of all weights; of U S Vᵀ through S, of factors A B as of their product", NOT_NEGATIVE
+    )
+    optimizer: str = option("sgd", "of all that --update does not step", choices=OPTIMIZERS)
     nesterov: bool = option(False, "momentum of SGD and muon", **SWITCH)
     schedule: str = option("cosine", "of lr over all epochs", choices=SCHEDULES)
     label_smoothing: float = option(0.1, "share of the target that all classes get alike", TOLERANCE)

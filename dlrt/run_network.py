@@ -80,6 +80,7 @@ def with_factors(model: nn.Module, options: RunOptions, dataset: Dataset, run: R
 
 def _in_form_of(state: dict[str, Any], model: nn.Module, options: RunOptions, run: Run) -> nn.Module:
     """The network in the factors that its last checkpoint has; RunError where the options say others."""
+    expected = _forms(model)  # it may have some from the beginning
     try:
         model = load_factors(model, state["model"])
     except MISMATCHES as error:
@@ -87,7 +88,9 @@ def _in_form_of(state: dict[str, Any], model: nn.Module, options: RunOptions, ru
     done = max((row["epoch"] for row in state["metrics"]), default=0)
     before_cut = options.dense_epochs and done <= options.dense_epochs
     kind = LowRankLayer if isinstance(options, LowRankOptions) else Factors if options.factors else None
-    if _forms(model) != ({kind} if kind and not before_cut else set()):
+    if kind and not before_cut:
+        expected.add(kind)
+    if _forms(model) != expected:
         raise of_another_network(run)
     return model
 
@@ -136,6 +139,8 @@ def _take_weights(model: nn.Module, options: RunOptions, run: Run) -> str:
     were trained on pictures that this one sets aside for validation.
     """
     path = options.from_checkpoint
+    if _forms(model):
+        raise RunError("--from-checkpoint is for networks that begin dense, not for this one: leave it out")
     recorded, goes_on = distributed.on_first_process(
         lambda: (run.options().get("from_checkpoint") or "", run.checkpoint.exists())
     )

@@ -68,7 +68,10 @@ def go_on_with(scheduler: LRScheduler | ReduceLROnPlateau, optimizer: torch.opti
     """
     before, scheduler.optimizer = scheduler.optimizer, optimizer
     lr = before.param_groups[0]["lr"]
-    scheduler.base_lrs = [group["lr"] for group in optimizer.param_groups]
+    if isinstance(scheduler, ReduceLROnPlateau):
+        scheduler.min_lrs = scheduler.min_lrs[:1] * len(optimizer.param_groups)
+    else:
+        scheduler.base_lrs = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group.update(initial_lr=group["lr"], lr=lr)
     before.state.clear()

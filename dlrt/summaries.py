@@ -91,9 +91,13 @@ def best_lrs(runs: pd.DataFrame, by: str) -> pd.Series:
 
 def _check_difference(rows: pd.DataFrame, name: str) -> None:
     """Runs of one mean, or of one choice, differ in one option, `name`: else they would say nothing of it."""
-    first, *others = rows[["run", "options"]].itertuples(index=False)
+    # weights to begin with are of a seed each
+    started = [
+        {**options, "from_checkpoint": bool(options.get("from_checkpoint"))} for options in rows["options"]
+    ]
+    first, *others = rows.assign(options=started)[["run", "options"]].itertuples(index=False)
     for other in others:
-        if changed := differences(first.options, other.options, "and", name, "name", "from_checkpoint"):
+        if changed := differences(first.options, other.options, "and", name, "name"):
             both = f"{first.run} and {other.run}"
             raise RunError(f"{both} must differ in the {name} only, got {changed}: move one away")
     if rows[name].duplicated().any():

@@ -216,7 +216,7 @@ def _autocast(x: Tensor, amp: str | None) -> torch.autocast:
 def _step(optimizer: torch.optim.Optimizer, closure: Callable[[], float], scaler: GradScaler) -> float:
     """One step; with a loss scale none where a gradient overflowed, which makes the scale smaller."""
     if not scaler.is_enabled():
-        return optimizer.step(closure)  # all optimizers take a closure; integrator="bug" needs it
+        return optimizer.step(closure)  # all optimizers take a closure; integrators of two passes need it
     loss = closure()
     scaler.step(optimizer)
     scaler.update()

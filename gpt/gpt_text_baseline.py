@@ -12,7 +12,8 @@ from dlrt import script
 from dlrt.datasets import TEXTS
 from dlrt.flags import NATURAL
 from dlrt.models import GPT
-from dlrt.options import DenseOptions, option
+from dlrt.option_fields import option
+from dlrt.options import DenseOptions
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,8 @@ from pathlib import Path
 from dlrt import script
 from dlrt.flags import NATURAL
 from dlrt.models import MLP
-from dlrt.options import DenseOptions, option
+from dlrt.option_fields import option
+from dlrt.options import DenseOptions
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,8 @@ from pathlib import Path
 from dlrt import script
 from dlrt.flags import POSITIVE
 from dlrt.models import ConvNet
-from dlrt.options import DenseOptions, option
+from dlrt.option_fields import option
+from dlrt.options import DenseOptions
 
 
 @dataclass(kw_only=True)

@@ -125,6 +125,17 @@ def test_frozen_parts_mode_and_type_stay():
     assert [name for name, p in back.named_parameters() if not p.requires_grad] == ["in_proj_weight"]
 
 
+@pytest.mark.parametrize("frozen", ["q_proj", "k_proj", "v_proj"])
+def test_of_weights_that_are_not_packed_each_is_frozen_for_itself(frozen):
+    packed = attention(kdim=6, vdim=4)
+    getattr(packed, f"{frozen}_weight").requires_grad_(False)
+    low_rank = dlrt.to_low_rank(packed, rank=2)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        assert getattr(low_rank, name).S.requires_grad == (name != frozen)
+    back = dlrt.to_dense(low_rank)
+    assert [name for name, p in back.named_parameters() if not p.requires_grad] == [f"{frozen}_weight"]
+
+
 def test_what_is_skipped_or_refused_stays_packed():
     model = nn.ModuleDict({"one": attention(), "two": attention()})
     state = model["one"].state_dict()

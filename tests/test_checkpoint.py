@@ -1,6 +1,7 @@
 """A trained network comes back from its run, is described, and leaves in formats that others read."""
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import nn
 import dlrt
 from dlrt.__main__ import main
 from dlrt.baselines import plain_factors
-from dlrt.checkpoint import WEIGHTS, load_checkpoint, load_network
+from dlrt.checkpoint import WEIGHTS, load_checkpoint, load_network, trained_weights
 from dlrt.datasets import load
 from dlrt.errors import RunError
 from dlrt.factors import Factors
@@ -126,6 +127,14 @@ def test_what_is_no_run_costs_one_clear_line(low_rank, tmp_path, capsys):
         assert str(tmp_path / name) in line
 
 
+@pytest.mark.parametrize("about", [{}, {"about": None}], ids=["none", "no dict"])
+def test_weights_to_begin_with_must_say_what_they_are(low_rank, tmp_path, about):
+    state = load_checkpoint(low_rank[0] / "checkpoint.pt")
+    torch.save({"chosen": state["chosen"], **about}, tmp_path / "bare.pt")
+    with pytest.raises(RunError, match="does not say which network it holds"):
+        trained_weights(tmp_path / "bare.pt")
+
+
 def test_info_prints_what_the_layers_are_and_draws_their_spectra(trained, tmp_path, capsys):
     folder, model, _ = trained
     main(["info", str(folder), "--output-dir", str(tmp_path)])
@@ -171,6 +180,15 @@ def test_every_format_computes_what_the_network_does(low_rank, tmp_path):
             parameter.zero_()
     plain.load_state_dict(weights)
     assert torch.allclose(plain(images), expected, atol=1e-5)
+
+
+def test_a_format_that_wants_another_package_names_it(low_rank, tmp_path):
+    flags = ["export", str(low_rank[0]), "--format", "onnx", "--output", str(tmp_path / "onnx")]
+    without = f"import sys; sys.modules['onnxscript'] = None; from dlrt.__main__ import main; main({flags})"
+    done = subprocess.run([sys.executable, "-c", without], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+    assert "--format onnx needs onnxscript: pip install 'dlrt[export]'" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_command_runs_from_any_folder_and_names_the_file(low_rank, tmp_path):

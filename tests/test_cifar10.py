@@ -125,6 +125,15 @@ def test_cuts_that_are_not_trained_on_go_to_a_table_and_a_figure(run_script, tmp
     flags = ["--compressions", 70, "--output-dir", "out"]
     for runs in (["--runs", tmp_path / "a"], ["--runs", tmp_path / "a"], []):  # measured once
         output(run_script("cifar10/cut_without_training.py", *flags, *runs))
+    beyond = ["--runs", tmp_path / "a", "--compressions", 50, 99.5, "--output-dir", "beyond"]
+    refused = run_script("cifar10/cut_without_training.py", *beyond)
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert "--compressions, of curvature, spatial: compression must be at most 0.9" in refused.stderr
+    record = tmp_path / "beyond" / "cut_without_training.csv"
+    assert list(pd.read_csv(record)["asked"]) == [50] * 4  # what was possible is there
+    record.write_text(record.read_text()[:-1])
+    damaged = run_script("cifar10/cut_without_training.py", "--output-dir", "beyond")
+    assert "is lost or damaged: restore it, or delete it, and measure again" in damaged.stderr
     rows = pd.read_csv(tmp_path / "out" / "cut_without_training.csv")
     assert list(rows["way"]) == ["curvature, spatial", "curvature", "singular values", "all layers alike"]
     assert rows["compression"].between(70, 74).all()

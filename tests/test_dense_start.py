@@ -63,11 +63,14 @@ def test_the_cut_keeps_what_the_loss_needs(kind, lenet5):
 
 
 @pytest.mark.parametrize("kind", ["low-rank", "factors"])
+@pytest.mark.parametrize(
+    "flags", [(), (*FAST, "--schedule", "plateau")], ids=["Muon, cosine", "SGD, plateau"]
+)
 def test_a_run_that_breaks_off_again_and_again_ends_with_the_same_weights(
-    kind, lenet5, tmp_path, monkeypatch
+    kind, flags, lenet5, tmp_path, monkeypatch
 ):
     """In the dense epochs, right at the cut, and after it."""
-    whole = lenet5("whole", kind=kind)
+    whole = lenet5("whole", *flags, kind=kind)
     one_epoch = dlrt.training._epoch
 
     def breaks_off(*given):
@@ -77,9 +80,10 @@ def test_a_run_that_breaks_off_again_and_again_ends_with_the_same_weights(
 
     for epoch in (2, 3, 4):
         monkeypatch.setattr(dlrt.training, "_epoch", breaks_off)
-        assert len(lenet5("a", *(["--resume"] if epoch > 2 else []), code=130, kind=kind)) == epoch - 1
+        goes_on = ["--resume"] if epoch > 2 else []
+        assert len(lenet5("a", *flags, *goes_on, code=130, kind=kind)) == epoch - 1
         monkeypatch.undo()
-    assert lenet5("a", "--resume", kind=kind)[MEASURED].equals(whole[MEASURED])
+    assert lenet5("a", *flags, "--resume", kind=kind)[MEASURED].equals(whole[MEASURED])
     ends, again = (load_checkpoint(tmp_path / name / "checkpoint.pt")["model"] for name in ("whole", "a"))
     assert all(torch.equal(ends[name], again[name]) for name in ends.keys() | again.keys())
 

@@ -17,7 +17,7 @@ from dlrt import errors, plots, summaries, tables
 from dlrt.errors import RunError
 from dlrt.flags import FOLDER_NAME, Parser
 from dlrt.options import ROOT
-from dlrt.summaries import read_runs
+from dlrt.summaries import over_seeds, read_runs
 
 
 def test_a_setting_has_the_mean_over_its_seeds_at_the_chosen_epoch_and_at_the_last(tmp_path):
@@ -107,6 +107,17 @@ def test_plain_factors_have_one_step_size_and_dlrt_that_one_and_the_papers(tmp_p
     write_run(tmp_path, "of another --lrs", [95], [70], network="decayed_lenet5", decay=2.0, lr=0.3)
     shown = load("UV_vanilla/produce_results").curves(read_runs(tmp_path), tmp_path)
     assert shown.keys() == {("DLRT", 2.0, 0.01), ("DLRT", 2.0, 0.1), ("U Vᵀ", 2.0, 0.1)}
+
+
+def test_a_run_of_trained_weights_is_not_one_more_seed(tmp_path):
+    for seed, start in enumerate(["dense_seed0", "dense_seed1", None]):
+        write_run(
+            tmp_path, f"s{seed}", [80, 81], [70, 71], ranks="", epochs=1, seed=seed, from_checkpoint=start
+        )
+    found = read_runs(tmp_path)
+    assert over_seeds(found[:2], ["network"])["seeds"].tolist() == [2]
+    with pytest.raises(RunError, match="must differ in the seed only, got from_checkpoint True and False"):
+        over_seeds(found, ["network"])
 
 
 def test_plain_factors_of_other_options_and_a_damaged_record_end_the_table(tmp_path, run_script):
@@ -218,6 +229,7 @@ def test_cifar10_has_a_table_of_its_own_pictures_and_of_dense_nets_with_the_same
         [74, 74],
         update="muon",
         compression=75.0,
+        ramp=0.0,
         **shared,
         from_checkpoint="four",
     )
@@ -232,6 +244,13 @@ def test_cifar10_has_a_table_of_its_own_pictures_and_of_dense_nets_with_the_same
         *(["DLRT, budget, matrices", 1, "10.00"], ["DLRT, budget, matrices", 3, "3.00"]),
         ["cut by what the loss needs, trained on", 1, "5.00"],  # of the longest
     ]
+    trained = {"from_checkpoint": "four", **shared}
+    write_run(tmp_path / "r", "falls", [80, 80], [78, 79], compression=75.0, ramp=0.6, **trained)
+    write_run(tmp_path / "r", "more", [80, 80], [78, 79], ranks="", optimizer="adam", **trained)
+    assert run_script("cifar10/produce_results.py", *flags).returncode == 0
+    table = pd.read_csv(tmp_path / "out" / "table.csv").set_index("trained")["rule"]
+    assert table["DLRT of trained weights, matrices"] == "SGD"  # not cut: its budget falls
+    assert table["dense, trained on"] == "Adam"
     write_run(tmp_path / "r", "three", [81], [77.0], ranks="", lr=0.1, seed=1, **shared)
     result = run_script("cifar10/produce_results.py", *flags)
     assert result.returncode == 1

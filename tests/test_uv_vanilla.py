@@ -4,7 +4,7 @@ import pytest
 import torch
 from made_up_runs import load
 
-from dlrt import LowRankLayer
+from dlrt import LowRankLayer, compression
 from dlrt.errors import OptionError
 from dlrt.models import LeNet5
 from dlrt.options import ROOT
@@ -40,6 +40,24 @@ def test_singular_values_decay_in_every_layer(factored):
     for layer, decayed in layers:
         ratio = layer.S.diagonal() / decayed.S.diagonal()
         assert torch.allclose(ratio.log10(), torch.arange(layer.rank, dtype=torch.float32), atol=1e-3)
+
+
+def test_they_count_against_the_same_network(factored):
+    low_rank, vanilla = pair(factored, 2.0)
+    layers = [module for module in low_rank.modules() if isinstance(module, LowRankLayer)]
+    assert compression(vanilla).dense_parameters == compression(low_rank).dense_parameters
+    assert compression(vanilla).evaluation_parameters == sum(a.rank * sum(a.shape) for a in layers)
+
+
+def test_a_run_of_plain_factors_goes_on_and_begins_with_no_other_weights(run_script, tmp_path):
+    flags = ["--dataset", "digits", "--output-dir", tmp_path, "--name", "a", "--epochs"]
+    script = "UV_vanilla/lenet5_mnist_baseline.py"
+    assert run_script(script, *flags, 1).returncode == 0
+    refused = run_script(script, *flags[:-2], "b", "--from-checkpoint", tmp_path / "a")
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert "--from-checkpoint is for networks that begin dense" in refused.stderr
+    again = run_script(script, *flags, 1, "--resume")
+    assert (again.returncode, "compression 90" in again.stdout) == (0, True)
 
 
 def test_every_factor_trains(factored):
