@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dlrt import markup, tables
-from dlrt.data import Dataset, Split, augmented_batch
+from dlrt.data import Dataset, Split, augmented_batch, epoch_seed
 from dlrt.errors import RunError
 from dlrt.flags import NATURAL, HelpFormatter, Parser
 from dlrt.options import DATA_DIR
@@ -129,7 +129,7 @@ def training_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Augmented images and labels of all epochs, shuffled by the seed."""
     for epoch in range(epochs):
-        shuffle = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+        shuffle = torch.Generator().manual_seed(epoch_seed(seed, epoch))
         for x, y in split.batches(size, shuffle):
             yield augmented_batch(x, dataset.shift, dataset.flip, shuffle), y
 

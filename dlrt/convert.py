@@ -19,7 +19,7 @@ from dlrt.curvature import Terms, kronecker_factors, terms
 from dlrt.factors import Factors, as_thin_layers
 from dlrt.layers import LowRankLayer
 from dlrt.lowrank import LowRank, rank_within
-from dlrt.ranks import allocate_ranks, budget_for
+from dlrt.ranks import allocate_ranks, budget_for, pays
 from dlrt.replacing import become
 
 
@@ -186,9 +186,7 @@ def _ranks_for(
     least = [min(min_rank, *shape) for shape in shapes]
     budget = budget_for(compression, cost.dense_parameters, others, shapes, least)
     ranks = allocate_ranks(budget, [part.sigma.square().tolist() for part in parts], shapes, min_rank)
-    return [
-        None if r * sum(shape) >= shape[0] * shape[1] else r for r, shape in zip(ranks, shapes, strict=True)
-    ]
+    return [r if pays(r, shape) else None for r, shape in zip(ranks, shapes, strict=True)]
 
 
 def to_dense(model: nn.Module) -> nn.Module:

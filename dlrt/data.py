@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 
 
+def epoch_seed(seed: int, epoch: int) -> int:
+    """What the order and the random shifts of an epoch are drawn from; each epoch of each run has its own."""
+    return 1_000_003 * seed + epoch
+
+
 @dataclass(frozen=True)
 class Split:
     """Images (N, C, H, W), float32, normalised, and their labels (N,), int64.

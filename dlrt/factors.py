@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from dlrt.layers import LowRankLayer
+from dlrt.ranks import pays
 
 
 class Factors(nn.Sequential):
@@ -28,8 +29,7 @@ class Factors(nn.Sequential):
 
 def plain_layer(layer: LowRankLayer) -> nn.Module:
     """Two thin layers with the weights S Vᵀ and U, or a dense one where they would cost as much."""
-    (m, n), r = layer.shape, layer.rank
-    return layer.to_dense() if r * (m + n) >= m * n else as_thin_layers(layer)
+    return as_thin_layers(layer) if pays(layer.rank, layer.shape) else layer.to_dense()
 
 
 def as_thin_layers(layer: LowRankLayer) -> nn.Sequential:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dlrt.checks import check_orthonormal, check_rank, check_real
 from dlrt.lowrank import LowRank, at_least_single
 from dlrt.products import DenseWeight
+from dlrt.ranks import pays
 from dlrt.replacing import replace_data
 
 FACTORS = ("U", "S", "V")
@@ -159,8 +160,7 @@ class LowRankLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         U, S, V = self.U, self.S, self.V
-        m, n, r = U.shape[0], V.shape[0], min(S.shape)
-        if r * (m + n) >= m * n:  # then one dense map costs less than two thin ones
+        if not pays(self.rank, self.shape):  # then one dense map costs less than two thin ones
             return self.dense_map(x, self.weight)
         if not self._trains_bases or not torch.is_grad_enabled() or torch.compiler.is_exporting():
             return self.plain_map(x, U.detach(), S, V.detach())

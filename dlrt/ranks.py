@@ -16,7 +16,13 @@ Shape = tuple[int, int]
 def parameters(rank: int, shape: Shape) -> int:
     """What a layer of that rank with an m x n weight costs: r (m + n), or m n where that is less."""
     m, n = shape
-    return min(rank * (m + n), m * n)
+    return rank * (m + n) if pays(rank, shape) else m * n
+
+
+def pays(rank: int, shape: Shape) -> bool:
+    """Whether two factors of that rank cost less than their product, an m x n weight."""
+    m, n = shape
+    return rank * (m + n) < m * n
 
 
 def budget_for(

@@ -21,7 +21,7 @@ from dlrt import distributed
 from dlrt.checkpoint import Row
 from dlrt.continuing import continued
 from dlrt.costs import compression
-from dlrt.data import Dataset, Split, augmented_batch
+from dlrt.data import Dataset, Split, augmented_batch, epoch_seed
 from dlrt.optimizer import DLRT
 from dlrt.options import AMP, Options
 from dlrt.run_optimizer import go_on_with
@@ -149,8 +149,9 @@ def train_epoch(
     Every process takes its share of each batch, and the gradients are those of the whole batch. The scaler is
     that of autocast to float16.
     """
-    torch.manual_seed(1_000_003 * options.seed + epoch + (distributed.process_rank() << 52))  # dropout
-    shuffle = torch.Generator().manual_seed(1_000_003 * options.seed + epoch)
+    drawn_from = epoch_seed(options.seed, epoch)
+    torch.manual_seed(drawn_from + (distributed.process_rank() << 52))  # dropout
+    shuffle = torch.Generator().manual_seed(drawn_from)
     steps = dataset.train.steps(options.batch_size)
     scaler = scaler or GradScaler(enabled=False)
     model.train()
