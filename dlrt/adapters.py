@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrize import is_parametrized
 
 from dlrt.attention import PROJECTIONS, Attention, can_unpack, pack
 from dlrt.blocks import Blocks, features, is_conv1d
@@ -28,7 +31,7 @@ class Adapted(nn.Module):
 
     def __init__(self, base: nn.Module, rank: int) -> None:
         super().__init__()
-        weight = next(base.parameters(), torch.empty(0))
+        weight = next(chain(base.parameters(), base.buffers()), torch.empty(0))  # quantised: a buffer
         kind = weight.dtype if weight.is_floating_point() else torch.float32
         options = {"device": weight.device, "dtype": torch.promote_types(kind, torch.float32), "bias": False}
         if isinstance(base, nn.Conv2d):
@@ -36,7 +39,7 @@ class Adapted(nn.Module):
             rank = min(rank, *base.weight.flatten(1).shape)
             self.adapter: LowRankLayer = LowRankConv2d(rank=rank, **options)
         else:
-            shape = features(base)
+            shape = self.in_features, self.out_features = features(base)
             self.adapter = LowRankLinear(*shape, rank=min(rank, *shape), **options)
         nn.init.zeros_(self.adapter.S)
         self.base = base.requires_grad_(False)
@@ -44,8 +47,20 @@ class Adapted(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense sum of both weights, for whoever does not call the layer; a new tensor at every call."""
-        return self.base.weight + self._beside().to(self.base.weight.dtype)
+        """The dense sum of both weights, for whoever does not call the layer; a new tensor at every call.
+
+        ValueError where that of the base is quantised.
+        """
+        weight = getattr(self.base, "weight", None)
+        known = isinstance(self.base, nn.Linear | nn.Conv2d | LowRankLayer) or is_conv1d(self.base)
+        if not known or not weight.is_floating_point():
+            kind = f" of {weight.dtype}" if known else ""
+            raise ValueError(
+                "adapters are merged into floating-point weights of nn.Linear and nn.Conv2d, got "
+                f"{type(self.base).__name__}{kind}: keep them beside it"
+            )
+        beside = self.adapter.weight.mT if is_conv1d(self.base) else self.adapter.weight
+        return (at_least_single(weight) + beside).to(weight.dtype)
 
     @property
     def bias(self) -> Tensor | None:
@@ -55,22 +70,6 @@ class Adapted(nn.Module):
         y = self.base(x)
         return y + self.adapter(x.to(self.adapter.S.dtype)).to(y.dtype)
 
-    def merged_weight(self) -> Tensor:
-        """The sum of both weights; ValueError where that of the base is quantised."""
-        weight = getattr(self.base, "weight", None)
-        known = isinstance(self.base, nn.Linear | nn.Conv2d | LowRankLayer) or is_conv1d(self.base)
-        if not known or not weight.is_floating_point():
-            kind = f" of {weight.dtype}" if known else ""
-            raise ValueError(
-                "adapters are merged into floating-point weights of nn.Linear and nn.Conv2d, got "
-                f"{type(self.base).__name__}{kind}: keep them beside it"
-            )
-        return (at_least_single(weight) + self._beside()).to(weight.dtype).detach()
-
-    def _beside(self) -> Tensor:
-        """The adapter's weight in the form of the base's: transformers' Conv1D has it transposed."""
-        return self.adapter.weight.mT if is_conv1d(self.base) else self.adapter.weight
-
 
 def add_adapters(model: nn.Module, rank: int = 8, target: str | Iterable[str] | None = None) -> nn.Module:
     """Freeze a model and give its linear layers and convolutions adapters, in place; give the model back.
@@ -78,8 +77,9 @@ def add_adapters(model: nn.Module, rank: int = 8, target: str | Iterable[str] | 
     rank is that of each to begin with, or its full one where that is less. target names modules, all of whose
     layers get adapters, by a whole name or the last parts of it ("q_proj"); without it all layers do. A layer
     is whatever has in_features and out_features, quantised ones too, the Conv1D of transformers, or an
-    nn.Conv2d without groups. Of nn.MultiheadAttention they are q_proj, k_proj, v_proj and out_proj, see
-    `dlrt.Attention`, and of `dlrt.Blocks` the blocks.
+    nn.Conv2d without groups, no subclass of it; parametrized and pruned ones are none. Of
+    nn.MultiheadAttention they are q_proj, k_proj, v_proj and out_proj, see `dlrt.Attention`, and of
+    `dlrt.Blocks` the blocks.
 
     Make a `dlrt.DLRT` of the model then. Unfreeze what else is to be trained, such as a new head. With
     adapters `dlrt.compression` and the budget of a DLRT count trained weights only: an adapter of rank r
@@ -111,7 +111,9 @@ def _layers(model: nn.Module) -> dict[str, tuple[int, int]]:
             widths = (module.embed_dim, module.kdim, module.vdim)
             for projection, width in zip(PROJECTIONS, widths, strict=True):
                 shapes[f"{name}.{projection}".lstrip(".")] = module.embed_dim, width
-        if isinstance(module, nn.Conv2d) and module.groups == 1:
+        if is_parametrized(module) or "weight_orig" in module._parameters:  # as pruning has it
+            continue
+        if type(module) is nn.Conv2d and module.groups == 1:
             shapes[name] = tuple(module.weight.flatten(1).shape)
         elif is_conv1d(module) or (is_sized(module) and not isinstance(module, Blocks)):
             shapes[name] = features(module)[::-1]
@@ -140,7 +142,7 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     A low-rank layer stays one, of the sum of both ranks. ValueError, before anything is changed, where a
     weight is quantised.
     """
-    merged = {m: m.merged_weight() for m in model.modules() if isinstance(m, Adapted)}
+    merged = {m: m.weight.detach() for m in model.modules() if isinstance(m, Adapted)}
     for module, weight in merged.items():
         module.adapter.owner = None  # a DLRT that steps on is told
         base = module.base
@@ -159,10 +161,17 @@ def adapters(model: nn.Module) -> dict[str, LowRankLayer]:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """What of a model's state_dict its adapters are, and whatever else is trained, such as a new head."""
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    trained |= {f"{name}.adapter.{factor}".lstrip(".") for name in adapters(model) for factor in FACTORS}
-    return {name: value for name, value in model.state_dict().items() if name in trained}
+    """What of a model's state_dict its adapters are, and whatever else training changes.
+
+    That is what is trained, such as a new head, and the statistics of batch normalisation.
+    """
+    changed = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    changed |= {f"{name}.adapter.{factor}".lstrip(".") for name in adapters(model) for factor in FACTORS}
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, _NormBase)}
+    changed |= {
+        f"{name}.{key}".lstrip(".") for name, norm in norms.items() for key, _ in norm.named_buffers()
+    }
+    return {name: value for name, value in model.state_dict().items() if name in changed}
 
 
 def load_adapters(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:

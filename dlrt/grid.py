@@ -24,7 +24,7 @@ from dlrt.errors import DIVERGED, RunError
 from dlrt.flags import NATURAL, TOLERANCE, HelpFormatter, Parser
 from dlrt.option_fields import add_flags, as_flags
 from dlrt.options import DATA_DIR, NOT_PART_OF_THE_EXPERIMENT, Options
-from dlrt.runs import epochs_done, read_options, same_option
+from dlrt.runs import epochs_done, epochs_planned, read_options, same_option
 
 SHARED = ("dataset", "data_dir", "device")  # options of a grid that every one of its runs gets
 
@@ -72,7 +72,7 @@ class RunSpec:
 
     @property
     def epochs(self) -> int:
-        return self.options["epochs"] + self.options.get("finetune_epochs", 0)
+        return epochs_planned(self.options)
 
     def command(self, results: Path, threads: int) -> list[str]:
         """The command that begins the run or goes on with it."""

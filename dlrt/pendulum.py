@@ -86,7 +86,10 @@ def crowd(
     substeps: int = 2,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """x, y (frames, pendulums) of outer bobs let go at rest, their angles scattered by spread about start."""
+    """x, y (frames, pendulums) of outer bobs let go at rest, their angles scattered by spread about start.
+
+    Frames are duration / frames apart, from 0 on: the last is one before duration.
+    """
     generator = torch.Generator().manual_seed(seed)
     angles = start + spread * torch.randn(2, pendulums, generator=generator)
     states = [torch.cat([angles, torch.zeros(2, pendulums)])]

@@ -25,8 +25,7 @@ def save_pretrained(model: nn.Module, folder: Path | str, **about: Any) -> None:
     folder is made where it is not there. ImportError without safetensors, TypeError for what JSON has no form
     for, ValueError for a network with adapters.
     """
-    if adapters(model):
-        raise ValueError("the model must have no adapters: merge them, or save dlrt.adapter_state(model)")
+    _check_savable(model)
     cost, folder = compression(model), Path(folder)
     facts = {**about, "ranks": cost.ranks, "evaluation_compression": cost.evaluation_compression}
     text = json.dumps(facts, indent=2) + "\n"
@@ -45,8 +44,8 @@ def from_pretrained(model: nn.Module, folder: Path | str) -> nn.Module:
 
 
 def save_weights(model: nn.Module, folder: Path | str) -> None:
-    """Write the state_dict alone; what two names share is written for each."""
-    _check_safetensors()
+    """Write the state_dict alone; what two names share is written for each. Errors as of the former."""
+    _check_savable(model)
     from safetensors.torch import save_file
 
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
@@ -61,6 +60,12 @@ def load_weights(path: Path | str) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is not there: give the folder that save_pretrained wrote")
     return load_file(path)
+
+
+def _check_savable(model: nn.Module) -> None:
+    _check_safetensors()
+    if adapters(model):
+        raise ValueError("the model must have no adapters: merge them, or save dlrt.adapter_state(model)")
 
 
 def _check_safetensors() -> None:

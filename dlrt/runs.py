@@ -216,6 +216,11 @@ def epochs_done(folder: Path) -> int:
     return 0 if metrics is None else int(metrics["epoch"].iloc[-1])
 
 
+def epochs_planned(options: Mapping[str, Any]) -> int:
+    """How many epochs a run with these options has."""
+    return options["epochs"] + (options.get("finetune_epochs") or 0)
+
+
 def same_option(name: str, one: Any, other: Any) -> bool:
     """Whether two values of an option are the same; in a record that is too old to have it, it is not set.
 

@@ -8,7 +8,15 @@ from pathlib import Path
 import pandas as pd
 
 from dlrt.errors import RunError
-from dlrt.runs import chosen_epoch, damaged, differences, epochs_done, read_metrics, read_options
+from dlrt.runs import (
+    chosen_epoch,
+    damaged,
+    differences,
+    epochs_done,
+    epochs_planned,
+    read_metrics,
+    read_options,
+)
 
 
 def read_runs(results: Path) -> pd.DataFrame:
@@ -23,7 +31,7 @@ def read_runs(results: Path) -> pd.DataFrame:
         name, options = str(folder.relative_to(results)), read_options(folder)
         if options.get("epochs") is None:
             raise damaged(folder / "config.json")
-        done, planned = epochs_done(folder), options["epochs"] + (options.get("finetune_epochs") or 0)
+        done, planned = epochs_done(folder), epochs_planned(options)
         if done < max(1, planned):
             unfinished.append(f"{name} ({done} of {planned} epochs)")
             continue

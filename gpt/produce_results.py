@@ -24,6 +24,8 @@ def way(options: dict) -> str:
     """Which way a run went, by its options."""
     if options.get("compression"):
         return "DLRT"
+    if "tau" in options:
+        return "DLRT, τ"
     return "plain factors" if options.get("factors") else "dense"
 
 
@@ -32,7 +34,8 @@ def compared(found: pd.DataFrame) -> pd.DataFrame:
     rule = found["options"].map(lambda options: options.get("update") or options["optimizer"])
     bits = found["test_loss"] / math.log(2)
     found = found.assign(way=found["options"].map(way), rule=rule, test_accuracy=bits)
-    asked = found["options"].map(lambda options: options.get("compression") or options.get("factors") or 0.0)
+    sizes = ("compression", "factors", "tau")
+    asked = found["options"].map(lambda options: next((options[s] for s in sizes if options.get(s)), 0.0))
     summary = over_seeds(found.assign(asked=asked), ["way", "rule", "width", "depth", "asked"])
     # nothing to compare with where the dense net of full width has not been trained
     full_width = summary["width"] == summary.groupby("depth")["width"].transform("max")

@@ -28,9 +28,9 @@ def main() -> None:
     try:
         network = network_flags.read(args)
         layer = network_flags.target_layer(network, None, args.method)
+        map_times(network, layer, args.method, args.shares, args.sizes, args.repeats)
     except (RunError, ValueError, OSError) as error:
         parser.error(str(error))
-    map_times(network, layer, args.method, args.shares, args.sizes, args.repeats)
 
 
 if __name__ == "__main__":

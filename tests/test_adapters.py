@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import dlrt
 
@@ -268,3 +269,37 @@ def test_what_cannot_have_adapters_is_told():
     assert list(dlrt.compression(model).ranks) == ["block.fc.adapter", "block.last.adapter"]
     with pytest.raises(ValueError, match="no adapters yet"):
         dlrt.add_adapters(model)
+
+
+def test_what_batch_norms_have_seen_goes_along():
+    def network():
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 16, 3))
+
+    model, x = dlrt.add_adapters(network()), torch.randn(16, 3, 6, 6)
+    other = network()
+    other.load_state_dict(dlrt.merge_adapters(copy.deepcopy(model)).state_dict())
+    model(x)  # in training mode
+    dlrt.load_adapters(other, dlrt.adapter_state(model))
+    assert torch.allclose(other.eval()(x), model.eval()(x), atol=1e-12)
+
+
+def test_layers_that_compute_something_else_have_no_adapters():
+    class Padded(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(nn.functional.pad(x, (1, 1, 1, 1)))
+
+    normed = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
+    pruned = prune.l1_unstructured(nn.Linear(8, 8), "weight", 0.5)
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "n": normed, "p": pruned, "c": Padded(8, 8, 3)})
+    with pytest.raises(ValueError, match="target names no layer of the model: c; it has a"):
+        dlrt.add_adapters(model, target="c")
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    dlrt.add_adapters(model)
+    assert [name for name, module in model.named_modules() if hasattr(module, "adapter")] == ["a"]
+
+
+def test_the_sum_with_a_weight_of_whole_numbers_is_refused_and_sizes_are_told():
+    model = dlrt.add_adapters(nn.Sequential(Quantised(nn.Linear(8, 6))))
+    assert (model[0].in_features, model[0].out_features) == (8, 6)
+    with pytest.raises(ValueError, match="floating-point weights"):
+        _ = model[0].weight

@@ -1,6 +1,8 @@
 """What cam.py says of pictures it cannot read, flags that do not fit, and Ctrl-C."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -9,7 +11,8 @@ from made_up_cam_runs import pictures, runs, save_run, script
 from PIL import Image
 from torch import nn
 
-from dlrt.cams import networks
+from dlrt.cams import known, networks
+from dlrt.cams.map_records import published
 from dlrt.cams.map_times import map_times
 
 __all__ = ["pictures", "runs", "script"]  # fixtures
@@ -143,6 +146,15 @@ def test_a_network_that_asserts_its_size_is_told_as_any_other(capsys):
         networks.placed(replace(network, shape=(128,)), None, "cpu")
     assert map_times(network, "features", "gradcam", [0.5], [16]).empty
     assert "its time is not measured there" in capsys.readouterr().out
+    network = known.from_arch("ResNet20", "random")  # of 4 pixels it makes one, of which there is no map
+    assert map_times(network, "layer3", "gradcam", [0.5], [4]).empty
+    assert "its time is not measured there" in capsys.readouterr().out
+
+
+def test_options_are_published_without_folders_and_names_as_they_are(tmp_path):
+    (tmp_path / "there").touch()
+    given = [tmp_path / "there", Path("lenet5_mnist"), "a name", 3, None]
+    assert json.loads(json.dumps(published(given))) == ["there", "lenet5_mnist", "a name", 3, None]
 
 
 def test_guided_maps_need_rectifiers(script, pictures, tmp_path):

@@ -108,6 +108,7 @@ def test_the_photographs_are_there_with_source_and_licence(run_script, tmp_path)
 
 def test_every_photograph_has_classes_of_imagenet_and_a_box_for_each(capsys):
     network = known.from_arch(known.DEFAULT_ARCH, "random")
+    assert known.from_arch("EfficientNetLite0", "random").classes == network.classes
     found, failed = load_pictures.pictures_of(str(ROOT / "test_images"), 9, None, network)
     assert (failed, capsys.readouterr().err) == (False, "")
     classes = {picture.name: [network.classes[number] for number in picture.classes] for picture in found}

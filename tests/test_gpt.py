@@ -157,6 +157,7 @@ def test_runs_leave_bits_per_byte_a_table_and_samples(quick, tmp_path, run_scrip
         ("gpt_text", ("--compression", 30, "--update", "muon", "--update-lr", 0.02)),
         ("gpt_text_baseline", ("--update", "muon", "--update-lr", 0.02)),
         ("gpt_text_baseline", ("--factors", 30, "--seed", 1)),
+        ("gpt_text", ("--tau", 0.1)),
     ):
         result = run_script(f"gpt/{script}.py", *quick, *flags)
         assert result.returncode == 0, result.stderr
@@ -164,7 +165,7 @@ def test_runs_leave_bits_per_byte_a_table_and_samples(quick, tmp_path, run_scrip
     result = run_script("gpt/produce_results.py", "--results", "results", "--output-dir", "out")
     assert result.returncode == 0, result.stderr
     table = pd.read_csv(tmp_path / "out" / "table.csv")
-    assert set(table["trained"]) == {"dense", "plain factors", "DLRT"}
+    assert set(table["trained"]) == {"dense", "plain factors", "DLRT", "DLRT, τ"}
     metrics = pd.read_csv(tmp_path / "results" / "width32_depth1_dense_muon_seed0" / "metrics.csv")
     dense = table.set_index("trained").loc["dense"]
     bits = [f"{loss / math.log(2):.4f}" for loss in metrics["test_loss"]]
@@ -194,7 +195,7 @@ def test_runs_leave_bits_per_byte_a_table_and_samples(quick, tmp_path, run_scrip
     shutil.rmtree(dense)  # nothing to compare with
     run_script("gpt/produce_results.py", "--results", "results", "--output-dir", "out")
     compared = pd.read_csv(tmp_path / "out" / "table.csv")[["above the best dense [%]", "compression [%]"]]
-    assert len(compared) == 2
+    assert len(compared) == 3
     assert compared.isna().all(axis=None)
 
 

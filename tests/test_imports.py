@@ -52,8 +52,15 @@ ORDER = [
     ["cams.known"],
     ["cams"],
     ["cams.batch_maps", "cams.randomised", "cams.build_networks", "cams.load_pictures", "cams.network_flags"],
-    ["cams.drawings", "cams.map_records", "cams.map_times", "cams.measure", "cams.summary"],
-    ["cams.comparison", "cams.page", "cams.study", "cams.study_results"],
+    [
+        "cams.drawings",
+        "cams.map_records",
+        "cams.map_times",
+        "cams.measure",
+        "cams.study_results",
+        "cams.summary",
+    ],
+    ["cams.comparison", "cams.page", "cams.study"],
     ["script"],
     ["__main__"],
 ]

@@ -63,3 +63,5 @@ def test_the_mixin_of_the_hub_restores_ranks_and_arguments(tmp_path):
     again = Shared.from_pretrained(tmp_path / "net")
     assert torch.equal(again(x), model(x))
     assert dlrt.compression(again).ranks == {"conv": 2, "first": 2}
+    with pytest.raises(ValueError, match="must have no adapters: merge them"):
+        dlrt.add_adapters(Shared(width=5)).save_pretrained(tmp_path / "other")

@@ -5,9 +5,11 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+from made_up_runs import write_run
 from scipy import stats
 
 from dlrt.cams import group_tests as tests
+from dlrt.cams.study import KINDS, complete
 from dlrt.cams.study_results import compare
 from dlrt.errors import RunError
 
@@ -110,6 +112,17 @@ def test_the_study_finds_what_was_put_into_its_measurements(run_script, tmp_path
         compare(measured)
 
 
+def test_a_seed_is_complete_with_all_kinds_to_the_last_epoch(tmp_path):
+    for kind in KINDS:
+        write_run(tmp_path, f"{kind}_seed3", [1, 2, 3], [1, 2, 3], epochs=1, finetune_epochs=2)
+        (tmp_path / f"{kind}_seed3" / "checkpoint.pt").touch()
+    shutil.copytree(tmp_path / "compressed_seed3", tmp_path / "compressed_seed4_old")
+    assert complete(tmp_path) == [3]
+    write_run(tmp_path / "other", "dense_seed3", [1], [1], epochs=1, finetune_epochs=2)
+    shutil.copyfile(tmp_path / "other/dense_seed3/metrics.csv", tmp_path / "dense_seed3/metrics.csv")
+    assert complete(tmp_path) == []
+
+
 def test_without_measurements_the_study_says_how_they_are_made(run_script, tmp_path):
     flags = ["--measurements", tmp_path / "none.csv"]
     done = run_script("pytorch-grad-cam/study/produce_results.py", *flags)
@@ -160,6 +173,9 @@ def test_networks_of_several_seeds_are_compared_with_the_first_kind_of_other_see
     rows["difference"] = np.where((rows["kind"] == "twin") & (rows["seed"] == 1), 0.5, 0.0)
     rows.to_csv(tmp_path / "out/cifar10_measured.csv", index=False)
     (tmp_path / "runs/twin_seed1/checkpoint.pt").unlink()
+    done = run_script("pytorch-grad-cam/study/cifar10.py", *flags[:-3], 10, *flags[-2:])
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "that stay, 20, got 10" in done.stderr
     run_script("pytorch-grad-cam/study/cifar10.py", *flags)
     table = pd.read_csv(tmp_path / "out/cifar10.csv").set_index("network")
     assert table.loc["twin", "1 − r, Grad-CAM"] == "0.250 ± 0.354"

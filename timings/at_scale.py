@@ -20,6 +20,7 @@ from torch import nn
 
 from dlrt import LowRankLinear, errors, markup, tables
 from dlrt.flags import NATURAL, HelpFormatter, Parser
+from dlrt.ranks import parameters
 
 FLOAT = 4  # bytes
 PASSES = 3  # forwards, and backwards to inputs and to weights: each 2 operations a number and token
@@ -63,8 +64,9 @@ def update(m: int, n: int, rank: int, smaller: int = SMALLER) -> float:
 def count(net: Transformer, rank: int | None, tokens: int) -> dict[str, str]:
     """The row of a rank, of a step on so many tokens for each GPU; None is the dense net."""
     sides, dense = sum(m + n for m, n in net.weights), sum(m * n for m, n in net.weights)
-    weights = dense if rank is None else rank * sides
-    numbers = net.rest + weights + (0 if rank is None else rank**2 * len(net.weights))
+    weights = dense if rank is None else sum(parameters(rank, shape) for shape in net.weights)
+    factors = dense if rank is None else rank * sides + rank**2 * len(net.weights)
+    numbers = net.rest + factors
     passes = 2 * PASSES * tokens * (weights + net.rest // 2)  # to look up an embedding costs nothing
     bases = 0 if rank is None else sum(update(m, n, rank) for m, n in net.weights)
     return {

@@ -23,6 +23,7 @@ from dlrt.timing import wait_for
 # the functions in which a step spends its time; one that is called by another counts for itself only
 PARTS = {
     "qr": ((integrators, "augmented"), (torch.linalg, "qr")),
+    # K-, L- and S-step without what is orthogonalised; Uᵀ G V itself comes from the backward pass
     "s_gradient": tuple((weight_step, name) for name in ("parallel_step", "augment", "update_bases")),
     "svd": ((network_step, "truncated_svd"), (network_step, "leading_subspace")),
 }

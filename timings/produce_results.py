@@ -29,7 +29,7 @@ PUBLISHED = pd.DataFrame({
 NAMES = {FACTORS: "plain factors"}
 PARTS = {
     "share_forward_backward": "forward and backward",
-    "share_s_gradient": "products, gradient of S",
+    "share_s_gradient": "K-, L- and S-step",
     "share_qr": "orthogonalisation",
     "share_svd": "SVD, truncation",
     "share_rest": "new bases, velocity, rest",

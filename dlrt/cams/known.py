@@ -51,7 +51,7 @@ def from_arch(arch: str, weights: str | None) -> Network:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        if arch == DEFAULT_ARCH:
+        if arch in (DEFAULT_ARCH, models.EfficientNetLite0.__name__):
             return _efficientnet(weights)
         return _from_arch(arch, weights or "download")
 

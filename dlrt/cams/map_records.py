@@ -51,8 +51,9 @@ def about(network: Network) -> dict[str, object]:
 
 
 def published(value: object) -> object:
-    """An option without the folders of files that are there."""
+    """An option as JSON has it, without the folders of files that are there."""
     if isinstance(value, list):
         return [published(entry) for entry in value]
-    there = isinstance(value, (str, Path)) and Path(value).exists()
-    return Path(value).resolve().name if there else value
+    if isinstance(value, (str, Path)):  # what is not there is a name, as of a network that comes along
+        return Path(value).resolve().name if Path(value).exists() else str(value)
+    return value

@@ -10,6 +10,7 @@ import torch
 
 import dlrt
 from dlrt.cams import explain, networks
+from dlrt.cams.explain import target_maps
 from dlrt.cams.networks import Network
 from dlrt.timing import medians
 
@@ -23,7 +24,7 @@ def map_times(
 
     Sizes that the network cannot see are left out. ValueError for a network that is low-rank itself.
     """
-    if dlrt.compression(network.model).ranks:
+    if dlrt.compression(network.model).compressed:
         raise ValueError(f"times are measured against a dense network, got {network.label}: give a dense run")
     models = [network.model] + [dlrt.to_low_rank(deepcopy(network.model), rank=share) for share in shares]
     rows = []
@@ -32,6 +33,7 @@ def map_times(
         x = torch.randn(count, network.shape[0], size, size, device=network.device)
         try:
             networks.placed(network, size, network.device)
+            target_maps(network.model, layer, x[:1], method)
         except ValueError as error:
             print(f"{error}: its time is not measured there")
             continue

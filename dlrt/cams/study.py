@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -14,12 +15,13 @@ from dlrt.cams import Maps, explain, known
 from dlrt.cams.compare import in_boxes, pearson
 from dlrt.cams.faithfulness import curves
 from dlrt.cams.networks import Network
+from dlrt.cams.study_results import TITLES
 from dlrt.cams.targets import of_classes
 from dlrt.cluttered_digits import HARD, held_out
 from dlrt.datasets import load
-from dlrt.runs import chosen_epoch, epochs_done, read_metrics, read_options, read_table
+from dlrt.runs import chosen_epoch, epochs_done, epochs_planned, read_metrics, read_options, read_table
 
-METHODS = ("gradcam", "layercam", "eigencam")
+METHODS = tuple(TITLES)
 KINDS = ("dense", "lowrank", "narrow", "continued", "compressed")
 FROM_DENSE = ("continued", "compressed")
 REFERENCES = range(200, 204)  # seeds of dense networks to which all others are compared
@@ -121,10 +123,22 @@ def measure(folder: Path, references: dict[str, list[Maps]], sample: Sample) -> 
 
 def complete(results: Path) -> list[int]:
     """The seeds of which all networks are trained to the end."""
-    seeds = sorted(int(path.name.split("_seed")[1]) for path in results.glob(f"{KINDS[-1]}_seed*"))
-    return [seed for seed in seeds if all(finished(results / f"{kind}_seed{seed}") for kind in KINDS)]
+    return [
+        seed
+        for seed in runs_of(KINDS[-1], results)
+        if all(finished(results / f"{kind}_seed{seed}") for kind in KINDS)
+    ]
+
+
+def runs_of(kind: str, results: Path) -> dict[int, Path]:
+    """The runs of a kind, by their seeds: folders called KIND_seedN."""
+    named = ((re.fullmatch(rf"{re.escape(kind)}_seed(\d+)", path.name), path) for path in results.glob("*"))
+    return dict(sorted((int(match[1]), path) for match, path in named if match))
 
 
 def finished(run: Path) -> bool:
     """Whether a run is trained to the end, and has its weights."""
-    return (run / "checkpoint.pt").is_file() and epochs_done(run) == read_options(run).get("epochs")
+    if not (run / "checkpoint.pt").is_file():
+        return False
+    options = read_options(run)
+    return "epochs" in options and epochs_done(run) >= epochs_planned(options)

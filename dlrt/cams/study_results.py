@@ -13,8 +13,8 @@ from dlrt.plots import Figure, plt
 NAMES = {"lowrank": "low-rank", "compressed": "dense → low-rank", "continued": "dense → dense"}
 COMPARISONS = {"A": ("lowrank", "dense"), "B": ("lowrank", "narrow"), "C": ("compressed", "continued")}
 PAIRED = ("C",)
+TITLES = {"gradcam": "Grad-CAM", "layercam": "LayerCAM", "eigencam": "EigenCAM"}
 OUTCOMES = {"difference": "1 − r", "energy": "energy in the box", "faithfulness": "faithfulness"}
-METHODS = {"gradcam": "Grad-CAM", "layercam": "LayerCAM", "eigencam": "EigenCAM"}
 
 
 def compare(rows: pd.DataFrame) -> pd.DataFrame:
@@ -32,7 +32,7 @@ def compare(rows: pd.DataFrame) -> pd.DataFrame:
     found = []
     for label, (one, other) in COMPARISONS.items():
         for outcome in OUTCOMES:
-            for method in METHODS:
+            for method in TITLES:
                 runs = rows[rows["method"] == method].sort_values("seed")
                 x, y, dense = (
                     runs.loc[runs["kind"] == kind, [outcome, "accuracy"]].to_numpy(float).T
@@ -75,7 +75,7 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({
         "comparison": table["comparison"].map(names),
         "outcome": table["outcome"].map(OUTCOMES),
-        "method": table["method"].map(METHODS),
+        "method": table["method"].map(TITLES),
         "means": [f"{one:.3f}, {other:.3f}" for one, other in zip(table["one"], table["other"], strict=True)],
         "difference": between("difference", "low", "high"),
         "p": table["p"].map(p_value),
@@ -116,7 +116,7 @@ def figure(table: pd.DataFrame, seeds: int) -> Figure:
                 axes.errorbar(middle, places, xerr=bars, label=OUTCOMES[outcome], **look)
             axes.set_title(" − ".join(NAMES.get(kind, kind) for kind in kinds), fontsize=10)
         rows = [-(4 * number + row) for number in range(3) for row in range(3)]
-        all_axes[0].set_yticks(rows, [*METHODS.values()] * 3)
+        all_axes[0].set_yticks(rows, [*TITLES.values()] * 3)
         drawn.supxlabel(
             f"difference of means over {seeds} seeds / deviation between seeds of dense networks; bars: 95 %",
             fontsize=10,

@@ -10,15 +10,14 @@ keep the rows they have in cifar10_measured.csv; the table goes to cifar10.md.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pandas as pd
 
 from dlrt import errors, markup, tables
 from dlrt.cams import known
-from dlrt.cams.study import METHODS, Sample, finished, kept, maps_of, measure, of_dataset
-from dlrt.cams.study_results import METHODS as TITLES
+from dlrt.cams.study import METHODS, Sample, finished, kept, maps_of, measure, of_dataset, runs_of
+from dlrt.cams.study_results import TITLES
 from dlrt.checkpoint import load_network, save_table
 from dlrt.errors import RunError
 from dlrt.flags import NATURAL, HelpFormatter, Parser
@@ -39,12 +38,7 @@ SHORT = ("network", "seeds", "test accuracy [%]", *(f"1 − r, {title}" for titl
 def trained(folder: Path, kinds: list[str]) -> dict[str, dict[int, Path]]:
     """The finished runs of each kind, by their seeds; RunError with fewer than two of the first."""
     found = {
-        kind: {
-            int(path.name.removeprefix(f"{kind}_seed")): path
-            for path in sorted(folder.glob(f"{kind}_seed*"))
-            if re.fullmatch(r"\d+", path.name.removeprefix(f"{kind}_seed")) and finished(path)
-        }
-        for kind in kinds
+        kind: {seed: path for seed, path in runs_of(kind, folder).items() if finished(path)} for kind in kinds
     }
     if len(found[kinds[0]]) < 2:
         raise RunError(
@@ -69,7 +63,7 @@ def measured(runs: dict[str, dict[int, Path]], sample: Sample) -> list[dict[str,
                 method: [found for other, found in of_seed.items() if other != seed]
                 for method, of_seed in maps.items()
             }
-            rows += measure(path, others, sample)
+            rows += [{**row, "pictures": len(sample.images)} for row in measure(path, others, sample)]
             print(path.name, flush=True)
     return rows
 
@@ -139,15 +133,20 @@ def main() -> None:
     add("--output-dir", type=Path, default=HERE, help="of the measurements and the table")
     args = parser.parse_args()
     found, path = trained(args.results, args.kinds), args.output_dir / "cifar10_measured.csv"
-    before = kept(path)
+    again = {(kind, seed) for kind, runs in found.items() for seed in runs}
+    before = [row for row in kept(path) if (row["kind"], row["seed"]) not in again]
     _, about = load_network(next(iter(found[args.kinds[0]].values())))
-    new = measured(found, of_dataset(about["dataset"], args.count, args.data_dir))
+    sample = of_dataset(about["dataset"], args.count, args.data_dir)
+    if others := sorted({row.get("pictures") for row in before} - {len(sample.images)}, key=str):
+        raise RunError(
+            f"--count must be that of the rows in {path} that stay, {', '.join(map(str, others))}, got "
+            f"{len(sample.images)}: give that, or another --output-dir"
+        )
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    again = {(row["kind"], row["seed"]) for row in new}
-    rows = pd.DataFrame([*(row for row in before if (row["kind"], row["seed"]) not in again), *new])
+    rows = pd.DataFrame([*before, *measured(found, sample)])
     rows = rows.sort_values(["kind", "seed"], kind="stable")
     save_table(path, rows)
-    caption = caption_of(rows, about["dataset"], args.kinds, args.count, args.results)
+    caption = caption_of(rows, about["dataset"], args.kinds, len(sample.images), args.results)
     made = table(rows, args.kinds)
     tables.write(made, args.output_dir, caption, "cifar10", SHORT)
     print(markup.markdown(made, caption))

@@ -55,6 +55,8 @@ def main() -> None:
             if name not in there:
                 rows += measure(args.results / name, start if kind in FROM_DENSE else references, sample)
                 print(name, flush=True)
+    if not rows:
+        raise RunError(f"no seed has all networks in {args.results} yet: go on with study/run.py")
     save_table(args.output, pd.DataFrame(rows))
 
 
