@@ -9,6 +9,7 @@ from pathlib import Path
 from factored import AS_IN_THE_PAPER, DECAY, OF_DECAY, vanilla_lenet5
 
 from dlrt import script
+from dlrt.errors import OptionError
 from dlrt.flags import NATURAL
 from dlrt.option_fields import option
 from dlrt.options import DenseOptions
@@ -18,6 +19,13 @@ from dlrt.options import DenseOptions
 class Options(DenseOptions):
     rank: int = option(20, "of every layer large enough", NATURAL)
     decay: float = option(1.0, OF_DECAY, DECAY)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.factors:
+            raise OptionError(
+                "here all layers are in factors from the beginning, of --rank: leave --factors out"
+            )
 
 
 def main() -> None:

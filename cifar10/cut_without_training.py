@@ -158,6 +158,8 @@ def main() -> None:
             save_table(record, rows)
     if rows.empty:
         parser.error("--runs must name trained dense networks, as nothing is measured yet, got none")
+    if rows.groupby(["asked", "way"]).size().nunique() > 1:
+        raise RunError(f"{record} has some cuts of some runs only: give all --runs again")
     count, more = rows["run"].nunique(), (rows["compression"] - rows["asked"]).groupby(rows["way"]).max()
     beyond = "; ".join(f"{way} {more[way]:.1f}" for way in WAYS if way in more)
     caption = (

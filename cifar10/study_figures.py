@@ -34,17 +34,13 @@ LOOKS = {
     "DLRT, τ": ("#56B4E9", "X"),
 }
 WAYS = tuple(LOOKS)
-BESIDE = 0.3  # percentage points of compression from one way to the next, so that bars do not hide others
+BESIDE = 0.2  # percentage points of compression from one way to the next, so that bars do not hide others
 
 
 def look(way: str, rule: str) -> dict[str, object]:
-    """Of a way's curve; but with Muon it is dotted, or dashed with Adam, its markers hollow."""
+    """Of a way's curve: solid with Muon, else with hollow markers, dotted with SGD and dashed with Adam."""
     colour, marker = LOOKS[way]
-    of_rule = (
-        {"ls": "-", "mfc": colour}
-        if rule == "Muon"
-        else {"ls": ":" if rule == "SGD" else "--", "mfc": "white"}
-    )
+    of_rule = {"ls": {"Muon": "-", "SGD": ":"}.get(rule, "--"), "mfc": colour if rule == "Muon" else "white"}
     return {"color": colour, "marker": marker, "ms": 4.5, **of_rule}
 
 
@@ -82,7 +78,7 @@ def relative_to_dense(summary: pd.DataFrame) -> Figure:
             low, high = axes.dataLim.intervalx
             if low <= high:  # there are points; close together, a tenth of one would look large
                 axes.set_xlim(low - 5, min(100, high + 5))
-        axes.set(xlabel="compression [%]")
+        axes.set(xlabel="compression [%]; ways of one budget stand side by side")
         _legend(figure)
     return figure
 

@@ -46,11 +46,11 @@ def _parser() -> Parser:
         )
         command.set_defaults(command=action)
     info.add_argument(
-        "--output-dir", type=Path, help="of the figure; by default the run's folder, of a name this one"
+        "--output-dir", type=Path, help="of the figure; by default the run's folder, or the current one"
     )
     export.add_argument("--format", choices=SUFFIXES, required=True, help=FORMATS)
     export.add_argument(
-        "--output", type=Path, help="by default a file in the run's folder, of a name in this one"
+        "--output", type=Path, help="by default a file in the run's folder, or the current one"
     )
     return parser
 

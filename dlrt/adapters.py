@@ -8,6 +8,7 @@ move, and under a budget all layers compete for the parameters. LoRA (Hu et al. 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Mapping
 from itertools import chain
 
@@ -49,18 +50,12 @@ class Adapted(nn.Module):
     def weight(self) -> Tensor:
         """The dense sum of both weights, for whoever does not call the layer; a new tensor at every call.
 
-        ValueError where that of the base is quantised.
+        There is none, AttributeError, where that of the base is quantised.
         """
-        weight = getattr(self.base, "weight", None)
-        known = isinstance(self.base, nn.Linear | nn.Conv2d | LowRankLayer) or is_conv1d(self.base)
-        if not known or not weight.is_floating_point():
-            kind = f" of {weight.dtype}" if known else ""
-            raise ValueError(
-                "adapters are merged into floating-point weights of nn.Linear and nn.Conv2d, got "
-                f"{type(self.base).__name__}{kind}: keep them beside it"
-            )
-        beside = self.adapter.weight.mT if is_conv1d(self.base) else self.adapter.weight
-        return (at_least_single(weight) + beside).to(weight.dtype)
+        if reason := self._keeps_apart():
+            raise AttributeError(reason)
+        weight, beside = self.base.weight, self.adapter.weight
+        return (at_least_single(weight) + (beside.mT if is_conv1d(self.base) else beside)).to(weight.dtype)
 
     @property
     def bias(self) -> Tensor | None:
@@ -70,6 +65,23 @@ class Adapted(nn.Module):
         y = self.base(x)
         return y + self.adapter(x.to(self.adapter.S.dtype)).to(y.dtype)
 
+    def merged_weight(self) -> Tensor:
+        """The sum of both weights; ValueError where that of the base is quantised."""
+        if reason := self._keeps_apart():
+            raise ValueError(reason)
+        return self.weight.detach()
+
+    def _keeps_apart(self) -> str | None:
+        """Why the adapter cannot be added to the weight beside it, if so."""
+        known = isinstance(self.base, nn.Linear | nn.Conv2d | LowRankLayer) or is_conv1d(self.base)
+        if known and self.base.weight.is_floating_point():
+            return None
+        kind = f" of {self.base.weight.dtype}" if known else ""
+        return (
+            "adapters are merged into floating-point weights of nn.Linear and nn.Conv2d, got "
+            f"{type(self.base).__name__}{kind}: keep them beside it"
+        )
+
 
 def add_adapters(model: nn.Module, rank: int = 8, target: str | Iterable[str] | None = None) -> nn.Module:
     """Freeze a model and give its linear layers and convolutions adapters, in place; give the model back.
@@ -77,7 +89,7 @@ def add_adapters(model: nn.Module, rank: int = 8, target: str | Iterable[str] | 
     rank is that of each to begin with, or its full one where that is less. target names modules, all of whose
     layers get adapters, by a whole name or the last parts of it ("q_proj"); without it all layers do. A layer
     is whatever has in_features and out_features, quantised ones too, the Conv1D of transformers, or an
-    nn.Conv2d without groups, no subclass of it; parametrized and pruned ones are none. Of
+    nn.Conv2d without groups, no subclass of it; parametrized and pruned ones are none, and are warned of. Of
     nn.MultiheadAttention they are q_proj, k_proj, v_proj and out_proj, see `dlrt.Attention`, and of
     `dlrt.Blocks` the blocks.
 
@@ -90,7 +102,11 @@ def add_adapters(model: nn.Module, rank: int = 8, target: str | Iterable[str] | 
     if any(isinstance(module, Adapted) for module in model.modules()):
         raise ValueError("the model must have no adapters yet: call dlrt.merge_adapters(model) first")
     names, chosen = _layers(model), None
-    if target is not None:
+    if target is None:
+        for name, module in model.named_modules():
+            if reason := _rests_alone(module):
+                warnings.warn(f"{name or type(module).__name__} gets no adapter: {reason}", stacklevel=2)
+    else:
         target = (target,) if isinstance(target, str) else tuple(target)
         if not target:
             raise ValueError("target must name a layer, or be None for all, got nothing")
@@ -111,13 +127,24 @@ def _layers(model: nn.Module) -> dict[str, tuple[int, int]]:
             widths = (module.embed_dim, module.kdim, module.vdim)
             for projection, width in zip(PROJECTIONS, widths, strict=True):
                 shapes[f"{name}.{projection}".lstrip(".")] = module.embed_dim, width
-        if is_parametrized(module) or "weight_orig" in module._parameters:  # as pruning has it
+        if _rests_alone(module):
             continue
-        if type(module) is nn.Conv2d and module.groups == 1:
+        if isinstance(module, nn.Conv2d) and module.groups == 1:
             shapes[name] = tuple(module.weight.flatten(1).shape)
         elif is_conv1d(module) or (is_sized(module) and not isinstance(module, Blocks)):
             shapes[name] = features(module)[::-1]
     return shapes
+
+
+def _rests_alone(module: nn.Module) -> str | None:
+    """Why a linear layer or a convolution can have no adapter, if so."""
+    if not (isinstance(module, nn.Conv2d) or is_sized(module)):
+        return None
+    if is_parametrized(module) or any(name.startswith("weight_") for name in module._parameters):
+        return "its weight is computed of others, as by spectral_norm or pruning"
+    if isinstance(module, nn.Conv2d) and type(module) is not nn.Conv2d:
+        return f"{type(module).__name__} is a subclass of nn.Conv2d, and may compute something else"
+    return None
 
 
 def is_sized(module: nn.Module) -> bool:
@@ -142,7 +169,7 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     A low-rank layer stays one, of the sum of both ranks. ValueError, before anything is changed, where a
     weight is quantised.
     """
-    merged = {m: m.weight.detach() for m in model.modules() if isinstance(m, Adapted)}
+    merged = {m: m.merged_weight() for m in model.modules() if isinstance(m, Adapted)}
     for module, weight in merged.items():
         module.adapter.owner = None  # a DLRT that steps on is told
         base = module.base
@@ -167,11 +194,14 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """
     changed = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     changed |= {f"{name}.adapter.{factor}".lstrip(".") for name in adapters(model) for factor in FACTORS}
-    norms = {name: module for name, module in model.named_modules() if isinstance(module, _NormBase)}
-    changed |= {
-        f"{name}.{key}".lstrip(".") for name, norm in norms.items() for key, _ in norm.named_buffers()
-    }
+    norms = {name: module for name, module in model.named_modules() if has_statistics(module)}
+    changed |= {f"{name}.{key}".lstrip(".") for name, norm in norms.items() for key in norm._buffers}
     return {name: value for name, value in model.state_dict().items() if name in changed}
+
+
+def has_statistics(module: nn.Module) -> bool:
+    """Whether a module is a batch normalisation that keeps means and variances of what it has seen."""
+    return isinstance(module, _NormBase) and module.running_mean is not None
 
 
 def load_adapters(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:

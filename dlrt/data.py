@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
-    """What the order and the random shifts of an epoch are drawn from; each epoch of each run has its own."""
+    """What the order and the random shifts of an epoch are drawn from, the same for all runs of a seed."""
     return 1_000_003 * seed + epoch
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dlrt.adapters import adapters
+from dlrt.adapters import adapters, has_statistics
 from dlrt.attention import Attention
 from dlrt.blocks import Blocks, is_within
 from dlrt.convolutions import LowRankConv2d
@@ -22,7 +22,8 @@ from dlrt.lowrank import svd
 def save_lora(model: nn.Module, folder: Path | str, padded: bool = False) -> None:
     """Write the adapters as a LoRA checkpoint of peft: adapter_config.json and adapter_model.safetensors.
 
-    Modules that are trained beside them, such as a new head, go along as modules_to_save.
+    Modules that are trained beside them, such as a new head, go along as modules_to_save, and so does batch
+    normalisation, whose statistics training moves.
     U S Vᵀ = B A with B = U P √Σ, A = √Σ Qᵀ Vᵀ for S = P Σ Qᵀ. Every adapter has its rank, and that as alpha:
     peft then multiplies by 1. padded fills all up to the largest rank with zeros, for programs that take one
     rank only. Without safetensors installed it is adapter_model.bin. ValueError without adapters, and for
@@ -75,7 +76,7 @@ def save_lora(model: nn.Module, folder: Path | str, padded: bool = False) -> Non
 
 
 def _trained_beside(model: nn.Module) -> list[str]:
-    """The modules with trained parameters of their own that are no adapters.
+    """The modules with trained parameters of their own that are no adapters, and batch normalisation.
 
     ValueError for those that have adapters, or contain layers that have.
     """
@@ -84,7 +85,8 @@ def _trained_beside(model: nn.Module) -> list[str]:
     names = [
         name
         for name, module in model.named_modules()
-        if any(p.requires_grad and id(p) not in factors for p in module.parameters(recurse=False))
+        if has_statistics(module)
+        or any(p.requires_grad and id(p) not in factors for p in module.parameters(recurse=False))
     ]
     around = [name for name in names if any(is_within(layer, [name]) for layer in layers) or not name]
     if mixed := around or [name for name in names if is_within(name, layers)]:

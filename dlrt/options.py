@@ -54,7 +54,7 @@ class Options(OptionSet):
     lr: float = option(0.05, "step size h", POSITIVE)
     momentum: float = option(0.9, "of SGD; first beta of Adam", TOLERANCE)
     weight_decay: float = option(
-        0.0, "of all weights; of U S Vᵀ through S, of factors A B as of their product", NOT_NEGATIVE
+        0.0, "of all parameters; of U S Vᵀ through S, of factors A B as of their product", NOT_NEGATIVE
     )
     optimizer: str = option("sgd", "of all that --update does not step", choices=OPTIMIZERS)
     nesterov: bool = option(False, "momentum of SGD and muon", **SWITCH)

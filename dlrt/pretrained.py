@@ -44,7 +44,10 @@ def from_pretrained(model: nn.Module, folder: Path | str) -> nn.Module:
 
 
 def save_weights(model: nn.Module, folder: Path | str) -> None:
-    """Write the state_dict alone; what two names share is written for each. Errors as of the former."""
+    """Write the state_dict alone; what two names share is written for each.
+
+    ImportError without safetensors, ValueError for a network with adapters.
+    """
     _check_savable(model)
     from safetensors.torch import save_file
 

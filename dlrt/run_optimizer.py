@@ -12,7 +12,7 @@ from dlrt.factors import Factors
 from dlrt.layers import LowRankLayer
 from dlrt.low_rank_options import RunOptions
 from dlrt.optimizer import DLRT
-from dlrt.options import OPTIMIZERS, DenseOptions
+from dlrt.options import OPTIMIZERS
 
 
 def make_optimizer(model: nn.Module, options: RunOptions, steps: int) -> torch.optim.Optimizer:
@@ -45,7 +45,7 @@ def _dense_optimizer(model: nn.Module, options: RunOptions, inner: dict) -> torc
         optimizer = Muon(model.parameters(), hidden, **inner)
     else:
         optimizer = OPTIMIZERS[options.optimizer](model.parameters(), **inner)
-    if isinstance(options, DenseOptions) and options.factors:
+    if cut:
         product_decay(optimizer, model)
     return optimizer
 

@@ -289,17 +289,27 @@ def test_layers_that_compute_something_else_have_no_adapters():
             return super().forward(nn.functional.pad(x, (1, 1, 1, 1)))
 
     normed = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
+    weighed = torch.nn.utils.weight_norm(nn.Linear(8, 8))
     pruned = prune.l1_unstructured(nn.Linear(8, 8), "weight", 0.5)
-    model = nn.ModuleDict({"a": nn.Linear(8, 8), "n": normed, "p": pruned, "c": Padded(8, 8, 3)})
+    model = nn.ModuleDict(
+        {"a": nn.Linear(8, 8), "n": normed, "p": pruned, "w": weighed, "c": Padded(8, 8, 3)}
+    )
     with pytest.raises(ValueError, match="target names no layer of the model: c; it has a"):
         dlrt.add_adapters(model, target="c")
     assert all(parameter.requires_grad for parameter in model.parameters())
-    dlrt.add_adapters(model)
+    with pytest.warns(UserWarning, match="gets no adapter") as told:
+        dlrt.add_adapters(model)
+    assert [str(warning.message).split()[0] for warning in told] == ["n", "p", "w", "c"]
     assert [name for name, module in model.named_modules() if hasattr(module, "adapter")] == ["a"]
 
 
-def test_the_sum_with_a_weight_of_whole_numbers_is_refused_and_sizes_are_told():
-    model = dlrt.add_adapters(nn.Sequential(Quantised(nn.Linear(8, 6))))
-    assert (model[0].in_features, model[0].out_features) == (8, 6)
-    with pytest.raises(ValueError, match="floating-point weights"):
-        _ = model[0].weight
+def test_a_layer_of_whole_numbers_tells_its_sizes_and_has_no_sum_of_weights():
+    whole = nn.Linear(8, 6)
+    del whole.weight
+    whole.register_buffer("weight", torch.ones(6, 8, dtype=torch.int8))
+    for base in (Quantised(nn.Linear(8, 6)), whole):
+        model = dlrt.add_adapters(nn.Sequential(base))
+        assert (model[0].in_features, model[0].out_features) == (8, 6)
+        assert getattr(model[0], "weight", None) is None
+        with pytest.raises(ValueError, match="floating-point weights"):
+            dlrt.merge_adapters(model)

@@ -131,6 +131,10 @@ def test_cuts_that_are_not_trained_on_go_to_a_table_and_a_figure(run_script, tmp
     assert "--compressions, of curvature, spatial: compression must be at most 0.9" in refused.stderr
     record = tmp_path / "beyond" / "cut_without_training.csv"
     assert list(pd.read_csv(record)["asked"]) == [50] * 4  # what was possible is there
+    cuts = pd.read_csv(record)
+    pd.concat([cuts, cuts[:2].assign(run="b")]).to_csv(record, index=False)
+    uneven = run_script("cifar10/cut_without_training.py", "--output-dir", "beyond")
+    assert "has some cuts of some runs only: give all --runs again" in uneven.stderr
     record.write_text(record.read_text()[:-1])
     damaged = run_script("cifar10/cut_without_training.py", "--output-dir", "beyond")
     assert "is lost or damaged: restore it, or delete it, and measure again" in damaged.stderr

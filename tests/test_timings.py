@@ -328,8 +328,9 @@ def test_what_is_held_and_summed_at_scale_falls_with_the_rank(scripts, tmp_path,
     for column in ("held [GB]", "to be summed [GB]", "passes [TFLOP]"):
         assert low[column] < higher[column] < dense[column]
     assert 0 == dense["on top [%]"] < low["on top [%]"] < higher["on top [%]"]
-    net = scripts.at_scale.Transformer(blocks=1, width=32, hidden=64, vocabulary=100)
-    full, none = (scripts.at_scale.count(net, rank, 8) for rank in (32, None))
+    net = scripts.at_scale.Transformer(blocks=20_000, width=32, hidden=64, vocabulary=100)
+    full, none = (scripts.at_scale.count(net, rank, tokens=4096) for rank in (32, None))
+    assert none["parameters"] == "0.20 billion"
     for column in ("parameters", "passes [TFLOP]"):  # a layer whose factors do not pay is computed as dense
         assert full[column] == none[column]
     with pytest.raises(SystemExit):

@@ -87,3 +87,5 @@ def test_what_changes_ranks_is_refused(monkeypatch, flags):
     assert options(rank=20, tau=0.0).max_rank == 20
     with pytest.raises(OptionError, match=r"one rank, --rank, a whole number .* --compression"):
         options(**{"rank": 20, "tau": 0.0, **flags})
+    with pytest.raises(OptionError, match="leave --factors out"):
+        load("UV_vanilla/lenet5_mnist_baseline").Options(factors=95.0)

@@ -105,7 +105,7 @@ def figure(table: pd.DataFrame, seeds: int) -> Figure:
     with plt.rc_context(plots.LOOK):
         drawn, all_axes = plt.subplots(1, 3, figsize=(10, 3.6), sharex=True, sharey=True)
         for axes, (label, kinds) in zip(all_axes, COMPARISONS.items(), strict=True):
-            axes.axvspan(-1, 1, color="0.9", lw=0, label="within one such deviation")
+            axes.axvspan(-1, 1, color="0.9", lw=0, label="within one deviation between seeds")
             axes.axvline(0, color="0.5", lw=1)
             for number, outcome in enumerate(OUTCOMES):
                 results = table[(table["comparison"] == label) & (table["outcome"] == outcome)]
