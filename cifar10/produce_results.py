@@ -61,7 +61,7 @@ def way(options: dict, low_rank: bool) -> str:
         return "dense, narrower" if narrow else "dense, trained on" if trained else DENSE
     if trained and options.get("ramp") == 0:
         by = "singular values" if options.get("cut_by") == "weights" else "what the loss needs"
-        return f"cut by {by}, trained on"
+        return f"cut by {by}, trained on, {kernels}"
     if trained:
         return f"DLRT of trained weights, {kernels}"
     if options.get("compression"):

@@ -11,9 +11,9 @@ validation chose for each way on a smaller network (probe.csv). With `--tune EPO
 a half, a quarter and an eighth of them, too, and more until the best lies between two that are no better; a
 dense start, of which short runs say nothing, begins without the eighth, in runs of full length, and its
 dense epochs have the dense net's. (Where that network has no row for separable kernels they take the step
-size of matrices; cuts take half of it, the published method 0.2.) The first budget comes first, seed by
-seed, and cuts of trained nets after all its seeds. Each preset has a folder of its own, results/ and
-results_gpu/.
+size of matrices; cuts take that after a dense start, or half of it, the published method 0.2.) The first
+budget comes first, seed by seed, and cuts of trained nets after all its seeds. Each preset has a folder of
+its own, results/ and results_gpu/.
 """
 
 from __future__ import annotations
@@ -95,16 +95,24 @@ def plan(
     return _named(network, f"{way}{size}_{rule}", options, low_rank=kind in LOW_RANK)
 
 
-def cuts(network: str, compression: float, common: dict[str, Any], results: Path) -> list[RunSpec]:
-    """The trained dense network cut to a budget, by singular values or by what the loss needs."""
-    options = {**common, **RULES["muon"], **step_sizes("matrices", "muon", 0.5)}
-    options |= {"epochs": -(-common["epochs"] // 3), "compression": compression, "ramp": 0.0}
-    options |= {"from_checkpoint": results / network / f"dense_muon_seed{common['seed']}"}
-    options |= {"tau": 0.0, "tau_warmup": 0, "max_rank": "initial"}
-    return [
-        _named(network, f"cut_by_{by}{compression:g}", {**options, "cut_by": by}, low_rank=True)
-        for by in ("weights", "loss")
-    ]
+def cuts(
+    network: str, compression: float, common: dict[str, Any], results: Path, scales: Mapping[Choice, float]
+) -> list[RunSpec]:
+    """The trained dense network cut to a budget, by singular values or by what the loss needs.
+
+    Their step sizes are those after a dense start, where scales have them; else half of what the probe chose.
+    """
+    start = results / network / f"dense_muon_seed{common['seed']}"
+    cut = {"epochs": -(-common["epochs"] // 3), "compression": compression, "ramp": 0.0}
+    cut |= {"from_checkpoint": start, "tau": 0.0, "tau_warmup": 0, "max_rank": "initial"}
+    plans = []
+    for kind in LOW_RANK:
+        sizes = step_sizes(kind, "muon", scales.get((STARTED + kind, "muon"), 0.5))
+        kernels = {"spatial": True} if kind == "separable" else {}
+        for by in ("weights", "loss"):
+            options = {**common, **RULES["muon"], **sizes, **cut, **kernels, "cut_by": by}
+            plans.append(_named(network, f"cut_{kind}_by_{by}{compression:g}", options, low_rank=True))
+    return plans
 
 
 def published(network: str, common: dict[str, Any]) -> RunSpec:
@@ -172,7 +180,7 @@ def make(network: str, epochs: int, jobs: int, args: argparse.Namespace) -> None
             if "published" in args.ways and compression == args.compressions[0]:
                 runs.append(published(network, common))
             if "cut" in args.ways:
-                then += cuts(network, compression, common, args.output_dir)
+                then += cuts(network, compression, common, args.output_dir, scales)
         grid.make(runs, args.output_dir, jobs, may_diverge=True, then=then)
         grid.make(then, args.output_dir, jobs, may_diverge=True)
 

@@ -28,8 +28,10 @@ LOOKS = {
     "DLRT after a dense start, separable kernels": ("#E69F00", "D"),
     "DLRT of trained weights, matrices": ("#CC79A7", "s"),
     "DLRT of trained weights, separable kernels": ("#E69F00", "s"),
-    "cut by singular values, trained on": ("#56B4E9", "v"),
-    "cut by what the loss needs, trained on": ("#56B4E9", "^"),
+    "cut by singular values, trained on, matrices": ("#CC79A7", "v"),
+    "cut by singular values, trained on, separable kernels": ("#E69F00", "v"),
+    "cut by what the loss needs, trained on, matrices": ("#CC79A7", "^"),
+    "cut by what the loss needs, trained on, separable kernels": ("#E69F00", "^"),
     "DLRT as published (τ, no momentum)": ("#0072B2", "X"),
     "DLRT, τ": ("#56B4E9", "X"),
 }

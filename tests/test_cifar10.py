@@ -96,7 +96,8 @@ def test_the_study_goes_to_tables_figures_and_an_archive(run_script, forked_grid
         assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
         assert "give" in refused.stderr
     assert table.loc["plain factors, separable kernels", "ranks (first seed)"] == "uniform"
-    assert len(table) == 6
+    assert len(table) == 8
+    assert "cut by singular values, trained on, separable kernels" in table.index
     dense = table.loc["dense"]
     for name, row in table.drop("dense").iterrows():
         assert 60 <= float(row["compression [%]"]) < 62, name  # a narrower net has whole channels
@@ -104,7 +105,7 @@ def test_the_study_goes_to_tables_figures_and_an_archive(run_script, forked_grid
         assert float(row["below dense"]) == pytest.approx(points, abs=0.011)
     with tarfile.open(tmp_path / "all.tar.gz") as archive:
         names = archive.getnames()
-    assert len(names) == 12
+    assert len(names) == 16
     assert {Path(name).name for name in names} == {"config.json", "metrics.csv"}
     tuned = pd.read_csv(tmp_path / "out" / "fine_tune_effects.csv")
     assert list(tuned["network"]) == ["LeNet5", "LeNet5, published"]

@@ -242,7 +242,7 @@ def test_cifar10_has_a_table_of_its_own_pictures_and_of_dense_nets_with_the_same
     below = table.loc[table["below dense"] != "", ["trained", "epochs", "below dense"]]
     assert below.to_numpy().tolist() == [
         *(["DLRT, budget, matrices", 1, "10.00"], ["DLRT, budget, matrices", 3, "3.00"]),
-        ["cut by what the loss needs, trained on", 1, "5.00"],  # of the longest
+        ["cut by what the loss needs, trained on, matrices", 1, "5.00"],  # of the longest
     ]
     trained = {"from_checkpoint": "four", **shared}
     write_run(tmp_path / "r", "falls", [80, 80], [78, 79], compression=75.0, ramp=0.6, **trained)
