@@ -12,7 +12,6 @@ again; the table goes beside it, the figure to figures/ as well.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterator
 from copy import deepcopy
 from itertools import product
@@ -23,6 +22,7 @@ import pandas as pd
 from torch import nn
 
 from dlrt import compression, errors, markup, plots, tables, to_low_rank
+from dlrt.baselines import uniform_cut
 from dlrt.checkpoint import load_network, save_table
 from dlrt.data import Dataset
 from dlrt.datasets import load
@@ -36,7 +36,6 @@ from dlrt.training import evaluate
 NAME = "cut_without_training"
 WAYS = ("curvature, spatial", "curvature", "singular values", "all layers alike")
 SAMPLES = 1000  # training pictures that say what the loss needs
-SHARES = [share / 200 for share in range(200, 0, -1)]  # of the full rank
 
 
 class Cut(TypedDict):
@@ -52,29 +51,15 @@ class Cut(TypedDict):
     dense: float
 
 
-def all_alike(model: nn.Module, share: float, skip: list[str]) -> nn.Module:
-    """Every layer cut to the largest share of its full rank at which the network has that compression."""
-
-    def cut(of_rank: float) -> nn.Module:
-        return to_low_rank(deepcopy(model), rank=of_rank, skip=skip)
-
-    first = bisect_left(
-        SHARES, 100 * share, key=lambda of_rank: compression(cut(of_rank)).evaluation_compression
-    )
-    if first < len(SHARES):
-        return cut(SHARES[first])
-    raise RunError(f"ranks of 1 are more than a compression of {100 * share:g} % leaves: ask for less")
-
-
 def cut(model: nn.Module, way: str, share: float, dataset: Dataset) -> nn.Module:
     """The network cut in one of the ways."""
     weighted = [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     skip = [weighted[0], weighted[-1]]
-    if way == "all layers alike":
-        return all_alike(model, share, skip)
     inputs = dataset.train.images[:SAMPLES] if way.startswith("curvature") else None
     spatial = way.endswith("spatial")
     try:
+        if way == "all layers alike":
+            return uniform_cut(deepcopy(model), share, skip)
         return to_low_rank(deepcopy(model), compression=share, inputs=inputs, spatial=spatial, skip=skip)
     except ValueError as error:  # that is out of reach
         raise RunError(f"--compressions, of {way}: {error}") from error

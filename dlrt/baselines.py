@@ -75,17 +75,27 @@ class Muon(torch.optim.Optimizer):
         W.mul_(1 - group["lr"] * group["weight_decay"]).sub_(h * msign(N).view_as(W))
 
 
-@torch.no_grad()
 def plain_factors(
     model: nn.Module, compression: float, skip: Iterable[str] = (), spatial: bool = False
 ) -> nn.Module:
-    """Replace a dense model's layers, in place, by A = U √Σ and B = √Σ Vᵀ of their truncated SVD.
+    """Replace a dense model's layers, in place, by A = U √Σ and B = √Σ Vᵀ of what `uniform_cut` leaves.
+
+    A layer whose factors would not be smaller stays dense; so does what skip names, and what `to_low_rank`
+    leaves dense. Separable kernels become two convolutions like any other, also for Muon. Give the model
+    back. ValueError for a compression that is out of reach.
+    """
+    return to_plain_factors(uniform_cut(model, compression, skip=skip, spatial=spatial))
+
+
+@torch.no_grad()
+def uniform_cut(
+    model: nn.Module, compression: float, skip: Iterable[str] = (), spatial: bool = False
+) -> nn.Module:
+    """Make a dense model low-rank, in place, all layers alike; give it back.
 
     All have one share of their full rank, up to rounding, the largest at which the whole model meets the
-    compression, a fraction. A layer whose factors would not be smaller stays dense; so does what skip names,
-    and what `to_low_rank` leaves dense. spatial: kernels are spatially separable, as there; each half is then
-    a convolution like any other, also for Muon. Give the model back. ValueError for a compression that is out
-    of reach.
+    compression, a fraction. skip and spatial are those of `to_low_rank`. ValueError for a compression that is
+    out of reach.
     """
     model = to_low_rank(model, skip=skip, spatial=spatial)
     layers = list(dict.fromkeys(m for m in model.modules() if isinstance(m, LowRankLayer)))
@@ -101,7 +111,7 @@ def plain_factors(
         ranks = more if cost(more) <= budget else ranks
     for layer, r in zip(layers, ranks, strict=True):
         layer.factors = truncate(layer.factors, max_rank=r)
-    return to_plain_factors(model)
+    return model
 
 
 @torch.no_grad()
