@@ -101,22 +101,23 @@ def add_adapters(model: nn.Module, rank: int = 8, target: str | Iterable[str] | 
     check_whole("rank", rank)
     if any(isinstance(module, Adapted) for module in model.modules()):
         raise ValueError("the model must have no adapters yet: call dlrt.merge_adapters(model) first")
-    names, chosen = _layers(model), None
-    if target is None:
-        for name, module in model.named_modules():
-            if reason := _rests_alone(module):
-                warnings.warn(f"{name or type(module).__name__} gets no adapter: {reason}", stacklevel=2)
-    else:
+    names = _layers(model)
+    rest = {name: reason for name, module in model.named_modules() if (reason := _rests_alone(module))}
+    chosen = {*names, *rest}
+    if target is not None:
         target = (target,) if isinstance(target, str) else tuple(target)
         if not target:
             raise ValueError("target must name a layer, or be None for all, got nothing")
-        matches = {stem: [name for name in names if f".{stem}." in f".{name}."] for stem in target}
-        if unknown := [stem for stem, found in matches.items() if not found]:
+        named = {stem: {name for name in chosen if f".{stem}." in f".{name}."} for stem in target}
+        if unknown := [stem for stem, found in named.items() if found.isdisjoint(names)]:
             raise ValueError(
                 f"target names no layer of the model: {', '.join(unknown)}; it has {', '.join(names)}"
             )
-        chosen = {name for found in matches.values() for name in found}
-    return _adapt(model, [name for name in names if chosen is None or name in chosen], rank)
+        chosen = set().union(*named.values())
+    for name, reason in rest.items():
+        if name in chosen:
+            warnings.warn(f"{name or type(model).__name__} gets no adapter: {reason}", stacklevel=2)
+    return _adapt(model, [name for name in names if name in chosen], rank)
 
 
 def _layers(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -297,6 +297,10 @@ def test_layers_that_compute_something_else_have_no_adapters():
     with pytest.raises(ValueError, match="target names no layer of the model: c; it has a"):
         dlrt.add_adapters(model, target="c")
     assert all(parameter.requires_grad for parameter in model.parameters())
+    body = nn.ModuleDict({"a": nn.Linear(8, 8), "w": weighed})
+    around = nn.ModuleDict({"body": body, "n": normed})
+    with pytest.warns(UserWarning, match="^body.w gets no adapter: its weight is computed of others"):
+        dlrt.add_adapters(around, target="body")
     with pytest.warns(UserWarning, match="gets no adapter") as told:
         dlrt.add_adapters(model)
     assert [str(warning.message).split()[0] for warning in told] == ["n", "p", "w", "c"]
