@@ -20,10 +20,11 @@ from typing import TypedDict
 
 import pandas as pd
 from torch import nn
+from tuned_runs import COPY
 
 from dlrt import compression, errors, markup, plots, tables, to_low_rank
 from dlrt.baselines import uniform_cut
-from dlrt.checkpoint import load_network, save_table
+from dlrt.checkpoint import fingerprint, load_network, save_table
 from dlrt.data import Dataset
 from dlrt.datasets import load
 from dlrt.errors import RunError
@@ -39,11 +40,15 @@ SAMPLES = 1000  # training pictures that say what the loss needs
 
 
 class Cut(TypedDict):
-    """A row of the CSV file. Accuracy, the dense network's, and compression are in %."""
+    """A row of the CSV file. Accuracy, the dense network's, and compression are in %.
+
+    A run has its name and a checksum of its weights; parameters are those of the dense network.
+    """
 
     network: str
     dataset: str
     run: str
+    parameters: int
     way: str
     asked: float
     compression: float
@@ -65,18 +70,25 @@ def cut(model: nn.Module, way: str, share: float, dataset: Dataset) -> nn.Module
         raise RunError(f"--compressions, of {way}: {error}") from error
 
 
-def measure(run: Path, asked: list[tuple[float, str]], data_dir: Path) -> Iterator[Cut]:
-    """A row for each compression and way."""
+def measure(run: Path, compressions: list[float], data_dir: Path, rows: pd.DataFrame) -> Iterator[Cut]:
+    """A row for each compression and way that these rows lack; RunError where they are of other networks."""
     model, about = load_network(run)
-    if compression(model).compressed:
+    cost = compression(model)
+    if cost.compressed:
         raise RunError(f"{run} is of a low-rank network: give runs of dense ones")
-    dataset = load(about["dataset"], data_dir, seed=0)
-    dense = evaluate(model, dataset.test)[1]
-    for percent, way in asked:
+    of_run = {"network": about["network"], "dataset": about["dataset"], "parameters": cost.dense_parameters}
+    _check_alike(pd.DataFrame([*rows.to_dict("records"), of_run]))
+    of_run["run"] = f"{run.name} {fingerprint(model)}"
+    there = rows[rows["run"] == of_run["run"]]
+    done = set(zip(there["asked"], there["way"], strict=True))
+    missing = [at for at in product(compressions, WAYS) if at not in done]
+    dataset = load(about["dataset"], data_dir, seed=0) if missing else None
+    dense = evaluate(model, dataset.test)[1] if missing else None
+    for percent, way in missing:
         made = cut(model, way, percent / 100, dataset)
-        at = {"network": about["network"], "dataset": about["dataset"], "run": run.name, "way": way}
         cost, accuracy = compression(made).evaluation_compression, evaluate(made, dataset.test)[1]
-        yield {**at, "asked": percent, "compression": cost, "accuracy": accuracy, "dense": dense}
+        at = {"way": way, "asked": percent, "compression": cost}
+        yield {**of_run, **at, "accuracy": accuracy, "dense": dense}
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -102,12 +114,14 @@ def figure(rows: pd.DataFrame) -> Figure:
     return made
 
 
-def _check_alike(rows: pd.DataFrame, record: Path) -> None:
+def _check_alike(rows: pd.DataFrame) -> None:
     """RunError where rows are of several networks or data sets: a mean over them would say nothing."""
-    kinds = sorted({(row["network"], row["dataset"]) for row in rows.to_dict("records")})
+    kinds = rows[["network", "parameters", "dataset"]].drop_duplicates()
     if len(kinds) > 1:
-        several = ", ".join(" on ".join(kind) for kind in kinds)
-        raise RunError(f"{record} must be of one network and data set, got {several}: give --output-dir")
+        several = ", ".join(
+            f"{name} ({size:,} weights) on {data}" for name, size, data in kinds.itertuples(index=False)
+        )
+        raise RunError(f"a table must be of one network and data set, got {several}: give --output-dir")
 
 
 @errors.boundary()
@@ -121,8 +135,6 @@ def main() -> None:
     add("--data-dir", type=Path, default=DATA_DIR, help="or set DLRT_DATA")
     add("--output-dir", type=Path, help="of records, table and figure; by default here, and figures/")
     args = parser.parse_args()
-    if len({run.name for run in args.runs}) < len(args.runs):
-        parser.error("--runs must have different names, by which their rows are known")
     folder = args.output_dir or Path(__file__).parent
     record = folder / f"{NAME}.csv"
     if args.runs:
@@ -131,24 +143,20 @@ def main() -> None:
     rows = pd.DataFrame(columns=list(Cut.__annotations__))
     if record.exists():
         rows = read_table(record, Cut, "delete it, and measure again")
-    _check_alike(rows, record)
+    _check_alike(rows)
     for run in args.runs:
-        cuts = rows[rows["run"] == run.name]
-        done = set(zip(cuts["asked"], cuts["way"], strict=True))
-        missing = [at for at in product(args.compressions, WAYS) if at not in done]
-        about = load_network(run)[1] if missing else {}
-        _check_alike(pd.DataFrame([*rows.to_dict("records"), *([about] if about else [])]), record)
-        for made in measure(run, missing, args.data_dir) if missing else ():
+        for made in measure(run, args.compressions, args.data_dir, rows):
             rows = pd.DataFrame([*rows.to_dict("records"), made])
             save_table(record, rows)
     if rows.empty:
         parser.error("--runs must name trained dense networks, as nothing is measured yet, got none")
-    if rows.groupby(["asked", "way"]).size().nunique() > 1:
-        raise RunError(f"{record} has some cuts of some runs only: give all --runs again")
     count, more = rows["run"].nunique(), (rows["compression"] - rows["asked"]).groupby(rows["way"]).max()
+    if (rows.groupby(["asked", "way"]).size() != count).any():
+        raise RunError(f"{record} has some cuts of some runs only: give all --runs and --compressions again")
     beyond = "; ".join(f"{way} {more[way]:.1f}" for way in WAYS if way in more)
+    data = tables.data(rows) + (COPY if (rows["dataset"] == "cifar10").all() else "")
     caption = (
-        f"{rows['network'].iloc[0]} on the test pictures of {tables.data(rows)}, {count} network"
+        f"{rows['network'].iloc[0]} on the test pictures of {data}, {count} network"
         f"{'s' * (count > 1)}, {rows['dense'].mean():.2f} % dense. Compression exceeds what was asked "
         f"for by at most so many points: {beyond}. {tables.COUNTED}"
     )

@@ -12,11 +12,12 @@ import pandas as pd
 import study_figures
 from fine_tune_effects import FOLDER
 from study_figures import DENSE, WAYS
+from tuned_runs import COPY
 
 from dlrt import markup, tables
 from dlrt.errors import RunError
 from dlrt.runs import chosen_epoch, differences, read_metrics
-from dlrt.summaries import over_seeds
+from dlrt.summaries import check_difference, over_seeds
 
 HERE = Path(__file__).parent
 SHORT = ("network", "trained", "rule", "test accuracy [%]", "below dense", "compression [%]")
@@ -28,7 +29,6 @@ PUBLISHED = pd.DataFrame({
     "after [%]": ["58.7", "58.6", "67.7", "64.2"],
     "compression [%]": "93 to 98",
 })  # fmt: skip
-COPY = " (the runs that are committed: a JPEG copy of it)"
 CAPTION = (
     "{data}: test accuracy in %, mean and standard deviation over the seeds, at the epoch chosen on the "
     "validation pictures and at the last one. All begin at random but those that are called cut, which are "
@@ -126,7 +126,7 @@ def fine_tuned(found: pd.DataFrame, folder: Path) -> pd.DataFrame:
     """A row per network, tolerance and epochs: the accuracy before and after fine-tuning, and of the control.
 
     That has as many epochs, all with basis updates. Epochs are chosen alike among those before and
-    those after; of the control among all.
+    those after; of the control among all. RunError where the runs of a row differ in more than the seed.
     """
     rows, controls = [], found[~(found["finetune_epochs"] > 0)]
     for run in found[found["finetune_epochs"] > 0].itertuples():
@@ -138,6 +138,8 @@ def fine_tuned(found: pd.DataFrame, folder: Path) -> pd.DataFrame:
             "network": run.network,
             "τ": f"{run.tau:g}",
             "seed": run.seed,
+            "run": run.run,
+            "options": run.options,
             "epochs": f"{run.epochs} + {run.finetune_epochs:g}",
             "before": before["test_accuracy"],
             "after": after["test_accuracy"],
@@ -147,16 +149,19 @@ def fine_tuned(found: pd.DataFrame, folder: Path) -> pd.DataFrame:
             "ranks (first seed)": after["ranks"],
         })  # fmt: skip
     groups = pd.DataFrame(rows).sort_values("seed").groupby(["network", "τ", "epochs"], sort=False)
+    for _, of_one in groups:
+        check_difference(of_one, "seed")
     accuracies = ["before", "after", "not frozen"]
     mean, std = (getattr(groups[accuracies], name)() for name in ("mean", "std"))
     has_all = groups["not frozen"].count() == groups.size()  # a control of every seed
     mean["not frozen"] = mean["not frozen"].where(has_all)
+    std["not frozen"] = std["not frozen"].where(has_all)
     table = mean.index.to_frame(index=False)
     table["seeds"] = groups.size().map(str).to_list()
     for column in accuracies:
         table[f"{column} [%]"] = tables.spread(mean[column], std[column])
     table["compression [%]"] = tables.text(groups["compression"].mean(), "{:.2f}").to_list()
-    of_control = tables.text(groups["control compression"].mean(), "{:.2f}")
+    of_control = tables.text(groups["control compression"].mean().where(has_all), "{:.2f}")
     table["not frozen: compression [%]"] = of_control.to_list()
     table["ranks (first seed)"] = groups["ranks (first seed)"].first().to_list()
     published = PUBLISHED[PUBLISHED["network"].isin(table["network"])]

@@ -10,10 +10,10 @@ cut to the budget and trained on for a third of the epochs; and DLRT as publishe
 validation chose for each way on a smaller network (probe.csv). With `--tune EPOCHS` short runs of seed 0 try
 a half, a quarter and an eighth of them, too, and more until the best lies between two that are no better; a
 dense start, of which short runs say nothing, begins without the eighth, in runs of full length, and its
-dense epochs have the dense net's. (Where that network has no row for separable kernels they take the step
-size of matrices; cuts take that after a dense start, or half of it, the published method 0.2.) The first
-budget comes first, seed by seed, and cuts of trained nets after all its seeds. Each preset has a folder of
-its own, results/ and results_gpu/.
+dense epochs have the dense net's; cuts begin as they do, in runs as long as they are. (Where that network has
+no row for separable kernels they take the step size of matrices; without `--tune` cuts take half of it, the
+published method 0.2.) The first budget comes first, seed by seed, and cuts of trained nets after all its
+seeds. Each preset has a folder of its own, results/ and results_gpu/.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import sys
 import tarfile
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,7 +32,8 @@ from typing import Any
 from tuned_runs import best_settings, recorded
 
 from dlrt import errors, grid, tuning
-from dlrt.flags import COUNT, PERCENT, POSITIVE
+from dlrt.errors import RunError
+from dlrt.flags import COUNT, PERCENT, number
 from dlrt.grid import RunSpec
 
 HERE = Path(__file__).parent
@@ -52,6 +54,7 @@ WAYS = {
     DENSE: "dense, {}",
 }
 LOW_RANK = ("matrices", "separable")
+CUT = "cut_"  # of the trained dense net, to either of these
 STARTED = "started_"  # ways that begin dense are called so, and take the same step sizes as those that do not
 WAYS |= {f"{STARTED}{way}": WAYS[way] for way in ("matrices", "separable", "factors", "separable_factors")}
 DENSE_SHARE = 0.4  # of their epochs
@@ -64,8 +67,17 @@ def step_sizes(way: str, rule: str, scale: float = 1.0) -> dict[str, float]:
     """What validation chose in the probe for a way to train, times a scale."""
     row, scaled = {"muon": ("Muon", "update_lr"), "sgd": ("SGD", "lr")}[rule]
     best = best_settings(recorded(HERE / "probe.csv"))
-    setting = best.get(WAYS[way].format(row)) or best[WAYS["matrices"].format(row)]  # not all were tried
-    return {**setting, scaled: scale * setting[scaled]}
+    name = WAYS[way].format(row)
+    if "separable" in way and name not in best:  # not tried there with both rules
+        name = WAYS["matrices"].format(row)
+    if name not in best:
+        raise RunError(f"{HERE / 'probe.csv'} has no {name}: make it with python cifar10/probe.py --tune")
+    return {**best[name], scaled: scale * best[name][scaled]}
+
+
+def narrower(compression: float) -> float:
+    """The share of the channels that a net of as few parameters has: so many sixteenths."""
+    return round(16 * (1 - compression / 100) ** 0.5) / 16
 
 
 def plan(
@@ -87,7 +99,7 @@ def plan(
         DENSE: {},
         "factors": {"factors": compression},
         "separable_factors": {"factors": compression, "spatial": True},
-        "narrow": {"width": round(16 * (1 - compression / 100) ** 0.5) / 16},
+        "narrow": {"width": narrower(compression)},
         "matrices": {"compression": compression},
         "separable": {"compression": compression, "spatial": True},
     }[kind]
@@ -95,24 +107,26 @@ def plan(
     return _named(network, f"{way}{size}_{rule}", options, low_rank=kind in LOW_RANK)
 
 
-def cuts(
-    network: str, compression: float, common: dict[str, Any], results: Path, scales: Mapping[Choice, float]
-) -> list[RunSpec]:
-    """The trained dense network cut to a budget, by singular values or by what the loss needs.
+def cut(
+    network: str,
+    kind: str,
+    by: str,
+    compression: float,
+    common: dict[str, Any],
+    results: Path,
+    scales: Mapping[Choice, float],
+) -> RunSpec:
+    """The trained dense network cut to a budget by its weights or by the loss, and trained on.
 
-    Their step sizes are those after a dense start, where scales have them; else half of what the probe chose.
+    scales are as those of `plan`, but half of the probe's step size serves unless given.
     """
-    start = results / network / f"dense_muon_seed{common['seed']}"
-    cut = {"epochs": -(-common["epochs"] // 3), "compression": compression, "ramp": 0.0}
-    cut |= {"from_checkpoint": start, "tau": 0.0, "tau_warmup": 0, "max_rank": "initial"}
-    plans = []
-    for kind in LOW_RANK:
-        sizes = step_sizes(kind, "muon", scales.get((STARTED + kind, "muon"), 0.5))
-        kernels = {"spatial": True} if kind == "separable" else {}
-        for by in ("weights", "loss"):
-            options = {**common, **RULES["muon"], **sizes, **cut, **kernels, "cut_by": by}
-            plans.append(_named(network, f"cut_{kind}_by_{by}{compression:g}", options, low_rank=True))
-    return plans
+    options = {**common, **RULES["muon"], **step_sizes(kind, "muon", scales.get((CUT + kind, "muon"), 0.5))}
+    options |= {"epochs": -(-common["epochs"] // 3), "compression": compression, "ramp": 0.0, "cut_by": by}
+    options |= {"from_checkpoint": results / network / f"dense_muon_seed{common['seed']}"}
+    options |= {"tau": 0.0, "tau_warmup": 0, "max_rank": "initial"}
+    if kind == "separable":
+        options["spatial"] = True
+    return _named(network, f"{CUT}{kind}_by_{by}{compression:g}", options, low_rank=True)
 
 
 def published(network: str, common: dict[str, Any]) -> RunSpec:
@@ -135,22 +149,44 @@ def choose_scales(network: str, epochs: int, args: argparse.Namespace, jobs: int
     of the dense network, too.
     """
     common = {**grid.shared_options(args), "seed": 0}
-    started = [way for way in args.ways if way.startswith(STARTED)]
-    asked = {*args.ways, DENSE} if started else set(args.ways)
-    others = [way for way in WAYS if way in asked and way not in started]
+    choices = [(way, rule) for rule in args.rules for way in WAYS if way in args.ways]
+    started = [choice for choice in choices if choice[0].startswith(STARTED)]
+    others = [choice for choice in choices if choice not in started]
+    if any(rule == "muon" for _, rule in started) and (DENSE, "muon") not in others:
+        others.append((DENSE, "muon"))
     scales: dict[Choice, float] = {}
 
     def tried(choice: Choice, divisor: float) -> RunSpec:
-        length = {"epochs": epochs if choice[0] in started else args.tune}
+        length = {"epochs": epochs if choice in started else args.tune}
         of_this = {**scales, choice: 1 / divisor}
         made = plan(network, *choice, args.compressions[0], common | length, of_this)
-        return replace(made, name=f"{network}/tuning/{'_'.join(choice)}_x{1 / divisor:g}")
+        return _for_tuning(made, choice, divisor)
 
-    for ways, divisors in ((others, DIVISORS), (started, DIVISORS[:3])):
-        first = {(way, rule): divisors for rule in args.rules for way in ways}
+    for asked, divisors in ((others, DIVISORS), (started, DIVISORS[:3])):
+        first = dict.fromkeys(asked, divisors)
         best = tuning.try_values(first, tried, args.output_dir, "validation_accuracy", jobs=jobs)
         scales |= {choice: 1 / divisor for choice, divisor in best.items()}
     return scales
+
+
+def choose_scales_of_cuts(
+    network: str, epochs: int, args: argparse.Namespace, jobs: int
+) -> dict[Choice, float]:
+    """As `choose_scales`, for cuts of the dense network of seed 0 by the loss; those by weights take them."""
+    common = {**grid.shared_options(args), "epochs": epochs, "seed": 0}
+
+    def tried(choice: Choice, divisor: float) -> RunSpec:
+        kind, scales = choice[0].removeprefix(CUT), {choice: 1 / divisor}
+        made = cut(network, kind, "loss", args.compressions[0], common, args.output_dir, scales)
+        return _for_tuning(made, choice, divisor)
+
+    first = {(CUT + kind, "muon"): DIVISORS[:3] for kind in LOW_RANK}
+    best = tuning.try_values(first, tried, args.output_dir, "validation_accuracy", jobs=jobs)
+    return {choice: 1 / divisor for choice, divisor in best.items()}
+
+
+def _for_tuning(run: RunSpec, choice: Choice, divisor: float) -> RunSpec:
+    return replace(run, name=f"{Path(run.name).parent}/tuning/{'_'.join(choice)}_x{1 / divisor:g}")
 
 
 def pack(results: Path, archive: Path) -> None:
@@ -170,19 +206,25 @@ def make(network: str, epochs: int, jobs: int, args: argparse.Namespace) -> None
     """All runs of a network, budget by budget and seed by seed; those that cut dense nets come after them."""
     scales = choose_scales(network, epochs, args, jobs) if args.tune else {}
     choices = [(way, rule) for rule in RULES if rule in args.rules for way in WAYS if way in args.ways]
+    shared = {**grid.shared_options(args), "epochs": epochs}
+    seeds = [{**shared, "seed": seed} for seed in range(args.seeds)]
+
+    def cuts(compression: float) -> list[RunSpec]:
+        asked = product(seeds, LOW_RANK, ("weights", "loss")) if "cut" in args.ways else ()
+        return [
+            cut(network, kind, by, compression, common, args.output_dir, scales) for common, kind, by in asked
+        ]
 
     for compression in args.compressions:
-        runs, then = [], []
-        for seed in range(args.seeds):
-            common = {**grid.shared_options(args), "epochs": epochs, "seed": seed}
-            for choice in choices:
-                runs.append(plan(network, *choice, compression, common, scales))
+        runs = []
+        for common in seeds:
+            runs += [plan(network, *choice, compression, common, scales) for choice in choices]
             if "published" in args.ways and compression == args.compressions[0]:
                 runs.append(published(network, common))
-            if "cut" in args.ways:
-                then += cuts(network, compression, common, args.output_dir, scales)
-        grid.make(runs, args.output_dir, jobs, may_diverge=True, then=then)
-        grid.make(then, args.output_dir, jobs, may_diverge=True)
+        grid.make(runs, args.output_dir, jobs, may_diverge=True, then=cuts(compression))
+        if args.tune and "cut" in args.ways and compression == args.compressions[0]:
+            scales |= choose_scales_of_cuts(network, epochs, args, jobs)
+        grid.make(cuts(compression), args.output_dir, jobs, may_diverge=True)
 
 
 @errors.boundary("the same command goes on")
@@ -197,13 +239,15 @@ def main() -> None:
     add("--ways", choices=all_ways, nargs="+", default=all_ways, help="to train; cut needs dense, too")
     add("--rules", choices=RULES, nargs="+", default=list(RULES), help="update rules")
     add("--tune", type=COUNT, default=0, metavar="EPOCHS", help="of the runs that choose step sizes")
-    add("--minutes", type=POSITIVE, help="stop after that time; the same command goes on")
+    add("--minutes", type=number(float, "(0, 10000]"), help="stop after that time; the same command goes on")
     add("--archive", type=Path, metavar="PATH", help="pack the records of all runs into this .tar.gz")
     parser.set_defaults(dataset="cifar10", jobs=None, output_dir=None)
     args = parser.parse_args()
     args.output_dir = args.output_dir or HERE / RESULTS[args.preset]
     if "cut" in args.ways and not ("dense" in args.ways and "muon" in args.rules):
         parser.error("--ways cut begins with the dense net that muon trained: add dense, and --rules muon")
+    if "narrow" in args.ways and (bad := [c for c in args.compressions if narrower(c) in (0, 1)]):
+        parser.error(f"--compressions of a narrower net must lie between 7 and 99.9, got {bad[0]:g}")
     if args.epochs == 1 and any(way.startswith(STARTED) for way in args.ways):
         parser.error(f"--epochs must be 2 or more, or --ways without those called {STARTED}…")
     epochs = EPOCHS["gpu"] | EPOCHS[args.preset]

@@ -88,7 +88,7 @@ def relative_to_dense(summary: pd.DataFrame) -> Figure:
 def over_time(found: pd.DataFrame, folder: Path) -> Figure:
     """Validation accuracy over the minutes of training, at the budget with the most runs; means of seeds."""
     budget = found["budget"].mode().iloc[0]
-    shown = found[(found["way"] == DENSE) | ((found["budget"] - budget).abs() < 2)]
+    shown = found[(found["way"] == DENSE) | ((found["budget"] - budget).abs() < 1)]
     shown = shown[~shown["way"].str.startswith("cut")]
     networks = list(shown["network"].unique())
     with plt.rc_context(plots.LOOK):

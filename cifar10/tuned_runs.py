@@ -24,8 +24,9 @@ from dlrt.flags import NATURAL, HelpFormatter, Parser
 from dlrt.options import DATA_DIR
 from dlrt.runs import damaged, lock, read_table
 
+COPY = " (the runs that are committed: a JPEG copy of it)"  # of CIFAR-10, in captions
 CAPTION = (
-    "CIFAR-10 (the runs that are committed: a JPEG copy of it), mean and standard deviation over the seeds "
+    f"CIFAR-10{COPY}, mean and standard deviation over the seeds "
     f"after the last epoch, at the setting that validated best with seed 0. {tables.COUNTED}"
 )
 AGAIN = "delete what is damaged, and make those runs again, with --tune"

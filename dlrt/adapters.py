@@ -26,6 +26,8 @@ from dlrt.linear import LowRankLinear
 from dlrt.lowrank import LowRank, at_least_single
 from dlrt.replacing import become
 
+COMPUTED = {"weight_orig", "weight_g", "weight_v"}  # parameters of which pruning and norms make the weight
+
 
 class Adapted(nn.Module):
     """y = base(x) + adapter(x): a layer whose weight of any type rests, and U S Vᵀ beside it, with S = 0."""
@@ -141,7 +143,7 @@ def _rests_alone(module: nn.Module) -> str | None:
     """Why a linear layer or a convolution can have no adapter, if so."""
     if not (isinstance(module, nn.Conv2d) or is_sized(module)):
         return None
-    if is_parametrized(module) or any(name.startswith("weight_") for name in module._parameters):
+    if is_parametrized(module) or not COMPUTED.isdisjoint(module._parameters):
         return "its weight is computed of others, as by spectral_norm or pruning"
     if isinstance(module, nn.Conv2d) and type(module) is not nn.Conv2d:
         return f"{type(module).__name__} is a subclass of nn.Conv2d, and may compute something else"

@@ -82,7 +82,7 @@ def plain_factors(
 
     A layer whose factors would not be smaller stays dense; so does what skip names, and what `to_low_rank`
     leaves dense. Separable kernels become two convolutions like any other, also for Muon. Give the model
-    back. ValueError for a compression that is out of reach.
+    back. ValueError as there.
     """
     return to_plain_factors(uniform_cut(model, compression, skip=skip, spatial=spatial))
 
@@ -95,10 +95,10 @@ def uniform_cut(
 
     All have one share of their full rank, up to rounding, the largest at which the whole model meets the
     compression, a fraction. skip and spatial are those of `to_low_rank`. ValueError for a compression that is
-    out of reach.
+    out of reach; the model is of full rank then.
     """
     model = to_low_rank(model, skip=skip, spatial=spatial)
-    layers = list(dict.fromkeys(m for m in model.modules() if isinstance(m, LowRankLayer)))
+    layers = [module for module in model.modules() if isinstance(module, LowRankLayer)]
     _, budget = budget_between(model, layers, compression, [1] * len(layers))
 
     def cost(ranks: list[int]) -> int:

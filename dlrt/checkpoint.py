@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, TypedDict, get_args, get_type_hints
@@ -13,6 +14,7 @@ from torch import nn
 
 from dlrt import models
 from dlrt.convert import load_factors
+from dlrt.distributed import checksum
 from dlrt.errors import KEPT, RunError, one_line
 
 WEIGHTS = Path(__file__).parent / "weights"  # of trained networks, by name; README.md there says more
@@ -125,6 +127,12 @@ def checkpoint_of(run: Path | str) -> Path:
 
 def _shipped() -> str:
     return ", ".join(sorted(path.stem for path in WEIGHTS.glob("*.pt")))
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A checksum of all that a network's state dict holds, of eight digits."""
+    sums = [(name, checksum(value)) for name, value in model.state_dict().items()]
+    return f"{zlib.crc32(repr(sums).encode()):08x}"
 
 
 def trained_weights(run: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -59,9 +59,11 @@ def compression(model: nn.Module) -> Compression:
         others = [p for p in others if p.requires_grad]
     rest = sum(p.numel() for p in others)
     evaluation = training = dense = rest
+    counted = {id(p) for p in others}
     for pair in (module for module in model.modules() if isinstance(module, Factors)):
-        m, n = pair.shape
-        dense += m * n - pair.rank * (m + n)
+        if any(id(p) in counted for p in pair.parameters()):
+            m, n = pair.shape
+            dense += m * n - pair.rank * (m + n)
     for layer in layers.values():
         (m, n), r = layer.shape, layer.rank
         k, l = min(2 * r, m), min(2 * r, n)  # noqa: E741

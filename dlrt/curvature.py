@@ -54,6 +54,8 @@ def kronecker_factors(
                     "a cut by the loss needs logits (N, classes) of two classes at least, got outputs "
                     f"{tuple(logits.shape)}: leave inputs out to cut by the weights"
                 )
+            if not probes:
+                return {}  # none of these layers was called
             p = logits.detach().float().softmax(1)
             classes = torch.multinomial(p, 1, generator=generator)[:, 0]
             loss = F.cross_entropy(logits, classes, reduction="sum")

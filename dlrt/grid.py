@@ -113,7 +113,7 @@ def make(
     finite and runs may diverge. Ctrl-C and SIGTERM (exit code 143) stop the runs, whose last complete epochs
     are kept. RunError before any is made where a run is there with other options, of other data, or damaged.
     Records without weights are finished runs, too, unless one of the plans `then` is missing and begins with
-    those weights: its record is deleted when it is made again.
+    those weights: its record is deleted when it is made again, and what is finished stays as it is.
     """
     if not plans:
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import zlib
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -15,7 +14,7 @@ from torch import nn
 from dlrt import distributed
 from dlrt.baselines import plain_factors, to_plain_factors
 from dlrt.blocks import is_within
-from dlrt.checkpoint import trained_weights
+from dlrt.checkpoint import fingerprint, trained_weights
 from dlrt.continuing import MISMATCHES, of_another_network
 from dlrt.convert import load_factors, to_low_rank
 from dlrt.data import Dataset
@@ -166,5 +165,4 @@ def _take_weights(model: nn.Module, options: RunOptions, run: Run) -> str:
         ) from error
     if _forms(model):
         raise RunError(f"--from-checkpoint {path} is of a network in factors: give a dense one's")
-    sums = [(name, distributed.checksum(value)) for name, value in model.state_dict().items()]
-    return f"{path.name} {zlib.crc32(repr(sums).encode()):08x}"
+    return f"{path.name} {fingerprint(model)}"

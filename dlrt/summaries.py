@@ -65,7 +65,7 @@ def over_seeds(runs: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """
     groups = runs.sort_values("seed").groupby(by, sort=False, dropna=False)
     for _, rows in groups:
-        _check_difference(rows, "seed")
+        check_difference(rows, "seed")
     table = groups.agg(
         seeds=("seed", "nunique"),
         validation=("validation_accuracy", "mean"),
@@ -92,12 +92,12 @@ def best_lrs(runs: pd.DataFrame, by: str) -> pd.Series:
     """
     tried = runs[runs["seed"] == runs["seed"].min()]
     for _, rows in tried.groupby(by):
-        _check_difference(rows, "lr")
+        check_difference(rows, "lr")
     tried = tried.sort_values(["validation_accuracy", "validation_loss"], ascending=[True, False])
     return tried.groupby(by)["lr"].last()
 
 
-def _check_difference(rows: pd.DataFrame, name: str) -> None:
+def check_difference(rows: pd.DataFrame, name: str) -> None:
     """Runs of one mean, or of one choice, differ in one option, `name`: else they would say nothing of it."""
     # weights to begin with are of a seed each
     started = [

@@ -29,13 +29,13 @@ def choose_lrs(plans: Sequence[RunSpec], results: Path, by: str) -> dict[Any, fl
 
 def try_values(
     first: Mapping[Any, Sequence[float]],
-    short_run: Callable[[Any, float], RunSpec],
+    run_of: Callable[[Any, float], RunSpec],
     results: Path,
     metric: str,
     smallest: bool = False,
     jobs: int = 1,
 ) -> dict[Any, float]:
-    """Make short runs; for each case the value whose run ends with the largest metric, or the smallest.
+    """Make a run of each; for each case the value whose run ends with the largest metric, or the smallest.
 
     first[case] are two values or more to begin with. While the best is the smallest or the largest of those
     tried, and better than its neighbour, a further one is. Of equals it is the smallest. RunError where all
@@ -45,7 +45,7 @@ def try_values(
     best: dict[Any, float] = {}
     made: set[str] = set()
     while missing := [case for case in tried if case not in best]:
-        runs = {case: {value: short_run(case, value) for value in tried[case]} for case in missing}
+        runs = {case: {value: run_of(case, value) for value in tried[case]} for case in missing}
         # one that diverged in this call is not tried again
         new = {run.name: run for of_case in runs.values() for run in of_case.values() if run.name not in made}
         grid.make(list(new.values()), results, jobs, may_diverge=True)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import dlrt
+from dlrt.baselines import plain_factors
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -283,6 +284,15 @@ def test_what_batch_norms_have_seen_goes_along():
     assert torch.allclose(other.eval()(x), model.eval()(x), atol=1e-12)
 
 
+def test_adapters_beside_plain_factors_stand_for_what_rests_there():
+    model = plain_factors(nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 10)), 0.5)
+    held = dlrt.compression(model).evaluation_parameters
+    cost = dlrt.compression(dlrt.add_adapters(model, rank=2))
+    sizes = [m.base.weight.shape for m in model.modules() if hasattr(m, "adapter")]
+    assert cost.dense_parameters == held == sum(m * n for m, n in sizes)
+    assert cost.evaluation_parameters == sum(2 * (m + n) for m, n in sizes)
+
+
 def test_layers_that_compute_something_else_have_no_adapters():
     class Padded(nn.Conv2d):
         def forward(self, x):
@@ -297,6 +307,9 @@ def test_layers_that_compute_something_else_have_no_adapters():
     with pytest.raises(ValueError, match="target names no layer of the model: c; it has a"):
         dlrt.add_adapters(model, target="c")
     assert all(parameter.requires_grad for parameter in model.parameters())
+    scaled = Quantised(nn.Linear(8, 8))
+    scaled.weight_scale_inv = nn.Parameter(torch.ones(1))  # its own, no part of a sum
+    assert hasattr(dlrt.add_adapters(nn.Sequential(scaled))[0], "adapter")
     body = nn.ModuleDict({"a": nn.Linear(8, 8), "w": weighed})
     around = nn.ModuleDict({"body": body, "n": normed})
     with pytest.warns(UserWarning, match="^body.w gets no adapter: its weight is computed of others"):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from made_up_runs import makes
 from dlrt import compression, grid
 from dlrt.checkpoint import load_network
 from dlrt.datasets import load
+from dlrt.errors import RunError
 from dlrt.low_rank_options import LowRankOptions
 from dlrt.options import ROOT, DenseOptions
 from dlrt.training import evaluate
@@ -133,9 +135,9 @@ def test_cuts_that_are_not_trained_on_go_to_a_table_and_a_figure(run_script, tmp
     record = tmp_path / "beyond" / "cut_without_training.csv"
     cuts = pd.read_csv(record)
     assert list(cuts["way"]) == ["curvature, spatial"]  # what was possible is there
-    pd.concat([cuts, cuts.assign(run="b"), cuts.assign(way="curvature")]).to_csv(record, index=False)
+    pd.concat([cuts, cuts.assign(run="b", asked=70)]).to_csv(record, index=False)
     uneven = run_script("cifar10/cut_without_training.py", "--output-dir", "beyond")
-    assert "has some cuts of some runs only: give all --runs again" in uneven.stderr
+    assert "has some cuts of some runs only: give all --runs and --compressions again" in uneven.stderr
     record.write_text(record.read_text()[:-1])
     damaged = run_script("cifar10/cut_without_training.py", "--output-dir", "beyond")
     assert "is lost or damaged: restore it, or delete it, and measure again" in damaged.stderr
@@ -146,16 +148,23 @@ def test_cuts_that_are_not_trained_on_go_to_a_table_and_a_figure(run_script, tmp
     metrics = pd.read_csv(tmp_path / "a" / "metrics.csv")
     assert list(rows["dense"]) == pytest.approx([metrics["test_accuracy"].iloc[-1]] * 4)
     assert (tmp_path / "out" / "cut_without_training.png").stat().st_size > 10_000
+    other = shutil.copytree(tmp_path / "a", tmp_path / "other" / "a")
+    state = torch.load(other / "checkpoint.pt")
+    state["chosen"]["linear.weight"] *= 2
+    torch.save(state, other / "checkpoint.pt")
+    output(run_script("cifar10/cut_without_training.py", *flags, "--runs", other))  # not known by its name
+    pooled = pd.read_csv(tmp_path / "out" / "cut_without_training.csv")
+    assert list(pooled.groupby("run").size()) == [4, 4]
     rows.assign(run="b", network="VGG16").to_csv(tmp_path / "b.csv", index=False)
     pooled = pd.concat([rows, pd.read_csv(tmp_path / "b.csv")])
     pooled.to_csv(tmp_path / "out" / "cut_without_training.csv", index=False)
     result = run_script("cifar10/cut_without_training.py", *flags)
-    told = "must be of one network and data set, got ResNet20 on digits32, VGG16 on digits32"
+    told = (
+        "got ResNet20 (268,336 weights) on digits32, VGG16 (268,336 weights) on digits32: give --output-dir"
+    )
     assert (result.returncode, result.stderr.count("\n"), told in result.stderr) == (1, 1, True)
     result = run_script("cifar10/cut_without_training.py", "--output-dir", "nothing")
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
-    result = run_script("cifar10/cut_without_training.py", "--runs", "one/a", "two/a")
-    assert (result.returncode, "must have different names" in result.stderr) == (2, True)
 
 
 def test_low_rank_training_begins_with_all_of_the_trained_weights(run_script, weights, tmp_path):
@@ -176,6 +185,9 @@ def test_what_cannot_be_is_told_before_any_work(run_script, tmp_path):
     result = run_script("cifar10/run.py", "--epochs", 1, "--output-dir", tmp_path / "results")
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert "--epochs must be 2 or more" in result.stderr
+    result = run_script("cifar10/run.py", "--compressions", 5, "--output-dir", tmp_path / "results")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "--compressions of a narrower net must lie between 7 and 99.9, got 5" in result.stderr
     assert not (tmp_path / "results").exists()
 
 
@@ -211,6 +223,30 @@ def test_ways_that_begin_dense_are_cut_after_two_fifths_and_tuned_in_whole_runs(
     assert way(started.record(), low_rank=True) == "DLRT after a dense start, separable kernels"
     started = DenseOptions(**made["resnet20/started_factors75_muon_seed0"])
     assert way(started.record(), low_rank=False) == "plain factors after a dense start, matrices"
+
+
+def test_cuts_of_the_trained_net_are_tuned_in_runs_as_long_as_they_are(run_script, monkeypatch, tmp_path):
+    make, made = makes(lambda options: abs(math.log(options["update_lr"] / 0.04)))
+    monkeypatch.setattr(grid, "make", make)
+    flags = ["--tune", 1, "--rules", "muon", "--seeds", 2, "--compressions", 75, "--output-dir", tmp_path]
+    output(run_script("cifar10/run.py", "--ways", "dense", "cut", *flags))
+    cuts = {name: of for name, of in made.items() if "cut_" in name}
+    final = {name: of for name, of in cuts.items() if "tuning" not in name}
+    assert len(final) == 8  # seeds, kinds of kernels and of cuts
+    assert {of["epochs"] for of in cuts.values()} == {4}
+    for kind in ("matrices", "separable"):
+        sizes = {of["update_lr"] for name, of in cuts.items() if f"tuning/cut_{kind}" in name}
+        assert {of["update_lr"] for name, of in final.items() if kind in name} == {
+            min(sizes, key=lambda size: abs(math.log(size / 0.04)))
+        }
+
+
+def test_a_probe_that_lacks_a_way_is_named(monkeypatch, run_script, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "cifar10")
+    script = loaded("cifar10/run")
+    monkeypatch.setattr(script, "HERE", tmp_path)
+    with pytest.raises(RunError, match=r"probe\.csv has no dense, Muon: make it with"):
+        script.step_sizes("dense", "muon")
 
 
 def test_a_run_that_is_recorded_twice_is_told_and_not_counted_twice(tmp_path, run_script):

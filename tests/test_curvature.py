@@ -215,6 +215,18 @@ def test_a_layer_without_influence_is_cut_by_its_weights():
     assert torch.allclose(low_rank.weight, dlrt.LowRank.from_dense(idle.weight.detach(), 2).dense())
 
 
+@pytest.mark.parametrize("skip", [["0"], []])
+def test_layers_that_are_not_called_or_not_there_leave_the_others_as_they_are(skip):
+    class Aside(nn.Sequential):
+        def forward(self, x):
+            return self[1](x)
+
+    model, x = Aside(nn.Linear(6, 5), nn.Flatten()), torch.randn(20, 6)
+    W = model[0].weight.detach().clone()
+    made = dlrt.to_low_rank(model, rank=5, skip=skip, inputs=x)[0]
+    assert torch.allclose(made.weight, W)
+
+
 def test_ranks_within_a_budget_lose_least_and_use_it():
     shapes = [(4, 6), (5, 3), (2, 9)]
     parts = [terms(torch.randn(shape)) for shape in shapes]

@@ -156,6 +156,16 @@ def test_fine_tuning_is_shown_by_the_best_epoch_before_it_and_in_it(tmp_path, mo
     write_run(tmp_path, "c", [50, 60, 70, 75], [51.0, 61.0, 71.0, 76.0], epochs=4)  # its control
     write_run(tmp_path, "d", [50, 60, 70, 75], [51.0, 61.0, 71.0, 73.0], epochs=4, lr=0.5)  # another run
     assert fine_tuned(read_runs(tmp_path), tmp_path)["not frozen [%]"].iloc[0] == "76.00"
+    for seed in (1, 2):  # the last without its control
+        frozen = {"epochs": 2, "finetune_epochs": 2, "seed": seed}
+        write_run(tmp_path, f"a{seed}", [50, 60, 70, 65], [51.0, 61.0, 71.0, 66.0], **frozen)
+    write_run(tmp_path, "c1", [50, 60, 70, 75], [51.0, 61.0, 71.0, 78.0], epochs=4, seed=1)
+    row = fine_tuned(read_runs(tmp_path), tmp_path).iloc[0]
+    assert (row["seeds"], row["not frozen [%]"], row["not frozen: compression [%]"]) == ("3", "", "")
+    different = {"epochs": 2, "finetune_epochs": 2, "seed": 3, "rank": 0.5}
+    write_run(tmp_path, "a3", [50, 60, 70, 65], [51.0, 61.0, 71.0, 66.0], **different)
+    with pytest.raises(RunError, match="a and a3 must differ in the seed only"):
+        fine_tuned(read_runs(tmp_path), tmp_path)
 
 
 def test_every_folder_gets_the_same_figure(tmp_path):
