@@ -59,7 +59,7 @@ def curves(summary: pd.DataFrame) -> dict[tuple[str, str, str], pd.DataFrame]:
 
 
 def relative_to_dense(summary: pd.DataFrame) -> Figure:
-    """Points above one's own dense net over compression, bars both ways; a row of axes per network."""
+    """Accuracy minus that of one's own dense net over compression, bars both ways; axes per network."""
     networks = list(summary["network"].unique())
     with plt.rc_context(plots.LOOK):
         height = 3.4 * len(networks) + 0.1 * len(curves(summary))
@@ -76,7 +76,7 @@ def relative_to_dense(summary: pd.DataFrame) -> Figure:
                     **look(way, rule),
                 )
             axes.axhline(0, color="0.6", lw=1)
-            axes.set(ylabel=f"{network}: points above\nthe dense net with the same rule")
+            axes.set(ylabel=f"{network}: accuracy minus that of\nthe dense net with the same rule [points]")
             low, high = axes.dataLim.intervalx
             if low <= high:  # there are points; close together, a tenth of one would look large
                 axes.set_xlim(low - 5, min(100, high + 5))
