@@ -46,7 +46,7 @@ FINE_TUNING = (
 )
 NETWORKS = ("ResNet20", "VGG16", "AlexNet")
 RULES = {"muon": "Muon", "sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
-SETTING = ["network", "way", "rule", "budget", "epochs", "curve"]
+SETTING = ["network", "way", "rule", "budget", "tau", "epochs", "curve"]
 
 
 def way(options: dict, low_rank: bool) -> str:
@@ -66,7 +66,7 @@ def way(options: dict, low_rank: bool) -> str:
         return f"DLRT of trained weights, {kernels}"
     if options.get("compression"):
         return f"DLRT{after or ', budget'}, {kernels}"
-    return "DLRT, τ" if options.get("momentum", 0.9) else "DLRT as published (τ, no momentum)"
+    return f"DLRT, τ, {kernels}" if options.get("momentum", 0.9) else "DLRT as published (τ, no momentum)"
 
 
 def with_ways(found: pd.DataFrame) -> pd.DataFrame:
@@ -81,7 +81,7 @@ def with_ways(found: pd.DataFrame) -> pd.DataFrame:
     )
     of_narrow = found["options"].map(lambda options: 100 * (1 - options.get("width", 1) ** 2))
     several = found.groupby(["network", "way", "rule"])["epochs"].transform("nunique") > 1
-    lengths = (", " + found["epochs"].map(str) + " epochs").where(several, "")
+    lengths = found["epochs"].map(lambda count: f", {count} epoch{'s' * (count > 1)}").where(several, "")
     found["curve"] = found["way"] + ", " + found["rule"] + lengths
     asked = found["options"].map(lambda options: options.get("compression") or options.get("factors"))
     found["budget"] = pd.to_numeric(asked).fillna(of_narrow.where(found["way"] == "dense, narrower"))
@@ -104,7 +104,9 @@ def compared(found: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     summary["of_dense"] = summary["of_dense"].where(cut, summary["epochs"])
     accuracy = dense.set_index([*same, "epochs"])["accuracy"].rename("dense")
     summary = summary.join(accuracy, on=[*same, "of_dense"])
-    setting = {"network": summary["network"], "trained": summary["way"], "rule": summary["rule"]}
+    pairs = zip(summary["way"], summary["tau"], strict=True)
+    trained = [way.replace("τ", f"τ = {tau:g}") for way, tau in pairs]
+    setting = {"network": summary["network"], "trained": trained, "rule": summary["rule"]}
     table = tables.readable(summary, setting)
     for ways, ranks in (("plain factors", "uniform"), ("plain factors after", "by the cut")):
         shown = ~summary["way"].str.startswith(ways)

@@ -33,7 +33,8 @@ LOOKS = {
     "cut by what the loss needs, trained on, matrices": ("#CC79A7", "^"),
     "cut by what the loss needs, trained on, separable kernels": ("#E69F00", "^"),
     "DLRT as published (τ, no momentum)": ("#0072B2", "X"),
-    "DLRT, τ": ("#56B4E9", "X"),
+    "DLRT, τ, matrices": ("#CC79A7", "X"),
+    "DLRT, τ, separable kernels": ("#E69F00", "X"),
 }
 WAYS = tuple(LOOKS)
 BESIDE = 0.2  # percentage points of compression from one way to the next, so that bars do not hide others

@@ -247,7 +247,7 @@ def test_cifar10_has_a_table_of_its_own_pictures_and_of_dense_nets_with_the_same
     monkeypatch.syspath_prepend(ROOT / "cifar10")
     found = read_runs(tmp_path / "r")
     curves = load("cifar10/produce_results").with_ways(found[found["dataset"] == "cifar10"])["curve"]
-    assert {"dense, SGD", "dense, Muon, 1 epochs", "DLRT, budget, matrices, Muon, 3 epochs"} <= set(curves)
+    assert {"dense, SGD", "dense, Muon, 1 epoch", "DLRT, budget, matrices, Muon, 3 epochs"} <= set(curves)
     table = pd.read_csv(tmp_path / "out" / "table.csv", keep_default_na=False)
     below = table.loc[table["below dense"] != "", ["trained", "epochs", "below dense"]]
     assert below.to_numpy().tolist() == [
@@ -260,6 +260,13 @@ def test_cifar10_has_a_table_of_its_own_pictures_and_of_dense_nets_with_the_same
     assert run_script("cifar10/produce_results.py", *flags).returncode == 0
     table = pd.read_csv(tmp_path / "out" / "table.csv").set_index("trained")["rule"]
     assert table["DLRT of trained weights, matrices"] == "SGD"  # not cut: its budget falls
+    for tau in (0.1, 0.2):
+        tolerance = {"tau": tau, "tau_warmup": 0.0, **shared, "lr": 0.3}
+        write_run(tmp_path / "r", f"tolerance{tau}", [80], [78], **tolerance)
+    write_run(tmp_path / "r", "spatial", [80], [78], **{**tolerance, "spatial": True})
+    assert run_script("cifar10/produce_results.py", *flags).returncode == 0
+    names = set(pd.read_csv(tmp_path / "out" / "table.csv")["trained"])
+    assert {"DLRT, τ = 0.1, matrices", "DLRT, τ = 0.2, matrices", "DLRT, τ = 0.2, separable kernels"} <= names
     assert table["dense, trained on"] == "Adam"
     write_run(tmp_path / "r", "three", [81], [77.0], ranks="", lr=0.1, seed=1, **shared)
     result = run_script("cifar10/produce_results.py", *flags)
