@@ -42,7 +42,7 @@ SAMPLES = 1000  # training pictures that say what the loss needs
 class Cut(TypedDict):
     """A row of the CSV file. Accuracy, the dense network's, and compression are in %.
 
-    A run has its name and a checksum of its weights; parameters are those of the dense network.
+    A run is known by its name and a checksum of its weights; parameters are those of the dense network.
     """
 
     network: str

@@ -7,13 +7,14 @@ What is compared: the dense net, a narrower one at the parameters of each budget
 under that budget, both with kernels as matrices and spatially separable, and both also after a dense start:
 the dense net for two fifths of the epochs, and then cut; each with SGD and with Muon; the trained dense net
 cut to the budget and trained on for a third of the epochs; and DLRT as published. Step sizes are those that
-validation chose for each way on a smaller network (probe.csv). With `--tune EPOCHS` short runs of seed 0 try
-a half, a quarter and an eighth of them, too, and more until the best lies between two that are no better; a
-dense start, of which short runs say nothing, begins without the eighth, in runs of full length, and its
-dense epochs have the dense net's; cuts begin as they do, in runs as long as they are. (Where that network has
-no row for separable kernels they take the step size of matrices; without `--tune` cuts take half of it, the
-published method 0.2.) The first budget comes first, seed by seed, and cuts of trained nets after all its
-seeds. Each preset has a folder of its own, results/ and results_gpu/.
+validation chose for each way on a smaller network (probe.csv). With `--tune EPOCHS` short runs of seed 0
+try a half, a quarter and an eighth of them, too, and more until the best lies between two that are no
+better; a dense start, of which short runs say nothing, is tuned in whole runs, first at one, a half and a
+quarter; its dense epochs take the dense net's step size. Cuts are tuned like that, too, in runs of their
+own length. (Where that network has no row for separable kernels, they take the step size of matrices.
+Without `--tune` cuts take half the probe's step size for their kernels; the published method always has
+0.2.) The first budget comes first, seed by seed, and cuts of trained nets after all its seeds. Each preset
+has a folder of its own, results/ and results_gpu/.
 """
 
 from __future__ import annotations
@@ -149,7 +150,7 @@ def choose_scales(network: str, epochs: int, args: argparse.Namespace, jobs: int
     of the dense network, too.
     """
     common = {**grid.shared_options(args), "seed": 0}
-    choices = [(way, rule) for rule in args.rules for way in WAYS if way in args.ways]
+    choices = _choices(args)
     started = [choice for choice in choices if choice[0].startswith(STARTED)]
     others = [choice for choice in choices if choice not in started]
     if any(rule == "muon" for _, rule in started) and (DENSE, "muon") not in others:
@@ -185,6 +186,10 @@ def choose_scales_of_cuts(
     return {choice: 1 / divisor for choice, divisor in best.items()}
 
 
+def _choices(args: argparse.Namespace) -> list[Choice]:
+    return [(way, rule) for rule in RULES if rule in args.rules for way in WAYS if way in args.ways]
+
+
 def _for_tuning(run: RunSpec, choice: Choice, divisor: float) -> RunSpec:
     return replace(run, name=f"{Path(run.name).parent}/tuning/{'_'.join(choice)}_x{1 / divisor:g}")
 
@@ -205,7 +210,7 @@ def stop(number: int, frame: FrameType | None) -> None:
 def make(network: str, epochs: int, jobs: int, args: argparse.Namespace) -> None:
     """All runs of a network, budget by budget and seed by seed; those that cut dense nets come after them."""
     scales = choose_scales(network, epochs, args, jobs) if args.tune else {}
-    choices = [(way, rule) for rule in RULES if rule in args.rules for way in WAYS if way in args.ways]
+    choices = _choices(args)
     shared = {**grid.shared_options(args), "epochs": epochs}
     seeds = [{**shared, "seed": seed} for seed in range(args.seeds)]
 
@@ -247,7 +252,9 @@ def main() -> None:
     if "cut" in args.ways and not ("dense" in args.ways and "muon" in args.rules):
         parser.error("--ways cut begins with the dense net that muon trained: add dense, and --rules muon")
     if "narrow" in args.ways and (bad := [c for c in args.compressions if narrower(c) in (0, 1)]):
-        parser.error(f"--compressions of a narrower net must lie between 7 and 99.9, got {bad[0]:g}")
+        parser.error(
+            f"--compressions must be 7 to 99.9 for a narrower net, got {bad[0]:g}: leave narrow out of --ways"
+        )
     if args.epochs == 1 and any(way.startswith(STARTED) for way in args.ways):
         parser.error(f"--epochs must be 2 or more, or --ways without those called {STARTED}…")
     epochs = EPOCHS["gpu"] | EPOCHS[args.preset]

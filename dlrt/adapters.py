@@ -98,7 +98,7 @@ def add_adapters(model: nn.Module, rank: int = 8, target: str | Iterable[str] | 
     Make a `dlrt.DLRT` of the model then. Unfreeze what else is to be trained, such as a new head. With
     adapters `dlrt.compression` and the budget of a DLRT count trained weights only: an adapter of rank r
     r (m + n), of the m n numbers that the layer has. ValueError for a rank below 1, where a target names no
-    layer, and for a second set of adapters.
+    layer that can have an adapter, and for a second set of adapters.
     """
     check_whole("rank", rank)
     if any(isinstance(module, Adapted) for module in model.modules()):
@@ -112,8 +112,10 @@ def add_adapters(model: nn.Module, rank: int = 8, target: str | Iterable[str] | 
             raise ValueError("target must name a layer, or be None for all, got nothing")
         named = {stem: {name for name in chosen if f".{stem}." in f".{name}."} for stem in target}
         if unknown := [stem for stem, found in named.items() if found.isdisjoint(names)]:
+            reasons = [f" ({name}: {rest[name]})" for stem in unknown for name in sorted(named[stem])]
             raise ValueError(
-                f"target names no layer of the model: {', '.join(unknown)}; it has {', '.join(names)}"
+                f"target must name layers that can have adapters, got {', '.join(unknown)}"
+                f"{''.join(reasons)}; there are {', '.join(names) or 'none'}"
             )
         chosen = set().union(*named.values())
     for name, reason in rest.items():

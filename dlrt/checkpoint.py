@@ -130,7 +130,7 @@ def _shipped() -> str:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A checksum of all that a network's state dict holds, of eight digits."""
+    """A checksum of all that a network's state dict holds, as eight hexadecimal digits."""
     sums = [(name, checksum(value)) for name, value in model.state_dict().items()]
     return f"{zlib.crc32(repr(sums).encode()):08x}"
 

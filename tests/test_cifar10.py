@@ -187,7 +187,10 @@ def test_what_cannot_be_is_told_before_any_work(run_script, tmp_path):
     assert "--epochs must be 2 or more" in result.stderr
     result = run_script("cifar10/run.py", "--compressions", 5, "--output-dir", tmp_path / "results")
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
-    assert "--compressions of a narrower net must lie between 7 and 99.9, got 5" in result.stderr
+    assert (
+        "--compressions must be 7 to 99.9 for a narrower net, got 5: leave narrow out of --ways"
+        in result.stderr
+    )
     assert not (tmp_path / "results").exists()
 
 
