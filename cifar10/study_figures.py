@@ -136,4 +136,4 @@ def _legend(figure: Figure) -> None:
     lines = {}
     for axes in figure.axes:
         lines |= {text: line for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(lines.values(), lines, loc="outside lower center", ncols=2, fontsize="small")
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=2, fontsize="x-small")
