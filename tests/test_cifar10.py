@@ -246,7 +246,7 @@ def test_cuts_of_the_trained_net_are_tuned_in_runs_as_long_as_they_are(run_scrip
 
 def test_a_probe_that_lacks_a_way_is_named(monkeypatch, run_script, tmp_path):
     monkeypatch.syspath_prepend(ROOT / "cifar10")
-    script = loaded("cifar10/run")
+    script = loaded("cifar10/study_runs")
     monkeypatch.setattr(script, "HERE", tmp_path)
     with pytest.raises(RunError, match=r"probe\.csv has no dense, Muon: make it with"):
         script.step_sizes("dense", "muon")
