@@ -55,7 +55,7 @@ def boundary(kept: str = KEPT, code: int = 1) -> Iterator[None]:
 
     Exit codes: 2 for an OptionError, `code` for every other UserError and OSError, 3 where the loss is not
     finite, 130 for Ctrl-C, where the line ends in `kept`. Of several processes the first one alone reports
-    what strikes all.
+    what strikes all. In Python's development mode (`python -X dev`) errors keep their traceback.
     """
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     first = processes == 1 or rank == 0
@@ -66,6 +66,8 @@ def boundary(kept: str = KEPT, code: int = 1) -> Iterator[None]:
             report(error)
         sys.exit(DIVERGED)
     except (UserError, OSError) as error:
+        if sys.flags.dev_mode:
+            raise
         message = str(error)
         if isinstance(error, OSError) and error.filename:
             message = f"{error.filename} cannot be used ({error.strerror}): take another"

@@ -1,5 +1,7 @@
 """Whatever its user can cause ends a program with one line and an exit code, and nothing else does."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from dlrt import errors
@@ -45,6 +47,13 @@ def test_a_program_may_have_a_code_of_its_own_but_an_option_and_a_loss_keep_thei
 def test_a_fault_of_the_program_keeps_its_traceback(error):
     with pytest.raises(type(error)), errors.boundary():
         raise error
+
+
+def test_in_development_mode_an_error_keeps_what_caused_it(monkeypatch):
+    monkeypatch.setattr("sys.flags", SimpleNamespace(dev_mode=True))
+    with pytest.raises(errors.RunError) as found, errors.boundary():
+        raise errors.RunError("damaged") from KeyError("a slip")
+    assert isinstance(found.value.__cause__, KeyError)
 
 
 def test_of_several_processes_the_first_reports_what_strikes_all(monkeypatch, capsys):
