@@ -42,6 +42,7 @@ EPOCHS = {  # of each network
 JOBS = {"cpu": 2, "gpu": 8}  # runs at a time
 RESULTS = {"cpu": "results", "gpu": "results_gpu"}
 DIVISORS = (1, 2, 4, 8)  # of the probe's step size, with --tune: a deeper network may want less
+CUT_DIVISORS = (0.5, 1)  # whole runs, as cuts are, take larger steps than short ones
 
 
 def choose_scales(network: str, epochs: int, args: argparse.Namespace, jobs: int) -> dict[Choice, float]:
@@ -83,7 +84,7 @@ def choose_scales_of_cuts(
         made = cut(network, kind, "loss", args.compressions[0], common, args.output_dir, scales)
         return _for_tuning(made, choice, divisor)
 
-    first = {(CUT + kind, "muon"): DIVISORS[:3] for kind in LOW_RANK}
+    first = {(CUT + kind, "muon"): CUT_DIVISORS for kind in LOW_RANK}
     best = tuning.try_values(first, tried, args.output_dir, "validation_accuracy", jobs=jobs)
     return {choice: 1 / divisor for choice, divisor in best.items()}
 
