@@ -10,11 +10,11 @@ cut to the budget and trained on for a third of the epochs; and DLRT as publishe
 validation chose for each way on a smaller network (probe.csv). With `--tune EPOCHS` short runs of seed 0
 try a half, a quarter and an eighth of them, too, and more until the best lies between two that are no
 better; a dense start, of which short runs say nothing, is tuned in whole runs, first at one, a half and a
-quarter; its dense epochs take the dense net's step size. Cuts are tuned like that, too, in runs of their
-own length. (Where that network has no row for separable kernels, they take the step size of matrices.
-Without `--tune` cuts take half the probe's step size for their kernels; the published method always has
-0.2.) The first budget comes first, seed by seed, and cuts of trained nets after all its seeds. Each preset
-has a folder of its own, results/ and results_gpu/.
+quarter; its dense epochs take the dense net's step size. Cuts are tuned in whole runs, too,
+first at one and two. (Where that network has no row for separable kernels, they take the step size of
+matrices. Without `--tune` cuts take half the probe's step size for their kernels; the published method
+always has 0.2.) The first budget comes first, seed by seed, and cuts of trained nets after all its seeds.
+Each preset has a folder of its own, results/ and results_gpu/.
 """
 
 from __future__ import annotations
