@@ -7,14 +7,14 @@ What is compared: the dense net, a narrower one at the parameters of each budget
 under that budget, both with kernels as matrices and spatially separable, and both also after a dense start:
 the dense net for two fifths of the epochs, and then cut; each with SGD and with Muon; the trained dense net
 cut to the budget and trained on for a third of the epochs; and DLRT as published. Step sizes are those that
-validation chose for each way on a smaller network (probe.csv). With `--tune EPOCHS` short runs of seed 0
-try a half, a quarter and an eighth of them, too, and more until the best lies between two that are no
-better; a dense start, of which short runs say nothing, is tuned in whole runs, first at one, a half and a
-quarter; its dense epochs take the dense net's step size. Cuts are tuned in whole runs, too,
-first at one and two. (Where that network has no row for separable kernels, they take the step size of
-matrices. Without `--tune` cuts take half the probe's step size for their kernels; the published method
-always has 0.2.) The first budget comes first, seed by seed, and cuts of trained nets after all its seeds.
-Each preset has a folder of its own, results/ and results_gpu/.
+validation chose for each way on a smaller network (probe.csv). With `--tune EPOCHS` short runs of seed 0 try
+a half, a quarter and an eighth of them, too, and more until the best lies between two that are no better; a
+dense start, of which short runs say nothing, is tuned in whole runs, first at one, a half and a quarter; its
+dense epochs take the dense net's step size. Cuts are tuned in whole runs, too, by the loss, first at one and
+two. (Where that network has no row for separable kernels, they take the step size of matrices. Without
+`--tune` cuts take half the probe's step size for their kernels; the published method always has 0.2.) The
+first budget comes first, seed by seed, and cuts of trained nets after all its seeds. Each preset has a
+folder of its own, results/ and results_gpu/.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ EPOCHS = {  # of each network
 JOBS = {"cpu": 2, "gpu": 8}  # runs at a time
 RESULTS = {"cpu": "results", "gpu": "results_gpu"}
 DIVISORS = (1, 2, 4, 8)  # of the probe's step size, with --tune: a deeper network may want less
-CUT_DIVISORS = (0.5, 1)  # whole runs, as cuts are, take larger steps than short ones
+CUT_DIVISORS = (0.5, 1)  # in whole runs larger steps may pay, which short ones cannot show
 
 
 def choose_scales(network: str, epochs: int, args: argparse.Namespace, jobs: int) -> dict[Choice, float]:
