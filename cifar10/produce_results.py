@@ -11,13 +11,14 @@ from pathlib import Path
 import pandas as pd
 import study_figures
 from fine_tune_effects import FOLDER
-from study_figures import DENSE, WAYS
+from study_figures import DENSE
+from study_tables import compared, step_sizes, with_ways
 from tuned_runs import COPY
 
 from dlrt import markup, tables
 from dlrt.errors import RunError
 from dlrt.runs import chosen_epoch, differences, read_metrics
-from dlrt.summaries import check_difference, over_seeds
+from dlrt.summaries import check_difference
 
 HERE = Path(__file__).parent
 SHORT = ("network", "trained", "rule", "test accuracy [%]", "below dense", "compression [%]")
@@ -44,78 +45,12 @@ FINE_TUNING = (
     "bases are updated and ranks decided, at the epoch chosen among all. published: Schotthöfer et al. 2022, "
     f"on CIFAR-10.{{missing}} {tables.COUNTED}"
 )
+STEP_SIZES = (
+    "{data}: accuracy in % on the validation pictures of seed 0 after the last epoch, over the step size: "
+    "update_lr with Muon, lr with SGD. Long runs are those of the table, short ones tell where these begin. "
+    "best: that of the longest runs is what run.py takes for all seeds and budgets."
+)
 NETWORKS = ("ResNet20", "VGG16", "AlexNet")
-RULES = {"muon": "Muon", "sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
-SETTING = ["network", "way", "rule", "budget", "tau", "epochs", "curve"]
-
-
-def way(options: dict, low_rank: bool) -> str:
-    """Which of the WAYS a run is, by its options."""
-    kernels = "separable kernels" if options.get("spatial") else "matrices"
-    after = " after a dense start" if options.get("dense_epochs") else ""
-    trained = bool(options.get("from_checkpoint"))
-    if not low_rank:
-        narrow = options.get("width", 1) != 1
-        if options.get("factors"):
-            return f"plain factors{after}, {kernels}"
-        return "dense, narrower" if narrow else "dense, trained on" if trained else DENSE
-    if trained and options.get("ramp") == 0:
-        by = "singular values" if options.get("cut_by") == "weights" else "what the loss needs"
-        return f"cut by {by}, trained on, {kernels}"
-    if trained:
-        return f"DLRT of trained weights, {kernels}"
-    if options.get("compression"):
-        return f"DLRT{after or ', budget'}, {kernels}"
-    return f"DLRT, τ, {kernels}" if options.get("momentum", 0.9) else "DLRT as published (τ, no momentum)"
-
-
-def with_ways(found: pd.DataFrame) -> pd.DataFrame:
-    """The runs, with the row and the curve that each belongs to, and their compression.
-
-    That is against the dense net of full width, NaN where no run tells of it: narrower nets do not.
-    """
-    low_rank = found["ranks"] != ""
-    found = found.assign(way=[way(*pair) for pair in zip(found["options"], low_rank, strict=True)])
-    found["rule"] = found["options"].map(
-        lambda options: RULES[options.get("update") or options.get("optimizer", "sgd")]
-    )
-    of_narrow = found["options"].map(lambda options: 100 * (1 - options.get("width", 1) ** 2))
-    several = found.groupby(["network", "way", "rule"])["epochs"].transform("nunique") > 1
-    lengths = found["epochs"].map(lambda count: f", {count} epoch{'s' * (count > 1)}").where(several, "")
-    found["curve"] = found["way"] + ", " + found["rule"] + lengths
-    asked = found["options"].map(lambda options: options.get("compression") or options.get("factors"))
-    found["budget"] = pd.to_numeric(asked).fillna(of_narrow.where(found["way"] == "dense, narrower"))
-    tells = low_rank | (found["way"] == DENSE) | (found["evaluation_compression"] > 0)
-    whole = found["evaluation_parameters"] / (1 - found["evaluation_compression"] / 100)
-    whole = whole.where(tells).groupby(found["network"]).transform("max")
-    for phase in ("evaluation", "training"):
-        found[f"{phase}_compression"] = 100 * (1 - found[f"{phase}_parameters"] / whole)
-    return found
-
-
-def compared(found: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Means over the seeds of all runs without fine-tuning, as numbers and as text."""
-    summary = over_seeds(found, SETTING)
-    order = summary["way"].map({name: number for number, name in enumerate(WAYS)})
-    summary = summary.assign(order=order).sort_values(["network", "order", "compression", "rule", "epochs"])
-    same, dense = ["network", "rule"], summary[summary["way"] == DENSE]
-    summary = summary.join(dense.groupby(same)["epochs"].max().rename("of_dense"), on=same)
-    cut = summary["way"].str.startswith("cut")  # after which they have fewer
-    summary["of_dense"] = summary["of_dense"].where(cut, summary["epochs"])
-    accuracy = dense.set_index([*same, "epochs"])["accuracy"].rename("dense")
-    summary = summary.join(accuracy, on=[*same, "of_dense"])
-    pairs = zip(summary["way"], summary["tau"], strict=True)
-    trained = [way.replace("τ", f"τ = {tau:g}") for way, tau in pairs]
-    setting = {"network": summary["network"], "trained": trained, "rule": summary["rule"]}
-    table = tables.readable(summary, setting)
-    for ways, ranks in (("plain factors", "uniform"), ("plain factors after", "by the cut")):
-        shown = ~summary["way"].str.startswith(ways)
-        table["ranks (first seed)"] = table["ranks (first seed)"].where(shown, ranks)
-    below = (summary["dense"] - summary["accuracy"]).where(summary["way"] != DENSE)
-    table.insert(
-        table.columns.get_loc("at the last epoch [%]") + 1, "below dense", tables.text(below, "{:.2f}")
-    )
-    return summary, table
 
 
 def is_control(options: dict, fine_tuned: dict) -> bool:
@@ -200,6 +135,9 @@ def publish_study(args: argparse.Namespace, study: pd.DataFrame, data: str) -> N
     if (ours := study[study["way"].str.startswith("DLRT, budget")].sort_values(["seed", "run"])).size:
         figures["cifar10_ranks"] = study_figures.ranks_over_training(ours.iloc[0], args.results)
     tables.publish(args, table, CAPTION.format(data=data, missing=missing), figures, SHORT)
+    if len(tried := tables.tried(args.results, study["dataset"].iloc[0])):
+        table = step_sizes(with_ways(tried), args.results)
+        tables.write(table, args.output_dir, STEP_SIZES.format(data=data), "step_sizes")
 
 
 @tables.boundary()

@@ -6,15 +6,19 @@
 What is compared: the dense net, a narrower one at the parameters of each budget, plain factors and DLRT
 under that budget, both with kernels as matrices and spatially separable, and both also after a dense start:
 the dense net for two fifths of the epochs, and then cut; each with SGD and with Muon; the trained dense net
-cut to the budget and trained on for a third of the epochs; and DLRT as published. Step sizes are those that
-validation chose for each way on a smaller network (probe.csv). With `--tune EPOCHS` short runs of seed 0 try
-a half, a quarter and an eighth of them, too, and more until the best lies between two that are no better; a
-dense start, of which short runs say nothing, is tuned in whole runs, first at one, a half and a quarter; its
-dense epochs take the dense net's step size. Cuts are tuned in whole runs, too, by the loss, first at one and
-two. (Where that network has no row for separable kernels, they take the step size of matrices. Without
-`--tune` cuts take half the probe's step size for their kernels; the published method always has 0.2.) The
-first budget comes first, seed by seed, and cuts of trained nets after all its seeds. Each preset has a
-folder of its own, results/ and results_gpu/.
+cut to the budget and trained on for a third of the epochs; and DLRT as published. The first budget comes
+first, seed by seed, and cuts of trained nets after all its seeds. Each preset has a folder of its own,
+results/ and results_gpu/.
+
+Step sizes are those that validation chose for each way on a smaller network (probe.csv; separable kernels
+have those of matrices where it lacks them; cuts half of them; the published method always 0.2). With
+`--tune EPOCHS` validation on seed 0 chooses here, too, at the first budget, until the best lies between two:
+
+- Short runs begin at the probe's step size, a half, a quarter and an eighth of it.
+- Whole runs begin at the best of these and at twice that, since longer runs gain from larger steps.
+- Ways that begin dense have whole runs only, at one, a half and a quarter to begin with; their dense epochs
+  have the step size that short runs chose for the dense net.
+- Cuts by the loss have whole runs, at one and two to begin with; those by weights take the same.
 """
 
 from __future__ import annotations
@@ -23,12 +27,26 @@ import argparse
 import signal
 import sys
 import tarfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import FrameType
 
-from study_runs import CUT, DENSE, LOW_RANK, RULES, STARTED, WAYS, Choice, cut, narrower, plan, published
+from study_runs import (
+    CUT,
+    DENSE,
+    LOW_RANK,
+    RULES,
+    START,
+    STARTED,
+    WAYS,
+    Choice,
+    cut,
+    narrower,
+    plan,
+    published,
+)
 
 from dlrt import errors, grid, tuning
 from dlrt.flags import COUNT, PERCENT, number
@@ -46,31 +64,32 @@ CUT_DIVISORS = (0.5, 1)  # in whole runs larger steps may pay, which short ones 
 
 
 def choose_scales(network: str, epochs: int, args: argparse.Namespace, jobs: int) -> dict[Choice, float]:
-    """For each way and rule the scale of its step size that validates best in runs of seed 0.
+    """For each way and rule the scale of its step size that validates best in whole runs of seed 0.
 
-    These are runs at the first budget; their scales serve for all. They are short, but for ways that begin
-    dense: the epoch after the cut alone would favour small steps. Those come last, since they take the scale
-    of the dense network, too.
+    These are runs at the first budget; their scales serve for all. Short runs tell where they begin, but not
+    for ways that begin dense: the epoch after the cut alone would favour small steps.
     """
-    common = {**grid.shared_options(args), "seed": 0}
     choices = _choices(args)
     started = [choice for choice in choices if choice[0].startswith(STARTED)]
     others = [choice for choice in choices if choice not in started]
-    if any(rule == "muon" for _, rule in started) and (DENSE, "muon") not in others:
-        others.append((DENSE, "muon"))
     scales: dict[Choice, float] = {}
 
-    def tried(choice: Choice, divisor: float) -> RunSpec:
-        length = {"epochs": epochs if choice in started else args.tune}
-        of_this = {**scales, choice: 1 / divisor}
-        made = plan(network, *choice, args.compressions[0], common | length, of_this)
-        return _for_tuning(made, choice, divisor)
+    def tried(length: int, kind: str) -> Callable[[Choice, float], RunSpec]:
+        common = {**grid.shared_options(args), "seed": 0, "epochs": length}
 
-    for asked, divisors in ((others, DIVISORS), (started, DIVISORS[:3])):
-        first = dict.fromkeys(asked, divisors)
-        best = tuning.try_values(first, tried, args.output_dir, "validation_accuracy", jobs=jobs)
-        scales |= {choice: 1 / divisor for choice, divisor in best.items()}
-    return scales
+        def run(choice: Choice, divisor: float) -> RunSpec:
+            made = plan(network, *choice, args.compressions[0], common, {**scales, choice: 1 / divisor})
+            return _for_tuning(made, choice, kind, divisor)
+
+        return run
+
+    dense = [(DENSE, "muon")] if any(rule == "muon" for _, rule in started) else []
+    short = _best(dict.fromkeys([*others, *dense], DIVISORS), tried(args.tune, "short"), args, jobs)
+    if dense:
+        scales[START, "muon"] = 1 / short[DENSE, "muon"]
+    first = {choice: (short[choice] / 2, short[choice]) for choice in others}
+    first |= dict.fromkeys(started, DIVISORS[:3])
+    return scales | _scales(_best(first, tried(epochs, "whole"), args, jobs))
 
 
 def choose_scales_of_cuts(
@@ -79,22 +98,34 @@ def choose_scales_of_cuts(
     """As `choose_scales`, for cuts of the dense network of seed 0 by the loss; those by weights take them."""
     common = {**grid.shared_options(args), "epochs": epochs, "seed": 0}
 
-    def tried(choice: Choice, divisor: float) -> RunSpec:
+    def run(choice: Choice, divisor: float) -> RunSpec:
         kind, scales = choice[0].removeprefix(CUT), {choice: 1 / divisor}
         made = cut(network, kind, "loss", args.compressions[0], common, args.output_dir, scales)
-        return _for_tuning(made, choice, divisor)
+        return _for_tuning(made, choice, "whole", divisor)
 
-    first = {(CUT + kind, "muon"): CUT_DIVISORS for kind in LOW_RANK}
-    best = tuning.try_values(first, tried, args.output_dir, "validation_accuracy", jobs=jobs)
-    return {choice: 1 / divisor for choice, divisor in best.items()}
+    return _scales(_best({(CUT + kind, "muon"): CUT_DIVISORS for kind in LOW_RANK}, run, args, jobs))
 
 
 def _choices(args: argparse.Namespace) -> list[Choice]:
     return [(way, rule) for rule in RULES if rule in args.rules for way in WAYS if way in args.ways]
 
 
-def _for_tuning(run: RunSpec, choice: Choice, divisor: float) -> RunSpec:
-    return replace(run, name=f"{Path(run.name).parent}/tuning/{'_'.join(choice)}_x{1 / divisor:g}")
+def _for_tuning(run: RunSpec, choice: Choice, kind: str, divisor: float) -> RunSpec:
+    name = "_".join((*choice, kind, f"x{1 / divisor:g}"))
+    return replace(run, name=f"{Path(run.name).parent}/tuning/{name}")
+
+
+def _best(
+    first: Mapping[Choice, Sequence[float]],
+    run_of: Callable[[Choice, float], RunSpec],
+    args: argparse.Namespace,
+    jobs: int,
+) -> dict[Choice, float]:
+    return tuning.try_values(first, run_of, args.output_dir, "validation_accuracy", jobs=jobs)
+
+
+def _scales(divisors: Mapping[Choice, float]) -> dict[Choice, float]:
+    return {choice: 1 / divisor for choice, divisor in divisors.items()}
 
 
 def pack(results: Path, archive: Path) -> None:

@@ -25,6 +25,7 @@ WAYS = {
 LOW_RANK = ("matrices", "separable")
 CUT = "cut_"  # of the trained dense net, to either of these
 STARTED = "started_"  # ways that begin dense are called so, and take the same step sizes as those that do not
+START = STARTED + DENSE  # their dense epochs
 WAYS |= {f"{STARTED}{way}": WAYS[way] for way in ("matrices", "separable", "factors", "separable_factors")}
 DENSE_SHARE = 0.4  # of their epochs
 RULES = {"muon": {"update": "muon", "nesterov": True}, "sgd": {"update": "sgd"}}
@@ -53,15 +54,15 @@ def plan(
 ) -> RunSpec:
     """A run from scratch that ends at a compression, or that of the dense network.
 
-    scales: of the probe's step sizes, by way and rule, 1 unless given. Epochs that are dense have that of the
-    dense network, as far as Muon goes; SGD has one step size for all.
+    scales: of the probe's step sizes, by way and rule, 1 unless given. Epochs that are dense have a step size
+    of their own, that of `START`, as far as Muon goes; SGD has one for all.
     """
     options = {**common, **RULES[rule], **step_sizes(way, rule, scales.get((way, rule), 1.0))}
     kind = way.removeprefix(STARTED)
     if way != kind:
         options["dense_epochs"] = max(1, round(DENSE_SHARE * common["epochs"]))
         if rule == "muon":
-            of_dense = step_sizes(DENSE, rule, scales.get((DENSE, rule), 1.0))
+            of_dense = step_sizes(DENSE, rule, scales.get((START, rule), 1.0))
             options["dense_update_lr"] = of_dense["update_lr"]
     options |= {
         DENSE: {},

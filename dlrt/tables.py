@@ -88,7 +88,7 @@ def read(
         except FileNotFoundError:
             found = None
     if found is not None and reader is read_runs:
-        found = found[["tuning" not in Path(run).parent.parts for run in found["run"]]]
+        found = found[~_of_tuning(found)]
     for warning in caught:
         errors.report(warning.message)
     if found is None or found.empty:
@@ -108,6 +108,18 @@ def read(
     if len(others):
         errors.report(f"left out, since not on {wanted} (--dataset): {', '.join(others)}")
     return found[found["dataset"] == wanted].reset_index(drop=True)
+
+
+def tried(results: Path, dataset: str) -> pd.DataFrame:
+    """The finished runs on a data set that `read` leaves out, since they chose options."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `read` has told of those
+        found = read_runs(results)
+    return found[_of_tuning(found) & (found["dataset"] == dataset)]
+
+
+def _of_tuning(found: pd.DataFrame) -> pd.Series:
+    return found["run"].map(lambda run: "tuning" in Path(run).parent.parts)
 
 
 def data(found: pd.DataFrame) -> str:

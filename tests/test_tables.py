@@ -246,7 +246,7 @@ def test_cifar10_has_a_table_of_its_own_pictures_and_of_dense_nets_with_the_same
     assert run_script("cifar10/produce_results.py", *flags, "--time").returncode == 0
     monkeypatch.syspath_prepend(ROOT / "cifar10")
     found = read_runs(tmp_path / "r")
-    curves = load("cifar10/produce_results").with_ways(found[found["dataset"] == "cifar10"])["curve"]
+    curves = load("cifar10/study_tables").with_ways(found[found["dataset"] == "cifar10"])["curve"]
     assert {"dense, SGD", "dense, Muon, 1 epoch", "DLRT, budget, matrices, Muon, 3 epochs"} <= set(curves)
     table = pd.read_csv(tmp_path / "out" / "table.csv", keep_default_na=False)
     below = table.loc[table["below dense"] != "", ["trained", "epochs", "below dense"]]
@@ -272,6 +272,32 @@ def test_cifar10_has_a_table_of_its_own_pictures_and_of_dense_nets_with_the_same
     result = run_script("cifar10/produce_results.py", *flags)
     assert result.returncode == 1
     assert "must differ in the seed only, got lr 0.2 and 0.1: move one away" in result.stderr
+
+
+def test_the_step_sizes_of_the_study_stand_in_a_table_with_how_they_validate(run_script, tmp_path):
+    """The last epoch counts, of equals the larger step; runs that differ in more than that are refused."""
+    shared = {"dataset": "cifar10", "network": "ResNet20", "ranks": ""}
+    tuning = tmp_path / "r" / "resnet20" / "tuning"
+    write_run(tmp_path / "r", "resnet20/dense_muon_seed0", [70, 60], [1, 2], update="muon", **shared)
+    flags = ("--results", "r", "--output-dir", "out")
+    for size, validation in ((0.5, [90, 40]), (0.25, [50, 60]), (1.0, [50, 60])):
+        made = {"update": "muon", "update_lr": size, **shared}
+        write_run(tuning, f"dense_muon_whole_x{size}", validation, [1, 2], **made)
+        write_run(tuning, f"dense_muon_short_x{size}", [100 * size], [1], **made)
+    write_run(tuning, "narrow_sgd_whole_x1", [51], [1], width=0.5, **shared)
+    write_run(tuning, "digits", [99], [1], **{**shared, "dataset": "digits32"})
+    assert run_script("cifar10/produce_results.py", *flags).returncode == 0
+    table = pd.read_csv(tmp_path / "out" / "step_sizes.csv")
+    assert table.drop(columns="network").to_numpy().tolist() == [
+        ["dense", "Muon", 1, "0.25: 25.0, 0.5: 50.0, 1.0: 100.0", 1.0],
+        ["dense", "Muon", 2, "0.25: 60.0, 0.5: 40.0, 1.0: 60.0", 1.0],
+        ["dense, narrower", "SGD", 1, "0.1: 51.0", 0.1],
+    ]
+    assert "update_lr with Muon" in (tmp_path / "out" / "step_sizes.md").read_text()
+    write_run(tuning, "other", [99], [1], update="muon", update_lr=3.0, momentum=0.5, **shared)
+    result = run_script("cifar10/produce_results.py", *flags)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert "must differ in the update_lr only, got momentum" in result.stderr
 
 
 NAMES = [
