@@ -40,6 +40,7 @@ class Row:
     width: float = 1.0
     compression: float = 0.0
     spatial: bool = False
+    cut_by: str = "weights"
 
     @property
     def choices(self) -> list[dict]:
@@ -50,6 +51,9 @@ class Row:
 ROWS = {
     "DLRT, budget 75 %, Muon": Row("DLRT", "muon", compression=0.75),
     "DLRT, budget 75 %, spatially separable, Muon": Row("DLRT", "muon", compression=0.75, spatial=True),
+    "DLRT, budget 75 %, spatially separable, by the loss, Muon": Row(
+        "DLRT", "muon", compression=0.75, spatial=True, cut_by="loss"
+    ),
     "dense, Muon": Row("dense", "muon"),
     "plain factors, 75 %, Muon": Row("factors", "muon", compression=0.75),
     "dense, half the width, Muon": Row("dense", "muon", width=0.5),
@@ -72,7 +76,7 @@ def make(
     model = ResNet8(shape, width=row.width)
     if row.kind == "DLRT":
         model = to_low_rank(model, skip=DENSE, spatial=row.spatial)
-        budget = {"compression": row.compression, "ramp": round(0.6 * steps)}
+        budget = {"compression": row.compression, "ramp": round(0.6 * steps), "cut_by": row.cut_by}
         nesterov = row.update == "muon"
         optimizer = DLRT(
             model, torch.optim.SGD, update=row.update, nesterov=nesterov, **budget, **COMMON, **setting

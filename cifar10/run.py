@@ -6,16 +6,16 @@
 What is compared: the dense net, a narrower one at the parameters of each budget, plain factors and DLRT
 under that budget, both with kernels as matrices and spatially separable, and both also after a dense start:
 the dense net for two fifths of the epochs, and then cut; each with SGD and with Muon; the trained dense net
-cut to the budget and trained on for a third of the epochs; and DLRT as published. The first budget comes
-first, seed by seed, and cuts of trained nets after all its seeds. Each preset has a folder of its own,
-results/ and results_gpu/.
+cut to the budget and trained on for a third of the epochs; and DLRT as published. (DLRT whose budget keeps
+the largest singular values, and not what the loss needs, is trained where `--ways` asks for it.) The first
+budget comes first, seed by seed, and cuts of trained nets after all its seeds. Each preset has a folder of
+its own, results/ and results_gpu/.
 
 Step sizes are those that validation chose for each way on a smaller network (probe.csv; separable kernels
 have those of matrices where it lacks them; cuts half of them; the published method always 0.2). With
 `--tune EPOCHS` validation on seed 0 chooses here, too, at the first budget, until the best lies between two:
 
 - Short runs begin at the probe's step size, a half, a quarter and an eighth of it.
-- Whole runs begin at the best of these and at twice that, since longer runs gain from larger steps.
 - Ways that begin dense have whole runs only, at one, a half and a quarter to begin with; their dense epochs
   have the step size that short runs chose for the dense net.
 - Cuts by the loss have whole runs, at one and two to begin with; those by weights take the same.
@@ -34,6 +34,7 @@ from pathlib import Path
 from types import FrameType
 
 from study_runs import (
+    BY_WEIGHTS,
     CUT,
     DENSE,
     LOW_RANK,
@@ -64,10 +65,10 @@ CUT_DIVISORS = (0.5, 1)  # in whole runs larger steps may pay, which short ones 
 
 
 def choose_scales(network: str, epochs: int, args: argparse.Namespace, jobs: int) -> dict[Choice, float]:
-    """For each way and rule the scale of its step size that validates best in whole runs of seed 0.
+    """For each way and rule the scale of its step size that validates best in runs of seed 0.
 
-    These are runs at the first budget; their scales serve for all. Short runs tell where they begin, but not
-    for ways that begin dense: the epoch after the cut alone would favour small steps.
+    These are runs at the first budget; their scales serve for all. They are short, but for ways that begin
+    dense: the epoch after the cut alone would favour small steps.
     """
     choices = _choices(args)
     started = [choice for choice in choices if choice[0].startswith(STARTED)]
@@ -87,9 +88,8 @@ def choose_scales(network: str, epochs: int, args: argparse.Namespace, jobs: int
     short = _best(dict.fromkeys([*others, *dense], DIVISORS), tried(args.tune, "short"), args, jobs)
     if dense:
         scales[START, "muon"] = 1 / short[DENSE, "muon"]
-    first = {choice: (short[choice] / 2, short[choice]) for choice in others}
-    first |= dict.fromkeys(started, DIVISORS[:3])
-    return scales | _scales(_best(first, tried(epochs, "whole"), args, jobs))
+    whole = _best(dict.fromkeys(started, DIVISORS[:3]), tried(epochs, "whole"), args, jobs)
+    return scales | {choice: 1 / short[choice] for choice in others} | _scales(whole)
 
 
 def choose_scales_of_cuts(
@@ -175,7 +175,8 @@ def main() -> None:
     percent = {"type": PERCENT, "metavar": "PERCENT", "nargs": "+"}
     add("--compressions", **percent, default=[75.0, 60.0, 90.0], help="budgets, the most important first")
     all_ways = [*WAYS, "cut", "published"]
-    add("--ways", choices=all_ways, nargs="+", default=all_ways, help="to train; cut needs dense, too")
+    usual = [way for way in all_ways if not way.endswith(BY_WEIGHTS)]
+    add("--ways", choices=all_ways, nargs="+", default=usual, help="to train; cut needs dense, too")
     add("--rules", choices=RULES, nargs="+", default=list(RULES), help="update rules")
     add("--tune", type=COUNT, default=0, metavar="EPOCHS", help="of the runs that choose step sizes")
     add("--minutes", type=number(float, "(0, 10000]"), help="stop after that time; the same command goes on")

@@ -24,6 +24,8 @@ LOOKS = {
     "plain factors after a dense start, separable kernels": ("#009E73", "D"),
     "DLRT, budget, matrices": ("#CC79A7", "o"),
     "DLRT, budget, separable kernels": ("#E69F00", "o"),
+    "DLRT, budget by singular values, matrices": ("#CC79A7", "P"),
+    "DLRT, budget by singular values, separable kernels": ("#E69F00", "P"),
     "DLRT after a dense start, matrices": ("#CC79A7", "D"),
     "DLRT after a dense start, separable kernels": ("#E69F00", "D"),
     "DLRT of trained weights, matrices": ("#CC79A7", "s"),

@@ -26,7 +26,9 @@ LOW_RANK = ("matrices", "separable")
 CUT = "cut_"  # of the trained dense net, to either of these
 STARTED = "started_"  # ways that begin dense are called so, and take the same step sizes as those that do not
 START = STARTED + DENSE  # their dense epochs
+BY_WEIGHTS = "_by_weights"  # ways whose budget keeps the largest singular values, not what the loss needs
 WAYS |= {f"{STARTED}{way}": WAYS[way] for way in ("matrices", "separable", "factors", "separable_factors")}
+WAYS |= {f"{way}{BY_WEIGHTS}": WAYS[way] for way in LOW_RANK}
 DENSE_SHARE = 0.4  # of their epochs
 RULES = {"muon": {"update": "muon", "nesterov": True}, "sgd": {"update": "sgd"}}
 Choice = tuple[str, str]  # a way and a rule
@@ -58,8 +60,10 @@ def plan(
     of their own, that of `START`, as far as Muon goes; SGD has one for all.
     """
     options = {**common, **RULES[rule], **step_sizes(way, rule, scales.get((way, rule), 1.0))}
-    kind = way.removeprefix(STARTED)
-    if way != kind:
+    kind = way.removeprefix(STARTED).removesuffix(BY_WEIGHTS)
+    if kind in LOW_RANK:
+        options["cut_by"] = "weights" if way.endswith(BY_WEIGHTS) else "loss"
+    if way.startswith(STARTED):
         options["dense_epochs"] = max(1, round(DENSE_SHARE * common["epochs"]))
         if rule == "muon":
             of_dense = step_sizes(DENSE, rule, scales.get((START, rule), 1.0))

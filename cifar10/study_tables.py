@@ -31,7 +31,8 @@ def way(options: dict, low_rank: bool) -> str:
     if trained:
         return f"DLRT of trained weights, {kernels}"
     if options.get("compression"):
-        return f"DLRT{after or ', budget'}, {kernels}"
+        budget = ", budget" if options.get("cut_by") == "loss" else ", budget by singular values"
+        return f"DLRT{after or budget}, {kernels}"
     return f"DLRT, τ, {kernels}" if options.get("momentum", 0.9) else "DLRT as published (τ, no momentum)"
 
 

@@ -162,7 +162,7 @@ def _cut(
     if inputs is None and compression is None:
         return [kinds[layer].from_dense(layer, r, tau) for layer, r in zip(layers, ranks, strict=True)]
     factors = {} if inputs is None else kronecker_factors(model, kinds, inputs)
-    parts = [terms(W, factors.get(layer)) for W, layer in zip(weights, layers, strict=True)]
+    parts = [terms(W.double(), factors.get(layer)) for W, layer in zip(weights, layers, strict=True)]
     if compression is not None:
         ranks = _ranks_for(model, weights, parts, compression, min_rank)
     made = []

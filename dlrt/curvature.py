@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from dlrt.hooks import watching
 from dlrt.layers import LowRankLayer
-from dlrt.lowrank import LowRank, at_least_single, svd
+from dlrt.lowrank import LowRank, at_least_single, normalized, svd
 
 BATCH_SIZE = 16  # the patches of more inputs would fill the memory
-DAMPING = 1e-6  # of the largest eigenvalue: directions without any curvature have to stay invertible
+DAMPING = 1e-6  # of the largest entry: directions without any curvature have to stay invertible
 
 KroneckerFactors = tuple[Tensor, Tensor]  # A (n, n), G (m, m), float64
 
@@ -86,27 +86,26 @@ class Terms:
         return LowRank(U.to(dtype), (R @ T.mT).to(dtype), V.to(dtype))
 
 
-def terms(W: Tensor, factors: KroneckerFactors | None = None) -> Terms:
-    """W (m, n) taken apart by the singular values of √G W √A, as float64: Eckart-Young in that norm.
+def terms(W: Tensor, factors: KroneckerFactors | None = None, damping: float = DAMPING) -> Terms:
+    """W (m, n) taken apart by the singular values of √G W √A: Eckart-Young in that norm.
 
     They are shares of their norm. The second order holds for small changes only, and without the whole of a
     layer a network is lost, whichever layer it is; before a norm the scale of a weight means nothing anyway.
     """
-    W = W.double()
     if factors is None:
         P, sigma, Qh = svd(W)
-        left, right = P * sigma, Qh.mT
+        left, right = P, Qh.mT
     else:
-        (root_A, inverse_A), (root_G, inverse_G) = map(_roots, factors)
-        P, sigma, Qh = svd(root_G @ W @ root_A)
-        left, right = inverse_G @ P * sigma, inverse_A @ Qh.mT
-    return Terms(left, right, sigma / sigma.norm() if sigma.any() else sigma)
+        root_A, root_G = (_root(C, damping) for C in factors)
+        P, sigma, Qh = svd(root_G @ W @ root_A.mT)
+        left = torch.linalg.solve_triangular(root_G, P, upper=True)
+        right = torch.linalg.solve_triangular(root_A, Qh.mT, upper=True)
+    shares = normalized(sigma)
+    return Terms(left * sigma, right, shares / shares.norm().clamp(min=1))
 
 
-def _roots(C: Tensor) -> tuple[Tensor, Tensor]:
-    """√C and its inverse, slightly damped, for symmetric C; the identity where C is zero."""
-    values, vectors = torch.linalg.eigh(C)
-    if values[-1] <= 0:
-        return torch.eye(len(C)).to(C), torch.eye(len(C)).to(C)
-    roots = (values.clamp(min=0) + DAMPING * values[-1]).sqrt()
-    return (vectors * roots) @ vectors.mT, (vectors / roots) @ vectors.mT
+def _root(C: Tensor, damping: float) -> Tensor:
+    """R with Rᵀ R = C, slightly damped, up to a factor; triangular, which serves as well as √C."""
+    largest = C.diagonal().amax().clamp(min=torch.finfo(C.dtype).tiny)
+    damped = C / largest + damping * torch.eye(len(C), dtype=C.dtype, device=C.device)
+    return torch.linalg.cholesky(damped).mT

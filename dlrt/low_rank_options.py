@@ -96,9 +96,8 @@ class LowRankOptions(Options):
                 f"--tau-warmup must be at most --epochs, got {self.tau_warmup:g} > {self.epochs}"
             )
         self._settle_budget()
-        self._settle_cut(
-            bool(self.from_checkpoint or self.dense_epochs), "--from-checkpoint or --dense-epochs"
-        )
+        trained = bool(self.from_checkpoint or self.dense_epochs)
+        self._settle_cut(trained, "--compression, --from-checkpoint or --dense-epochs", self.budget)
         if self.integrator != "parallel" and self.amp == "float16":
             two = "takes two gradients a step, a loss scale one"
             raise OptionError(f"--integrator {self.integrator} {two}: --amp bfloat16")

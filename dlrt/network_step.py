@@ -6,14 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from dlrt.curvature import Terms, terms
 from dlrt.layers import LowRankLayer
-from dlrt.lowrank import LowRank, leading_subspace, truncated_svd
-from dlrt.ranks import allocate_ranks, direction_scores, falling_budget
+from dlrt.lowrank import LowRank, at_least_single, leading_subspace, rank_within, truncated_svd
+from dlrt.moments import moments
+from dlrt.ranks import allocate_ranks, falling_budget
 from dlrt.velocity import Velocity
 from dlrt.weight_step import WeightStep
 
 Moved = tuple[LowRank, Velocity | None]
+DAMPING = 1e-3  # of means over few gradients
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,13 +105,26 @@ class NetworkStep:
         if step is None:
             step = self.group["allot_at"] + self.group["s_steps"] - 1  # at the latest
         now = {layer: moved.get(layer) or self._at(layer) for layer in self.layers}
-        scores = direction_scores([Y_hat.S for Y_hat, _ in now.values()])
-        scores = [values[:most] for values, most in zip(scores, self.group["max_ranks"], strict=True)]
+        parts = [self._terms(layer, Y_hat.S) for layer, (Y_hat, _) in now.items()]
+        least, tau = self.group["min_rank"], self.group["tau"]
+        scores = [
+            part.sigma.square()[: min(most, max(least, rank_within(part.sigma, tau)))].tolist()
+            for part, most in zip(parts, self.group["max_ranks"], strict=True)
+        ]
         budget = falling_budget(*self.group["budget"], step)
-        ranks = allocate_ranks(budget, scores, [layer.shape for layer in now], self.group["min_rank"])
-        for (layer, at), rank in zip(now.items(), ranks, strict=True):
+        ranks = allocate_ranks(budget, scores, [layer.shape for layer in now], least)
+        for (layer, at), part, rank in zip(now.items(), parts, ranks, strict=True):
             if layer in moved or not layer.trains_bases or rank < layer.rank:
-                self._cut(layer, *at, rank=rank)
+                kept = part.matrix(rank, layer.S.dtype)
+                self.weight(layer).cut(*at, kept.U, kept.S, kept.V)
+
+    def _terms(self, layer: LowRankLayer, S: Tensor) -> Terms:
+        """S taken apart by what the loss needs, or by its singular values."""
+        by_loss = self.group["cut_by"] == "loss"
+        try:
+            return terms(at_least_single(S), moments(self.state[layer.S], S) if by_loss else None, DAMPING)
+        except torch.linalg.LinAlgError as error:
+            raise self._svd_failed(layer, error) from error
 
     def _cut(
         self,
@@ -115,9 +132,8 @@ class NetworkStep:
         Y_hat: LowRank,
         M: Velocity | None,
         decides: bool = True,
-        rank: int | None = None,
     ) -> None:
-        """Truncate by tau and to that rank, or else to the rank that a layer keeps; then its bases train."""
+        """Truncate by tau, or to the rank that a layer keeps; then its bases train."""
         weight, group = self.weight(layer), self.group
         keeps_rank = group["integrator"] == "bug"
         if keeps_rank and layer.trains_bases:
@@ -126,15 +142,18 @@ class NetworkStep:
         if not decides and layer.trains_bases:
             P, S1, Q = leading_subspace(Y_hat.S, weight.kept_rank)
         else:
-            tau, least, most = group["tau"], group["min_rank"], rank or self._max_rank(layer)
+            tau, least, most = group["tau"], group["min_rank"], self._max_rank(layer)
             if not decides or keeps_rank:  # S was stepped, so that its first columns may not be the best
                 tau, least, most = None, 1, weight.kept_rank
             try:
                 P, sigma, Q = truncated_svd(Y_hat.S, tau, min(least, most), most)
             except torch.linalg.LinAlgError as error:
-                raise torch.linalg.LinAlgError(f"the SVD of S fails in {weight.name}: {error}") from error
+                raise self._svd_failed(layer, error) from error
             S1 = sigma.diag()
         weight.cut(Y_hat, M, P, S1, Q)
+
+    def _svd_failed(self, layer: LowRankLayer, error: torch.linalg.LinAlgError) -> torch.linalg.LinAlgError:
+        return torch.linalg.LinAlgError(f"the SVD of S fails in {self.layers[layer]}: {error}")
 
     def _max_rank(self, layer: LowRankLayer) -> int:
         return self.group["max_ranks"][list(self.layers).index(layer)]

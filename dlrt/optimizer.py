@@ -45,8 +45,10 @@ class DLRT(torch.optim.Optimizer):
 
     - tau: the share of ‖S‖ that is truncated where ranks are decided, an attribute that may change; by
       default 0.1, or 0 under a budget.
-    - compression: a fraction, the budget for the parameters of the whole model. The singular values of all
-      layers compete for it, σ² / ‖S‖² for r (m + n).
+    - compression: a fraction, the budget for the parameters of the whole model. All directions of all
+      layers compete for it by their share of their layer, for r (m + n).
+    - cut_by: what a budget keeps of each layer, "loss": what the loss needs, by second moments of the
+      gradient (`moments`), or "weights": the largest singular values.
     - ramp: steps over which the budget falls from the present ranks to compression, along a cubic.
     - allot_every: ranks are decided in every so many steps, at an update of the bases, and constant in
       between.
@@ -63,6 +65,7 @@ class DLRT(torch.optim.Optimizer):
         tau: float | None = None,
         compression: float | None = None,
         ramp: int | None = None,
+        cut_by: str = "loss",
         allot_every: int = 10,
         integrator: str = "parallel",
         min_rank: int = 2,
@@ -78,6 +81,7 @@ class DLRT(torch.optim.Optimizer):
             tau=tau,
             compression=compression,
             ramp=ramp,
+            cut_by=cut_by,
             allot_every=allot_every,
             integrator=integrator,
             min_rank=min_rank,
@@ -210,7 +214,7 @@ class DLRT(torch.optim.Optimizer):
             self._awaited.remove(layer)
             return
         past = self.state.get(layer.S, {})
-        if "velocity" in past or "squares" in past:
+        if past.keys() & {"velocity", "squares", "left"}:
             self._bases_before.setdefault(layer, (layer.U.detach().clone(), layer.V.detach().clone()))
         if not self.group["frozen"]:
             past.pop("rank", None)

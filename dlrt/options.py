@@ -77,7 +77,8 @@ class Options(OptionSet):
     )
     cut_by: str | None = option(
         None,
-        "what a cut keeps: what the loss needs, or the largest; by default loss, weights for texts",
+        "what a cut or a budget keeps: what the loss needs, or the largest; by default loss, and weights "
+        "where a network for texts is cut",
         choices=("loss", "weights"),
     )
     dataset: str = option("mnist", "only mnist and cifar10 are downloaded", choices=DATASETS)
@@ -113,15 +114,15 @@ class Options(OptionSet):
                 f"--dense-epochs must be less than --epochs, got {self.dense_epochs} >= {self.epochs}"
             )
 
-    def _settle_cut(self, cut: bool, flags: str) -> None:
-        """What a cut keeps, where there is one; the flags are those that ask for it."""
-        of_text = self.dataset in TEXTS
-        if self.cut_by and not cut:
+    def _settle_cut(self, cut: bool, flags: str, budget: bool = False) -> None:
+        """What a cut or a budget keeps, where there is one; the flags are those that ask for it."""
+        cut_text = cut and self.dataset in TEXTS
+        if self.cut_by and not (cut or budget):
             raise OptionError(f"--cut-by must come with {flags}: random weights have nothing to keep")
-        if self.cut_by == "loss" and of_text:
+        if self.cut_by == "loss" and cut_text:
             raise OptionError("--cut-by loss is for pictures: a network for text takes --cut-by weights")
-        if cut:
-            self.cut_by = self.cut_by or ("weights" if of_text else "loss")
+        if cut or budget:
+            self.cut_by = self.cut_by or ("weights" if cut_text else "loss")
 
     def record(self) -> dict[str, Any]:
         """What config.json says of the run: all that is part of the experiment."""

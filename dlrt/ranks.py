@@ -5,10 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 
-from torch import Tensor
-
 from dlrt.checks import check_compression
-from dlrt.lowrank import normalized, svd
 
 Shape = tuple[int, int]
 
@@ -53,12 +50,6 @@ def falling_budget(start: int, end: int, ramp: int, step: int) -> int:
     """The budget after that many steps: it falls along a cubic from start to end over `ramp` steps."""
     left = max(0.0, 1 - step / ramp) if ramp else 0.0
     return int(end + (start - end) * left**3)
-
-
-def direction_scores(coefficients: Sequence[Tensor]) -> list[list[float]]:
-    """The score σ² / ‖S‖² of every direction of each S (k, l), descending, whatever the layer's norm."""
-    spectra = [normalized(svd(S)[1]).square() for S in coefficients]
-    return [(squares / squares.sum().clamp(min=1)).tolist() for squares in spectra]
 
 
 def allocate_ranks(

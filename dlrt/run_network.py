@@ -106,7 +106,7 @@ def cut(model: nn.Module, options: RunOptions, dataset: Dataset) -> nn.Module:
     that is cut to a compression it has its full rank: the update rule is for it as well.
     """
     inputs = None
-    if options.cut_by == "loss":
+    if options.cut_by == "loss" and (options.from_checkpoint or options.dense_epochs):
         inputs = dataset.train.images[:CALIBRATION_IMAGES].to(next(model.parameters()).device)
     cut_to = {"skip": _with_low_rank(options.skip, model), "inputs": inputs, "spatial": options.spatial}
     if isinstance(options, DenseOptions):

@@ -30,7 +30,7 @@ def make_optimizer(model: nn.Module, options: RunOptions, steps: int) -> torch.o
         settings["allot_every"] = options.allot_every
     if options.budget:
         ramp = round(options.ramp * options.epochs * steps)
-        settings |= {"compression": options.compression / 100, "ramp": ramp}
+        settings |= {"compression": options.compression / 100, "ramp": ramp, "cut_by": options.cut_by}
     return DLRT(model, OPTIMIZERS[options.optimizer], **settings, **inner)
 
 

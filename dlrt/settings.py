@@ -21,6 +21,7 @@ from dlrt.checks import (
 from dlrt.layers import LowRankLayer
 from dlrt.velocity import UPDATES, rule_of, update_share
 
+CUT_BY = ("loss", "weights")
 INTEGRATORS = ("parallel", "augmented", "bug")
 UPDATE_OF = {torch.optim.SGD: "sgd", torch.optim.Adam: "adam", torch.optim.AdamW: "adam"}
 
@@ -56,6 +57,7 @@ class Settings:
     tau: float | None
     compression: float | None
     ramp: int | None
+    cut_by: str
     allot_every: int
     integrator: str
     min_rank: int
@@ -109,6 +111,8 @@ class Settings:
             raise ValueError(
                 f"compression and ramp come together, got {self.compression} and {self.ramp}: give both"
             )
+        if self.cut_by not in CUT_BY:
+            raise ValueError(f"cut_by must be one of {', '.join(CUT_BY)}, got {self.cut_by!r}")
         if self.ramp is not None:
             check_whole("ramp", self.ramp, least=0)
 
@@ -133,6 +137,7 @@ class Settings:
             )
         rule = rule_of(self.update)
         share = update_share(rule, self.update_lr, defaults["lr"])
+        by_loss = self.compression is not None and self.cut_by == "loss"
         most = {None: [min(layer.shape) for layer in layers], "initial": [layer.rank for layer in layers]}
         taken_over = ("nesterov", "maximize", "weight_decay", "momentum", "betas", "eps")
         return {
@@ -144,11 +149,13 @@ class Settings:
             "integrator": self.integrator,
             "tau": self.tau,
             "min_rank": self.min_rank,
+            "cut_by": "loss" if by_loss else "weights",
             "max_ranks": most.get(self.max_rank) or [self.max_rank] * len(layers),
             "allot_every": self.allot_every,
             "s_steps": self.s_steps,
             "steps": 0,  # made, of the bases or of S alone
             "s_steps_taken": 0,  # since the bases were updated
-            "allot_at": 0,  # the step that decides ranks next
+            # the step that decides ranks next; one gradient tells little of what the loss needs
+            "allot_at": 1 + self.allot_every if by_loss else 0,
             "frozen": False,
         }

@@ -14,6 +14,7 @@ from dlrt.distributed import check_bases_may_rest, check_ranks_may_move
 from dlrt.integrators import Direction, augment, galerkin, parallel_step, update_bases
 from dlrt.layers import LowRankLayer
 from dlrt.lowrank import LowRank
+from dlrt.moments import remember_gradient, rotate_moments
 from dlrt.velocity import Tangent, Velocity, adam, carried, coefficients, rotate_squares, rule_of
 
 
@@ -116,7 +117,7 @@ class WeightStep:
 
     def carry_from(self, U: Tensor, V: Tensor) -> None:
         """Carry the velocity from these bases into those that the layer has by now, by projection."""
-        layer, Y = self.layer, self.layer.factors
+        Y = self.layer.factors
         U, V = U.to(Y.U), V.to(Y.V)
         if U.shape == Y.U.shape and torch.equal(U, Y.U) and torch.equal(V, Y.V):
             return
@@ -127,7 +128,7 @@ class WeightStep:
             self._remember(M @ Y.V, M.T @ Y.U, galerkin(M, Y))
         elif core is not None:  # bases rest
             self._remember(None, None, galerkin(LowRank(U, core, V), Y))
-        rotate_squares(self.state[layer.S], U.mT @ Y.U, V.mT @ Y.V)
+        self._rotate(U.mT @ Y.U, V.mT @ Y.V)
 
     def rest(self, Y_hat: LowRank, M: Velocity | None) -> None:
         """Leave the layer in these bases, and of the velocity what lies in them."""
@@ -145,7 +146,7 @@ class WeightStep:
 
     def cut(self, Y_hat: LowRank, M: Velocity | None, P: Tensor, S1: Tensor, Q: Tensor) -> None:
         """Leave the layer at Û P S1 Qᵀ V̂ᵀ, and the velocity in its tangent space; then its bases train."""
-        rotate_squares(self.state[self.layer.S], P, Q)
+        self._rotate(P, Q)
         if M is not None and self.beta:
             U, V, *velocity = carried(M, Y_hat, P, Q)
         else:
@@ -153,16 +154,28 @@ class WeightStep:
         self._put(LowRank(U, S1, V), *velocity)
         self.layer.trains_bases = True
 
+    def _rotate(self, P: Tensor, Q: Tensor) -> None:
+        """Write all means of the gradient's squares in the bases Û P, V̂ Q."""
+        state = self.state[self.layer.S]
+        rotate_squares(state, P, Q)
+        rotate_moments(state, P, Q)
+
     def _along(self) -> tuple[Tangent, Tangent, Direction]:
         """Velocity, what the step goes along, and the rule; the gradient is used up."""
         U, V, S = self._factors
         G, group, state = self.gradient(), self.group, self.state[S]
         M, N = self.accelerate(G)
         U.grad = V.grad = None
-        if group["update"] == "adam":
-            return M, N, lambda D, Y_hat: adam(D, coefficients(G, Y_hat), state, group["betas"], group["eps"])
         rule = rule_of(group["update"])
-        return M, N, lambda D, Y_hat: rule(D)
+
+        def direction(D: Tensor, Y_hat: LowRank) -> Tensor:
+            if group["cut_by"] == "loss" and not group["frozen"]:
+                remember_gradient(state, coefficients(G, Y_hat))
+            if group["update"] == "adam":
+                return adam(D, coefficients(G, Y_hat), state, group["betas"], group["eps"])
+            return rule(D)
+
+        return M, N, direction
 
     def _decayed(self) -> LowRank:
         group, (U, V, S) = self.group, self._factors

@@ -45,7 +45,7 @@ def plan(way: str, rule: str, compression: float, args: argparse.Namespace, **op
         "dense": {},
         "narrow": {"width": max(8, 8 * round(args.width * (1 - compression / 100) ** 0.5 / 8))},
         "factors": {"factors": compression},
-        "dlrt": {"compression": compression},
+        "dlrt": {"compression": compression, "cut_by": "weights"},
     }[way]
     size = "" if way == "dense" else f"{compression:g}"
     script = HERE / f"gpt_text{'' if way == 'dlrt' else '_baseline'}.py"

@@ -17,7 +17,7 @@ ORDER = [
     ["linear", "factors"],
     ["integrators"],
     ["thin_convolutions"],
-    ["velocity", "curvature", "fields", "attention", "convolutions", "streaming"],
+    ["velocity", "curvature", "moments", "fields", "attention", "convolutions", "streaming"],
     ["adapters", "convertible"],
     ["lora"],
     ["costs"],

@@ -166,6 +166,10 @@ def test_bases_that_somebody_writes_into_are_noticed_when_ranks_are_decided(way)
         ({"tau": float("nan")}, "tau, the share of the norm"),
         ({"compression": "60", "ramp": 5}, r"compression must be a fraction in \(0, 1\), got '60'"),
         ({"compression": float("nan"), "ramp": 5}, "compression must be a fraction"),
+        (
+            {"compression": 0.5, "ramp": 5, "cut_by": "size"},
+            "cut_by must be one of loss, weights, got 'size'",
+        ),
         ({"s_steps": 2.0}, "s_steps must be a whole number"),
         ({"allot_every": 0}, "allot_every must be a whole number"),
         ({"integrator": "bug", "compression": 0.5, "ramp": 3}, 'integrator="bug" keeps ranks'),
