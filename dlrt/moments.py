@@ -16,6 +16,7 @@ from torch import Tensor
 from dlrt.integrators import pad
 
 MEMORY = 20  # gradients, of the mean
+LEAST = 10  # gradients, before which they say too little
 
 
 def remember_gradient(state: dict[str, Any], C: Tensor) -> None:
@@ -32,11 +33,11 @@ def remember_gradient(state: dict[str, Any], C: Tensor) -> None:
 
 
 def moments(state: dict[str, Any], S: Tensor) -> tuple[Tensor, Tensor] | None:
-    """`right` (l, l) and `left` (k, k) for S (k, l); None before the first gradient.
+    """`right` (l, l) and `left` (k, k) for S (k, l); None after too few gradients.
 
     Nothing is known of directions by which the bases have grown since; S is zero in them.
     """
-    if "left" not in state:
+    if state.get("gradients", 0) < LEAST:
         return None
     rows, columns = S.shape
     return pad(state["right"], (columns, columns)), pad(state["left"], (rows, rows))

@@ -155,7 +155,6 @@ class Settings:
             "s_steps": self.s_steps,
             "steps": 0,  # made, of the bases or of S alone
             "s_steps_taken": 0,  # since the bases were updated
-            # the step that decides ranks next; one gradient tells little of what the loss needs
-            "allot_at": 1 + self.allot_every if by_loss else 0,
+            "allot_at": 0,  # the step that decides ranks next
             "frozen": False,
         }

@@ -19,7 +19,7 @@ def test_at_full_rank_they_are_those_of_the_dense_gradient(name):
     make, x_shape, y_shape = NETS["square"]
     model = dlrt.to_low_rank(make(), rank=1.0)
     options = {**OPTIONS[name], "weight_decay": 0.0}
-    optimizer = DLRT(model, torch.optim.SGD, lr=0.05, compression=0.1, ramp=10**6, allot_every=100, **options)
+    optimizer = DLRT(model, torch.optim.SGD, lr=0.05, compression=1e-9, ramp=10**6, **options)
     products = []
     for _ in range(MEMORY):
         x, y = torch.randn(x_shape), torch.randn(y_shape)
@@ -56,14 +56,15 @@ def test_they_turn_with_the_bases_and_new_directions_begin_with_the_gradient_tha
 @pytest.mark.parametrize("way", [{}, {"s_steps": 3}, {"integrator": "augmented"}])
 def test_a_budget_cuts_a_regression_where_the_loss_needs_it_least(way):
     """The excess loss ‖(W - W*) √A‖², inputs with covariance A: Eckart-Young in that norm is the best."""
-    n, rank, draw = 12, 4, torch.Generator().manual_seed(0)
-    target, scales = torch.randn(n, n, generator=draw), torch.logspace(0, -1, n)
+    n, rank, draw = 12, 2, torch.Generator().manual_seed(0)
+    left, right = (torch.randn(n, 5, generator=draw) for _ in range(2))
+    target, scales = left @ right.mT, torch.logspace(0, -1.5, n)
     sigma = torch.linalg.svdvals(target * scales)
     excess = {}
     for cut_by in ("loss", "weights"):
         model = dlrt.to_low_rank(nn.Linear(n, n, bias=False))
-        model.factors = dlrt.LowRank.from_dense(target)
-        budget = {"compression": 1 - 2 * rank * n / n**2 + 1e-9, "ramp": 30, "cut_by": cut_by}
+        model.factors = dlrt.LowRank.from_dense(target, rank=5)
+        budget = {"compression": 1 - 2 * rank * n / n**2 + 1e-9, "ramp": 300, "cut_by": cut_by}
         optimizer = DLRT(model, torch.optim.SGD, lr=1e-12, allot_every=20, **budget, **way)
 
         def closure(optimizer=optimizer, model=model):
@@ -74,13 +75,13 @@ def test_a_budget_cuts_a_regression_where_the_loss_needs_it_least(way):
             loss.backward()
             return loss
 
-        for _ in range(60):
+        for _ in range(330):
             optimizer.step(closure)
         optimizer.truncate()
         assert model.rank == rank
         excess[cut_by] = float(((model.weight - target) * scales).norm().detach() / sigma[rank:].norm())
     assert 1 <= excess["loss"] <= 1.1
-    assert excess["weights"] > 1.3
+    assert excess["weights"] > 1.2
 
 
 def test_they_are_saved_with_the_optimizer_and_follow_bases_that_others_write():

@@ -208,7 +208,7 @@ def test_cifar10_has_a_table_of_its_own_pictures_and_of_dense_nets_with_the_same
     differ in more than that and the seed have no mean.
     """
     shared = {"dataset": "cifar10", "network": "ResNet20"}
-    write_run(tmp_path / "r", "low", [70], [68.0], update="muon", compression=75.0, **shared)
+    write_run(tmp_path / "r", "low", [70], [68.0], update="muon", compression=75.0, cut_by="loss", **shared)
     assert run_script("cifar10/produce_results.py", "--results", "r", "--output-dir", "alone").returncode == 0
     drawn = {path.name for path in (tmp_path / "alone").glob("*.png")}
     assert drawn == {"cifar10_ranks.png"}  # without a dense net there is nothing below it
@@ -230,7 +230,10 @@ def test_cifar10_has_a_table_of_its_own_pictures_and_of_dense_nets_with_the_same
     table = pd.read_csv(tmp_path / "out" / "table.csv", keep_default_na=False).set_index(["trained", "rule"])
     assert list(table.index) == [("dense", "Muon"), ("dense", "SGD"), ("DLRT, budget, matrices", "Muon")]
     assert list(table["below dense"]) == ["", "", "10.00"]
-    for name, test, others in (("four", 79.0, {"ranks": ""}), ("five", 76.0, {"compression": 75.0})):
+    for name, test, others in (
+        ("four", 79.0, {"ranks": ""}),
+        ("five", 76.0, {"compression": 75.0, "cut_by": "loss"}),
+    ):
         write_run(tmp_path / "r", name, [80] * 3, [test] * 3, update="muon", **shared, **others)
     write_run(
         tmp_path / "r",
