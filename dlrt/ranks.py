@@ -1,4 +1,4 @@
-"""Ranks for a budget of parameters: the singular values of all layers compete for it."""
+"""Ranks for a budget of parameters: the directions of all layers compete for it."""
 
 from __future__ import annotations
 
