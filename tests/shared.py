@@ -26,11 +26,16 @@ def plain(**options):
     return LowRankOptions(**{**quiet, **options})
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test draws the same numbers, whichever tests came before it in its process."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def float64():
     """Tiny matrices in double precision, where the theory's equalities hold to 1e-12."""
     torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
     yield
     torch.set_default_dtype(torch.float32)
 

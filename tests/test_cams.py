@@ -178,6 +178,7 @@ def test_a_map_without_anything_positive_is_undefined():
         nn.Conv2d(1, 2, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2)
     )
     with torch.no_grad():
+        model[0].weight.abs_()  # so that both channels are active
         model[4].weight.copy_(torch.tensor([[1.0, 1.0], [-1.0, -1.0]]))
     maps = explain(model.eval(), torch.rand(2, 1, 8, 8) + 1, of_classes([[0], [1]]))
     assert maps.defined.tolist() == [True, False]
