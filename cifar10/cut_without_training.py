@@ -31,12 +31,12 @@ from dlrt.errors import RunError
 from dlrt.flags import PERCENT, HelpFormatter, Parser
 from dlrt.options import DATA_DIR, ROOT
 from dlrt.plots import LOOK, Figure, mpl, plt
+from dlrt.run_network import CALIBRATION_IMAGES
 from dlrt.runs import lock, read_table
 from dlrt.training import evaluate
 
 NAME = "cut_without_training"
 WAYS = ("curvature, spatial", "curvature", "singular values", "all layers alike")
-SAMPLES = 1000  # training pictures that say what the loss needs
 
 
 class Cut(TypedDict):
@@ -60,7 +60,7 @@ def cut(model: nn.Module, way: str, share: float, dataset: Dataset) -> nn.Module
     """The network cut in one of the ways."""
     weighted = [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     skip = [weighted[0], weighted[-1]]
-    inputs = dataset.train.images[:SAMPLES] if way.startswith("curvature") else None
+    inputs = dataset.train.images[:CALIBRATION_IMAGES] if way.startswith("curvature") else None
     spatial = way.endswith("spatial")
     try:
         if way == "all layers alike":

@@ -61,6 +61,12 @@ def test_alexnet_trains_and_its_first_and_last_layer_stay_dense(run_script, tmp_
     assert "test accuracy" in output(trained)
 
 
+@pytest.fixture(autouse=True)
+def few_pictures_say_what_the_loss_needs(monkeypatch):
+    """A thousand take ResNet20 half a minute."""
+    monkeypatch.setattr("dlrt.run_network.CALIBRATION_IMAGES", 16)
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A file of a dense ResNet20's weights."""
