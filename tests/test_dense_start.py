@@ -131,7 +131,8 @@ def test_a_checkpoint_in_another_form_than_the_options_say_is_refused(lenet5, tm
         lenet5(kind, *FAST, kind=kind)
     states = {kind: load_checkpoint(tmp_path / kind / "checkpoint.pt") for kind in START}
     wrong = [(kind, states[other]) for kind in START for other in START if other != kind]
-    for name, value in (("conv2.1.weight", None), ("conv2.0.weight", torch.tensor(1.0)), ("conv2.1.weight", 1)):
+    first, second = "conv2.0.weight", "conv2.1.weight"
+    for name, value in ((second, None), (first, torch.tensor(1.0)), (second, 1)):
         weights = dict(states["factors"]["model"])
         weights[name] = weights[name][..., None] if value == 1 else value
         weights = {name: weight for name, weight in weights.items() if weight is not None}
