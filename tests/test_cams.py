@@ -72,7 +72,6 @@ def test_low_rank_at_full_rank_has_the_maps_of_the_dense_network(method, resnet)
 
 
 def test_fullgrad_counts_the_biases_of_low_rank_layers():
-    torch.manual_seed(0)
     model, x = LeNet5().double().eval(), torch.randn(2, 1, 28, 28, dtype=torch.float64)
     dense = explain(model, x, method="fullgrad")
     low_rank = explain(dlrt.to_low_rank(deepcopy(model)), x, method="fullgrad")
@@ -130,7 +129,6 @@ def test_missing_pixels_are_filled_in_as_by_the_authors_of_road(shape):
 
 
 def test_road_takes_equal_shares_of_a_map_that_is_zero_almost_everywhere():
-    torch.manual_seed(0)
     model, x = ConvNet((1, 16, 16)).eval(), torch.randn(2, 1, 16, 16)
     sparse = np.zeros((2, 256), dtype=np.float32)
     sparse[:, 100:150] = np.random.default_rng(0).uniform(0.1, 1, size=(2, 50))
@@ -159,7 +157,6 @@ def test_a_saved_and_reloaded_low_rank_network_has_the_same_maps_bit_for_bit(res
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("kind", [nn.ReLU, nn.ReLU6])
 def test_nothing_negative_passes_a_rectifier_in_guided_backpropagation(kind, in_place):
-    torch.manual_seed(0)
     layers = [nn.Conv2d(2, 4, 3), kind(in_place), nn.Conv2d(4, 4, 3), kind(in_place), nn.Flatten()]
     model, x = nn.Sequential(*layers, nn.Linear(64, 3)).eval(), 0.1 * torch.randn(2, 2, 8, 8)
     guided = guided_gradients(model, x, of_classes([1, 2]))
@@ -205,7 +202,6 @@ def along(total, component):
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in NOT_SMOOTHED])
 def test_the_component_of_a_method_points_to_where_its_plain_map_does(method):
-    torch.manual_seed(0)
     head = nn.Linear(8 * 36, 16), nn.ReLU(), nn.Linear(16, 3)
     model, x = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), *head).eval(), torch.randn(4, 1, 8, 8)
     smooth, plain = (explain(model, x, method=method, eigen_smooth=smoothing) for smoothing in (True, False))

@@ -63,7 +63,7 @@ def test_alexnet_trains_and_its_first_and_last_layer_stay_dense(run_script, tmp_
 
 @pytest.fixture(autouse=True)
 def few_pictures_say_what_the_loss_needs(monkeypatch):
-    """A thousand take ResNet20 half a minute."""
+    """The few digits there are would take ResNet20 three seconds a cut."""
     monkeypatch.setattr("dlrt.run_network.CALIBRATION_IMAGES", 16)
 
 

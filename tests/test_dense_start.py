@@ -15,7 +15,7 @@ from dlrt.run_network import cut
 from dlrt.run_optimizer import go_on_with, make_optimizer
 from dlrt.runs import read_metrics
 
-SMALL = ("--skip", "conv1", "fc1", "fc2")  # one kernel is in factors, which takes a fifth of the time
+SMALL = ("--skip", "conv1", "fc1", "fc2")  # one kernel is in factors, which takes less time
 LARGE = ("--skip", "conv1", "fc2")
 START = {  # of each kind of network
     "dense": SMALL,

@@ -63,7 +63,6 @@ def test_products_of_rotated_features_depend_on_distances_alone(float64):
 
 
 def test_it_learns_a_text_dense_and_low_rank_and_continues_it():
-    torch.manual_seed(0)
     tokens = as_tokens("abcdefgh" * 40)[: 4 * 17].view(4, 17)
     for low_rank in (False, True):
         model = GPT((16,), width=32, depth=1, heads=2)

@@ -36,7 +36,6 @@ def test_a_picture_too_small_is_refused_with_the_size_that_is_needed(network):
 @pytest.mark.parametrize("trained", [False, True])
 def test_resnet20_computes_the_same_at_full_rank_and_dense_again(trained):
     """Also with weights that somebody else trained, where they are at hand."""
-    torch.manual_seed(0)
     model, x = ResNet20().eval(), torch.randn(4, 3, 32, 32)
     if trained and not TRAINED.exists():
         pytest.skip(f"{TRAINED} is not there")
@@ -77,7 +76,6 @@ def test_resnets_take_parameter_free_shortcuts(network):
 @pytest.mark.parametrize(("rank", "least"), [(None, 0.1), (0.25, 0.005)])
 def test_alexnet_tells_pictures_apart_before_training(rank, least):
     """It has no norms: where its logits do not vary it begins on a plateau that it never leaves."""
-    torch.manual_seed(0)
     model = AlexNet() if rank is None else dlrt.to_low_rank(AlexNet(), rank=rank, skip=["fc2"])
     with torch.no_grad():
         assert model(torch.randn(64, 3, 32, 32)).std(0).mean() > least

@@ -98,7 +98,6 @@ NETWORKS = {
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_of_others_converts_says_what_stays_dense_and_trains(name):
-    torch.manual_seed(0)
     make, inputs, layers, expected_reasons = NETWORKS[name]
     model, x, y = make(), inputs(), torch.arange(8)
     for module in model.modules():
@@ -153,7 +152,6 @@ def test_recurrent_layers_are_left_as_they_were():
 
 
 def test_shared_weights_stay_shared_through_a_step():
-    torch.manual_seed(0)
     model = GPT()
     model.blocks.append(model.blocks[0])
     with pytest.warns(UserWarning, match="head stays dense"):
@@ -169,7 +167,6 @@ def test_shared_weights_stay_shared_through_a_step():
 
 
 def test_unused_and_frozen_layers_survive_a_step_unchanged():
-    torch.manual_seed(0)
     model = GPT()
     for parameter in model.blocks[0].parameters():
         parameter.requires_grad_(False)

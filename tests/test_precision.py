@@ -47,7 +47,6 @@ def test_autocast_trains_about_as_well_as_float32(dataset, tmp_path):
 
 
 def test_a_step_inside_an_autocast_region_rounds_no_factor():
-    torch.manual_seed(0)
     model = to_low_rank(network(), rank=3, skip=["5"])
     optimizer = DLRT(model, torch.optim.SGD, lr=0.1, momentum=0.9)
     x, y = batch()
@@ -84,7 +83,6 @@ def test_a_loss_scale_changes_nothing():
 
 
 def test_a_gradient_that_overflows_moves_nothing_and_lowers_the_scale():
-    torch.manual_seed(0)
     model = to_low_rank(network(), rank=3, skip=["5"])
     optimizer = DLRT(model, torch.optim.SGD, lr=0.1)
     scaler = GradScaler("cpu", init_scale=2.0**40)
@@ -100,7 +98,6 @@ def test_a_gradient_that_overflows_moves_nothing_and_lowers_the_scale():
 
 
 def test_an_epoch_may_end_with_a_step_that_overflowed_before_the_bases_are_updated(dataset, tmp_path):
-    torch.manual_seed(0)
     model = to_low_rank(MLP(width=16), rank=3, skip=["fc5"])
     optimizer = DLRT(model, torch.optim.SGD, lr=0.1, s_steps=100)
     x, y = next(dataset.train.batches(64))
@@ -167,7 +164,6 @@ def assert_near(A, B, tolerance):
     ids=str,
 )
 def test_half_precision_weights_are_decomposed_in_float32(options, dtype):
-    torch.manual_seed(0)
     half, x = network().to(dtype), batch()[0]
     single = to_low_rank(copy.deepcopy(half).float(), **options)
     half = to_low_rank(half, **options)
@@ -202,7 +198,6 @@ def test_a_step_in_half_precision_is_refused_in_one_line():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("options", [{"s_steps": 2}, {"update": "muon", "integrator": "augmented"}], ids=str)
 def test_a_model_keeps_its_type_whatever_the_default_one(options, dtype, default):
-    torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     try:
         model, (x, y) = network(), batch()
@@ -219,7 +214,6 @@ def test_a_model_keeps_its_type_whatever_the_default_one(options, dtype, default
 
 @pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-24, 1e20, 1e22])
 def test_scale_changes_neither_ranks_nor_directions_in_float32(scale):
-    torch.manual_seed(0)
     A = torch.randn(60, 12) @ torch.diag(0.5 ** torch.arange(12)) @ torch.randn(12, 40)
     F, Y = 0.1 * torch.randn(60, 40), LowRank.from_dense(A, 4)
     for step in (

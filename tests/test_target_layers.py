@@ -112,7 +112,6 @@ class Attention(nn.Module):
 
 
 def test_attention_whose_tokens_have_no_place_is_refused_and_a_named_layer_is_not():
-    torch.manual_seed(0)
     flat = nn.Sequential(nn.Flatten(2), nn.Flatten(1), nn.Unflatten(1, (8, 36)))
     model = nn.Sequential(nn.Conv2d(3, 8, 3), flat, Attention(), nn.Flatten(), nn.Linear(4 * 36, 4)).eval()
     x = torch.randn(1, 3, 8, 8)
@@ -133,7 +132,6 @@ def test_a_network_of_convolutions_alone_is_explained_before_its_class_scores():
 @pytest.mark.parametrize("name", ["squeezenet1_1", "mnasnet0_5", "densenet121", "googlenet"])
 def test_the_weights_that_torchvision_publishes_fit(name, tmp_path):
     """DenseNets by their older names."""
-    torch.manual_seed(0)
     options = {"init_weights": False} if name == "googlenet" else {}
     model = torchvision.models.get_model(name, weights=None, **options).eval()
     state = model.state_dict()

@@ -165,7 +165,6 @@ def test_what_is_slow_is_not_measured_at_larger_ranks(scripts):
 
 def test_what_is_timed_as_pca_comes_near_the_best_approximation(scripts):
     """Of a matrix whose singular values decay; a randomised SVD wants more columns than the rank."""
-    torch.manual_seed(0)
     U, V = (torch.linalg.qr(torch.randn(size, 200).double())[0] for size in (300, 200))
     sigma = 0.9 ** torch.arange(200.0).double()
     A, best = (U * sigma) @ V.mT, float(sigma[8:].norm())
@@ -315,7 +314,6 @@ def test_growth_is_the_power_of_its_last_points(scripts):
 
 
 def test_operations_of_an_update_grow_with_the_third_power_of_all_sizes(scripts):
-    torch.manual_seed(0)
     whole, smaller = (scripts.at_scale.update(2048, 1024, 128, smaller=by) for by in (1, 2))
     assert smaller == pytest.approx(whole, rel=0.05)
     assert 2 * 6 < whole / (3072 * 128**2) < 2 * 10  # Gram matrices, bases, velocity; and small matrices

@@ -142,7 +142,6 @@ def timm_vit():
 @pytest.mark.filterwarnings("ignore:.*head stays dense")
 @pytest.mark.parametrize(("make", "name"), [(gpt2, "c_attn"), (timm_vit, "qkv")])
 def test_packed_projections_of_other_libraries_are_three_blocks(make, name):
-    torch.manual_seed(0)
     model, inputs, layers = make()
     state = model.eval().state_dict()
     before = model(**inputs)
@@ -159,7 +158,6 @@ def test_packed_projections_of_other_libraries_are_three_blocks(make, name):
 @pytest.mark.filterwarnings("ignore:.*stays dense")
 @pytest.mark.parametrize("make", [bert, llama, timm_vit, gpt2])
 def test_models_of_other_libraries_compute_the_same_at_full_rank_and_take_adapters(make):
-    torch.manual_seed(0)
     model, inputs, layers = make()
     model.eval()
 
