@@ -21,9 +21,10 @@ class Compression:
 
     A layer of rank r with an m x n weight counts r (m + n) for evaluation, or m n where that is less (then it
     is kept as a dense weight, see `dlrt.export`); for training the factors of a step in augmented bases,
-    k m + k l + l n with k = min(2 r, m), l = min(2 r, n). Velocity, which a dense layer has as well, is not
-    counted. Plain factors count r (m + n) for both, a dense layer m n everywhere. The compressions are
-    1 - parameters / dense parameters, in %. Schotthöfer et al. 2022.
+    k m + k l + l n with k = min(2 r, m), l = min(2 r, n). What the optimizer keeps beside them, velocity
+    (which a dense layer has as well) and second moments, is not counted. Plain factors count r (m + n) for
+    both, a dense layer m n everywhere. The compressions are 1 - parameters / dense parameters, in %.
+    Schotthöfer et al. 2022.
     """
 
     evaluation_parameters: int

@@ -19,7 +19,7 @@ from dlrt.layers import LowRankLayer
 from dlrt.lowrank import LowRank, at_least_single, normalized, svd
 
 BATCH_SIZE = 16  # the patches of more inputs would fill the memory
-DAMPING = 1e-6  # of the largest entry: directions without any curvature have to stay invertible
+DAMPING = 1e-6  # of the norm: directions without any curvature have to stay invertible
 
 KroneckerFactors = tuple[Tensor, Tensor]  # A (n, n), G (m, m), float64
 
@@ -106,6 +106,6 @@ def terms(W: Tensor, factors: KroneckerFactors | None = None, damping: float = D
 
 def _root(C: Tensor, damping: float) -> Tensor:
     """R with Rᵀ R = C, slightly damped, up to a factor; triangular, which serves as well as √C."""
-    largest = C.diagonal().amax().clamp(min=torch.finfo(C.dtype).tiny)
-    damped = C / largest + damping * torch.eye(len(C), dtype=C.dtype, device=C.device)
+    norm = torch.linalg.matrix_norm(C).clamp(min=torch.finfo(C.dtype).tiny)  # the same in all bases
+    damped = C / norm + damping * torch.eye(len(C), dtype=C.dtype, device=C.device)
     return torch.linalg.cholesky(damped).mT

@@ -10,14 +10,13 @@ from torch import Tensor
 
 from dlrt.curvature import Terms, terms
 from dlrt.layers import LowRankLayer
-from dlrt.lowrank import LowRank, at_least_single, leading_subspace, rank_within, truncated_svd
-from dlrt.moments import moments
+from dlrt.lowrank import LowRank, at_least_single, leading_subspace, rank_within, svd, truncated_svd
+from dlrt.moments import MOMENT_DAMPING, forget_moments, second_moments
 from dlrt.ranks import allocate_ranks, falling_budget
 from dlrt.velocity import Velocity
 from dlrt.weight_step import WeightStep
 
 Moved = tuple[LowRank, Velocity | None]
-DAMPING = 1e-3  # of means over few gradients
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +90,7 @@ class NetworkStep:
             self._cut_to_budget({}, self.group["budget"][2])
         for layer in self.layers:
             self.weight(layer).rest(*self._at(layer))
+            forget_moments(self.state[layer.S])
         self.group["frozen"] = True
 
     def _end_rest(self, decides: bool) -> None:
@@ -107,10 +107,11 @@ class NetworkStep:
         now = {layer: moved.get(layer) or self._at(layer) for layer in self.layers}
         parts = [self._terms(layer, Y_hat.S) for layer, (Y_hat, _) in now.items()]
         least, tau = self.group["min_rank"], self.group["tau"]
-        scores = [
-            part.sigma.square()[: min(most, max(least, rank_within(part.sigma, tau)))].tolist()
-            for part, most in zip(parts, self.group["max_ranks"], strict=True)
-        ]
+        scores = []
+        for (Y_hat, _), part, most in zip(now.values(), parts, self.group["max_ranks"], strict=True):
+            sigma = svd(Y_hat.S)[1] if tau else part.sigma  # tau is a share of ‖S‖, whatever ranks compete by
+            within = rank_within(sigma, tau)
+            scores.append(part.sigma.square()[: min(most, max(least, within))].tolist())
         budget = falling_budget(*self.group["budget"], step)
         ranks = allocate_ranks(budget, scores, [layer.shape for layer in now], least)
         for (layer, at), part, rank in zip(now.items(), parts, ranks, strict=True):
@@ -120,11 +121,12 @@ class NetworkStep:
 
     def _terms(self, layer: LowRankLayer, S: Tensor) -> Terms:
         """S taken apart by what the loss needs, or by its singular values."""
-        by_loss = self.group["cut_by"] == "loss"
+        needs = second_moments(self.state[layer.S], S) if self.group["cut_by"] == "loss" else None
         try:
-            return terms(at_least_single(S), moments(self.state[layer.S], S) if by_loss else None, DAMPING)
+            return terms(at_least_single(S), needs, MOMENT_DAMPING)
         except torch.linalg.LinAlgError as error:
-            raise self._svd_failed(layer, error) from error
+            what = "S" if needs is None else "S, or of the second moments of its gradient,"
+            raise self._svd_failed(layer, error, what) from error
 
     def _cut(
         self,
@@ -152,8 +154,10 @@ class NetworkStep:
             S1 = sigma.diag()
         weight.cut(Y_hat, M, P, S1, Q)
 
-    def _svd_failed(self, layer: LowRankLayer, error: torch.linalg.LinAlgError) -> torch.linalg.LinAlgError:
-        return torch.linalg.LinAlgError(f"the SVD of S fails in {self.layers[layer]}: {error}")
+    def _svd_failed(
+        self, layer: LowRankLayer, error: torch.linalg.LinAlgError, what: str = "S"
+    ) -> torch.linalg.LinAlgError:
+        return torch.linalg.LinAlgError(f"the SVD of {what} fails in {self.layers[layer]}: {error}")
 
     def _max_rank(self, layer: LowRankLayer) -> int:
         return self.group["max_ranks"][list(self.layers).index(layer)]

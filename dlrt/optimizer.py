@@ -48,7 +48,8 @@ class DLRT(torch.optim.Optimizer):
     - compression: a fraction, the budget for the parameters of the whole model. All directions of all
       layers compete for it by their share of their layer, for r (m + n).
     - cut_by: what a budget keeps of each layer, "loss": what the loss needs, by second moments of the
-      gradient (`moments`), or "weights": the largest singular values, as before ten steps are made.
+      gradient (`dlrt.moments`), or "weights": the largest singular values, as before ten gradients are
+      known.
     - ramp: steps over which the budget falls from the present ranks to compression, along a cubic.
     - allot_every: ranks are decided in every so many steps, at an update of the bases, and constant in
       between.

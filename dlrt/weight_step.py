@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from dlrt.augmented import formed
+from dlrt.checks import is_orthonormal
 from dlrt.distributed import check_bases_may_rest, check_ranks_may_move
 from dlrt.integrators import Direction, augment, galerkin, parallel_step, update_bases
 from dlrt.layers import LowRankLayer
 from dlrt.lowrank import LowRank
-from dlrt.moments import remember_gradient, rotate_moments
+from dlrt.moments import forget_moments, remember_gradient, rotate_moments
 from dlrt.velocity import Tangent, Velocity, adam, carried, coefficients, rotate_squares, rule_of
 
 
@@ -116,7 +117,10 @@ class WeightStep:
             self._put(Y1, *(() if M is None else (M @ Y1.V, M.T @ Y1.U, galerkin(M, Y1))))
 
     def carry_from(self, U: Tensor, V: Tensor) -> None:
-        """Carry the velocity from these bases into those that the layer has by now, by projection."""
+        """Carry the velocity from these bases into those that the layer has by now, by projection.
+
+        So too the means of the gradient's squares; second moments, where the new bases lie within the old.
+        """
         Y = self.layer.factors
         U, V = U.to(Y.U), V.to(Y.V)
         if U.shape == Y.U.shape and torch.equal(U, Y.U) and torch.equal(V, Y.V):
@@ -128,7 +132,10 @@ class WeightStep:
             self._remember(M @ Y.V, M.T @ Y.U, galerkin(M, Y))
         elif core is not None:  # bases rest
             self._remember(None, None, galerkin(LowRank(U, core, V), Y))
-        self._rotate(U.mT @ Y.U, V.mT @ Y.V)
+        P, Q = U.mT @ Y.U, V.mT @ Y.V
+        if not is_orthonormal(P, Q):  # what nothing is known of may be needed
+            forget_moments(self.state[self.layer.S])
+        self._rotate(P, Q)
 
     def rest(self, Y_hat: LowRank, M: Velocity | None) -> None:
         """Leave the layer in these bases, and of the velocity what lies in them."""
@@ -155,7 +162,7 @@ class WeightStep:
         self.layer.trains_bases = True
 
     def _rotate(self, P: Tensor, Q: Tensor) -> None:
-        """Write all means of the gradient's squares in the bases Û P, V̂ Q."""
+        """Write second moments and mean squares of the gradient in the bases Û P, V̂ Q."""
         state = self.state[self.layer.S]
         rotate_squares(state, P, Q)
         rotate_moments(state, P, Q)
@@ -170,7 +177,8 @@ class WeightStep:
 
         def direction(D: Tensor, Y_hat: LowRank) -> Tensor:
             if group["cut_by"] == "loss" and not group["frozen"]:
-                remember_gradient(state, coefficients(G, Y_hat))
+                core = S.grad if G.MV is None else U.mT @ G.MV  # without decay, or a penalty on S
+                remember_gradient(state, replace(G, core=core), Y_hat)
             if group["update"] == "adam":
                 return adam(D, coefficients(G, Y_hat), state, group["betas"], group["eps"])
             return rule(D)
