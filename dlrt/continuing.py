@@ -11,7 +11,6 @@ from torch import Tensor
 from dlrt import distributed
 from dlrt.checkpoint import Row
 from dlrt.errors import RunError
-from dlrt.moments import KEYS
 from dlrt.runs import Run, chosen_epoch
 
 # what loading raises where a state is damaged or of another network
@@ -53,13 +52,9 @@ def _check_form(begun: Any, loaded: Any, name: str) -> None:
 
 
 def _check_shapes(optimizer: torch.optim.Optimizer) -> None:
-    """ValueError where the state of a parameter is no tensors of its shape, or numbers.
-
-    Second moments are as large as either side of S, or smaller where its bases were augmented since.
-    """
+    """ValueError where the state of a parameter is no tensors of its shape, or numbers."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             shape = value.shape if isinstance(value, Tensor) else None
-            moments = name in KEYS and shape is not None and max(shape) <= max(parameter.shape)
-            if shape not in ((), parameter.shape) and not moments and not isinstance(value, int):
+            if shape not in ((), parameter.shape) and not isinstance(value, int):
                 raise ValueError(f"{name} must have the shape {tuple(parameter.shape)}, got {value!r}")
