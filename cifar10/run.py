@@ -16,6 +16,7 @@ have those of matrices where it lacks them; cuts half of them; the published met
 `--tune EPOCHS` validation on seed 0 chooses here, too, at the first budget, until the best lies between two:
 
 - Short runs begin at the probe's step size, a half, a quarter and an eighth of it.
+- With Muon whole runs begin at the best of these and at twice that, since longer runs gain from larger steps.
 - Ways that begin dense have whole runs only, at one, a half and a quarter to begin with; their dense epochs
   have the step size that short runs chose for the dense net.
 - Cuts by the loss have whole runs, at one and two to begin with; those by weights take the same.
@@ -67,8 +68,9 @@ CUT_DIVISORS = (0.5, 1)  # in whole runs larger steps may pay, which short ones 
 def choose_scales(network: str, epochs: int, args: argparse.Namespace, jobs: int) -> dict[Choice, float]:
     """For each way and rule the scale of its step size that validates best in runs of seed 0.
 
-    These are runs at the first budget; their scales serve for all. They are short, but for ways that begin
-    dense: the epoch after the cut alone would favour small steps.
+    These are runs at the first budget; their scales serve for all. With Muon, which is the better rule for
+    each way, short runs only tell where whole ones begin; but for ways that begin dense, where the epoch
+    after the cut alone would favour small steps.
     """
     choices = _choices(args)
     started = [choice for choice in choices if choice[0].startswith(STARTED)]
@@ -88,8 +90,10 @@ def choose_scales(network: str, epochs: int, args: argparse.Namespace, jobs: int
     short = _best(dict.fromkeys([*others, *dense], DIVISORS), tried(args.tune, "short"), args, jobs)
     if dense:
         scales[START, "muon"] = 1 / short[DENSE, "muon"]
-    whole = _best(dict.fromkeys(started, DIVISORS[:3]), tried(epochs, "whole"), args, jobs)
-    return scales | {choice: 1 / short[choice] for choice in others} | _scales(whole)
+    scales |= {choice: 1 / short[choice] for choice in others}
+    first = {choice: (short[choice] / 2, short[choice]) for choice in others if choice[1] == "muon"}
+    first |= dict.fromkeys(started, DIVISORS[:3])
+    return scales | _scales(_best(first, tried(epochs, "whole"), args, jobs))
 
 
 def choose_scales_of_cuts(

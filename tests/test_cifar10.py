@@ -203,29 +203,50 @@ def test_what_cannot_be_is_told_before_any_work(run_script, tmp_path):
 def test_every_seed_and_budget_is_trained_with_the_scale_that_validates_best(
     run_script, monkeypatch, tmp_path
 ):
-    """Here that is a smaller one than any that is tried first."""
-    make, made = makes(lambda options: abs(math.log(options["update_lr"] / 0.0075)))
+    """Short runs choose a smaller one here than any that is tried first, whole ones twice as large a one."""
+
+    def loss(options):
+        return abs(math.log(options["update_lr"] / (0.0075 if options["epochs"] == 1 else 0.015)))
+
+    make, made = makes(loss)
     monkeypatch.setattr(grid, "make", make)
     flags = ["--tune", 1, "--ways", "narrow", "--rules", "muon", "--seeds", 2, "--output-dir", tmp_path]
     output(run_script("cifar10/run.py", *flags))
     tried = [name.removeprefix("resnet20/tuning/narrow_muon_") for name in made if "tuning" in name]
     short = ["short_x1", "short_x0.5", "short_x0.25", "short_x0.125", "short_x0.0625", "short_x0.03125"]
-    assert sorted(tried) == sorted(short)
+    assert sorted(tried) == sorted([*short, "whole_x0.0625", "whole_x0.125", "whole_x0.25"])
     final = {name: options for name, options in made.items() if "tuning" not in name}
     assert len(final) == 3 * 2  # budgets and seeds
-    best = made["resnet20/tuning/narrow_muon_short_x0.0625"]
+    best = made["resnet20/tuning/narrow_muon_whole_x0.125"]
     assert {options["update_lr"] for options in final.values()} == {best["update_lr"]}
+    assert {options["epochs"] for options in final.values()} == {best["epochs"]} == {10}
+
+
+def test_short_runs_choose_the_learning_rate_of_sgd(run_script, monkeypatch, tmp_path):
+    make, made = makes(
+        lambda options: abs(math.log(options["lr"] / (0.1 if options["epochs"] == 1 else 0.2)))
+    )
+    monkeypatch.setattr(grid, "make", make)
+    flags = ["--tune", 1, "--ways", "narrow", "--rules", "sgd", "--seeds", 1, "--output-dir", tmp_path]
+    output(run_script("cifar10/run.py", *flags))
+    assert not [name for name in made if "whole" in name]
+    assert made["resnet20/narrow75_sgd_seed0"]["lr"] == 0.1
 
 
 def test_ways_that_begin_dense_are_cut_after_two_fifths_and_tuned_in_whole_runs(
     run_script, monkeypatch, tmp_path
 ):
-    make, made = makes(lambda options: abs(math.log(options["update_lr"] / 0.03)))
+    """Their dense epochs have the step that is best for the dense net in short runs, not in whole ones."""
+
+    def loss(options):
+        return abs(math.log(options["update_lr"] / (0.03 if options["epochs"] == 1 else 0.06)))
+
+    make, made = makes(loss)
     monkeypatch.setattr(grid, "make", make)
     flags = ["--tune", 1, "--rules", "muon", "--seeds", 1, "--compressions", 75, "--output-dir", tmp_path]
     ways = ["--ways", "dense", "started_separable", "started_factors"]
     output(run_script("cifar10/run.py", *ways, *flags))
-    assert made.pop("resnet20/dense_muon_seed0")["update_lr"] == 0.03
+    assert made.pop("resnet20/dense_muon_seed0")["update_lr"] == 0.06
     started = {name: of for name, of in made.items() if "started" in name}
     lengths = {"tuning" in name: (of["epochs"], of["dense_epochs"]) for name, of in started.items()}
     assert lengths == {True: (10, 4), False: (10, 4)}
