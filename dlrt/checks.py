@@ -83,7 +83,7 @@ def is_orthonormal(*bases: Tensor) -> bool:
 
 def _off(U: Tensor) -> float:
     """‖Uᵀ U - I‖ (Frobenius)."""
-    U = U.to(torch.promote_types(U.dtype, torch.float32))
+    U = U.detach().to(torch.promote_types(U.dtype, torch.float32))
     with torch.autocast(U.device.type, enabled=False):
         identity = torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
         return float(torch.linalg.matrix_norm(U.mT @ U - identity))
